@@ -1,0 +1,1 @@
+"""Reference models: committed small ONNX files and the scripts that made them; not part of the package."""

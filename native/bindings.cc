@@ -1,0 +1,260 @@
+// The Python face of the engine: nmcompile._native. The only file that knows Python.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <memory>
+#include <optional>
+
+#include "engine/program.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace {
+
+using nm::Array;
+using nm::DType;
+using nm::Program;
+using NdArray = nb::ndarray<nb::ro, nb::c_contig, nb::device::cpu>;
+
+DType dtype_of(const NdArray& array) {
+  const nb::dlpack::dtype d = array.dtype();
+  if (d == nb::dtype<float>()) return DType::kF32;
+  if (d == nb::dtype<int8_t>()) return DType::kI8;
+  if (d == nb::dtype<uint8_t>()) return DType::kU8;
+  if (d == nb::dtype<uint16_t>()) return DType::kU16;
+  if (d == nb::dtype<uint32_t>()) return DType::kU32;
+  if (d == nb::dtype<int32_t>()) return DType::kI32;
+  if (d == nb::dtype<int64_t>()) return DType::kI64;
+  if (d == nb::dtype<bool>()) return DType::kBool;
+  if (d.code == static_cast<uint8_t>(nb::dlpack::dtype_code::Float) && d.bits == 16 && d.lanes == 1)
+    return DType::kF16;
+  return DType::kOther;
+}
+
+// Shares the data with Python and keeps the array alive.
+Array share(const NdArray& array) {
+  Array a;
+  a.data = array.data();
+  a.dtype = dtype_of(array);
+  for (size_t i = 0; i < array.ndim(); ++i) a.shape.push_back(array.shape(i));
+  a.owner = std::shared_ptr<void>(new NdArray(array), [](void* held) {
+    nb::gil_scoped_acquire gil;
+    delete static_cast<NdArray*>(held);
+  });
+  const size_t size = a.dtype == DType::kF32 || a.dtype == DType::kI32 || a.dtype == DType::kU32   ? 4
+                      : a.dtype == DType::kI64                                                     ? 8
+                      : a.dtype == DType::kU16 || a.dtype == DType::kF16                           ? 2
+                                                                                                   : 1;
+  if (reinterpret_cast<uintptr_t>(a.data) % size != 0) {  // an array at an odd offset of a file: copy
+    auto* copy = new uint8_t[array.nbytes() + 64];
+    std::shared_ptr<void> owner(copy, [](void* p) { delete[] static_cast<uint8_t*>(p); });
+    __builtin_memcpy(copy, a.data, array.nbytes());
+    a.data = copy;
+    a.owner = owner;
+  }
+  return a;
+}
+
+struct Maybe {  // an optional array as the pointer the engine takes
+  explicit Maybe(const std::optional<NdArray>& array) {
+    if (array) value = share(*array);
+  }
+  const Array* get() const { return value ? &*value : nullptr; }
+  std::optional<Array> value;
+};
+
+nm::Requant requant(float scale, int64_t zero) {
+  nm::check(zero >= -1000 && zero <= 1000, "zero_point", "must fit the type it belongs to");
+  return {scale, static_cast<int32_t>(zero)};
+}
+
+template <class T>
+T item(const nb::dict& d, const char* key) {
+  nm::check(d.contains(key), "linear: weight", std::string("lacks '") + key + "'");
+  try {
+    return nb::cast<T>(d[key]);
+  } catch (const nb::cast_error&) {
+    nm::fail(std::string("linear: weight '") + key + "' has the wrong type");
+  }
+}
+
+nm::Weight weight_of(const nb::dict& d) {
+  nm::Weight w;
+  w.format = item<std::string>(d, "format");
+  w.values = share(item<NdArray>(d, "values"));
+  if (w.format == "blocks") {
+    const auto rows = item<int64_t>(d, "rows");
+    nm::check(rows > 0 && rows <= 16, "linear: weight rows", "must be 1, 2, 4, 8 or 16");
+    w.rows = static_cast<size_t>(rows);
+    w.columns = share(item<NdArray>(d, "columns"));
+    w.starts = share(item<NdArray>(d, "starts"));
+  }
+  return w;
+}
+
+nm::Source source_of(nb::handle entry) {
+  static const char* const kWhat = "embed: sources";
+  try {
+    const auto t = nb::cast<nb::tuple>(entry);
+    nm::check(t.size() >= 2, kWhat, "must be tuples such as (\"input\", 0)");
+    const auto kind = nb::cast<std::string>(t[0]);
+    const auto number = nb::cast<int64_t>(t[1]);
+    nm::Source s{nm::Source::kConstant, 0, number};
+    if (kind == "constant") return s;
+    if (kind == "position") {
+      s.kind = nm::Source::kPosition;
+      return s;
+    }
+    nm::check(kind == "input" || kind == "cumulative", kWhat,
+              "kind '" + kind + "' is unknown; choose one of input, position, cumulative, constant");
+    nm::check(number >= 0 && number < 1024, kWhat, "slot must lie in 0..1023");
+    s.slot = static_cast<size_t>(number);
+    s.kind = kind == "input" ? nm::Source::kInput : nm::Source::kCumulative;
+    s.value = 0;
+    if (s.kind == nm::Source::kCumulative) {
+      nm::check(t.size() == 3, kWhat, "(\"cumulative\", slot, pad) needs three parts");
+      s.value = nb::cast<int64_t>(t[2]);
+    }
+    return s;
+  } catch (const nb::cast_error&) {
+    nm::fail("embed: sources must be tuples such as (\"input\", 0)");
+  }
+}
+
+nb::list to_python(std::vector<nm::Output>&& outputs) {
+  nb::list list;
+  for (nm::Output& out : outputs) {
+    float* data = out.data.release();
+    nb::capsule owner(data, [](void* p) noexcept { delete[] static_cast<float*>(p); });
+    list.append(nb::ndarray<nb::numpy, float>(data, out.shape.size(), out.shape.data(), owner));
+  }
+  return list;
+}
+
+nb::list run(Program& program, const nb::list& inputs, const std::optional<NdArray>& mask,
+             std::vector<uint64_t>* nanoseconds) {
+  std::vector<Array> arrays;
+  for (nb::handle h : inputs) {
+    try {
+      arrays.push_back(share(nb::cast<NdArray>(h)));
+    } catch (const nb::cast_error&) {
+      nm::fail("inputs must be numpy arrays");
+    }
+  }
+  const Maybe given(mask);
+  std::vector<nm::Output> outputs;
+  {
+    nb::gil_scoped_release release;
+    outputs = program.run(arrays, given.get(), nanoseconds);
+  }
+  return to_python(std::move(outputs));
+}
+
+}  // namespace
+
+NB_MODULE(_native, m) {
+  m.doc() = "The C++ engine of nmcompile: programs of steps over packed tokens.";
+  m.def("cpu_features", &nm::cpu_features);
+  m.def("available_isas", &nm::available_isas);
+  m.def("default_threads", &nm::default_threads);
+
+  nb::class_<Program>(m, "Program")
+      .def("__init__",
+           [](Program* self, const std::string& isa, int64_t threads) {
+             nm::check(threads >= 0 && threads <= 1024, "threads", "must lie in 0..1024; 0 is one per CPU");
+             new (self) Program(isa, static_cast<size_t>(threads));
+           },
+           "isa"_a = "", "threads"_a = 0)
+      .def_prop_ro("isa", &Program::isa)
+      .def_prop_ro("threads", &Program::threads)
+      .def("buffer", &Program::buffer, "rows"_a, "layout"_a, "geometry"_a = "tokens")
+      .def("embed",
+           [](Program& p, int y, const std::vector<NdArray>& tables, const nb::list& sources) {
+             std::vector<Array> arrays;
+             for (const NdArray& t : tables) arrays.push_back(share(t));
+             std::vector<nm::Source> list;
+             for (nb::handle s : sources) list.push_back(source_of(s));
+             p.embed(y, std::move(arrays), std::move(list));
+           },
+           "y"_a, "tables"_a, "sources"_a)
+      .def("enter", &Program::enter, "y"_a, "slot"_a)
+      .def("leave", &Program::leave, "x"_a, "slot"_a)
+      .def("first", &Program::first, "x"_a, "y"_a)
+      .def("layer_norm",
+           [](Program& p, int x, const NdArray& gamma, const std::optional<NdArray>& beta, float eps, bool rms, int y,
+              int q, float scale, int64_t zero_point, const std::optional<NdArray>& q_mul,
+              const std::optional<NdArray>& q_add) {
+             p.layer_norm(x, share(gamma), Maybe(beta).get(), eps, rms, y, q, requant(scale, zero_point),
+                          Maybe(q_mul).get(), Maybe(q_add).get());
+           },
+           "x"_a, "gamma"_a, "beta"_a.none(), "eps"_a, "rms"_a = false, "y"_a = -1, "q"_a = -1, "scale"_a = 1.0f,
+           "zero_point"_a = 0, "q_mul"_a.none() = nb::none(), "q_add"_a.none() = nb::none())
+      .def("quantize",
+           [](Program& p, int x, int y, float scale, int64_t zero_point) {
+             p.quantize(x, y, requant(scale, zero_point));
+           },
+           "x"_a, "y"_a, "scale"_a, "zero_point"_a)
+      .def("linear",
+           [](Program& p, int x, int y, const nb::dict& weight, const NdArray& w_scale,
+              const std::optional<NdArray>& bias, float x_scale, int64_t x_zero_point, const std::string& activation,
+              int residual, float y_scale, int64_t y_zero_point) {
+             p.linear(x, y, weight_of(weight), share(w_scale), Maybe(bias).get(), requant(x_scale, x_zero_point),
+                      activation, residual, requant(y_scale, y_zero_point));
+           },
+           "x"_a, "y"_a, "weight"_a, "w_scale"_a, "bias"_a.none(), "x_scale"_a, "x_zero_point"_a,
+           "activation"_a = "none", "residual"_a = -1, "y_scale"_a = 1.0f, "y_zero_point"_a = 0)
+      .def("linear_float",
+           [](Program& p, int x, int y, const NdArray& weight, const std::optional<NdArray>& bias,
+              const std::string& activation, int residual) {
+             p.linear_float(x, y, share(weight), Maybe(bias).get(), activation, residual);
+           },
+           "x"_a, "y"_a, "weight"_a, "bias"_a.none(), "activation"_a = "none", "residual"_a = -1)
+      .def("attention",
+           [](Program& p, int q, int k, int v, int y, int64_t heads, float scale, float q_scale, int64_t q_zero_point,
+              float k_scale, float v_scale, bool causal, float y_scale, int64_t y_zero_point) {
+             p.attention(q, k, v, y, heads, scale, requant(q_scale, q_zero_point), k_scale, v_scale, causal,
+                         requant(y_scale, y_zero_point));
+           },
+           "q"_a, "k"_a, "v"_a, "y"_a, "heads"_a, "scale"_a, "q_scale"_a, "q_zero_point"_a, "k_scale"_a, "v_scale"_a,
+           "causal"_a = false, "y_scale"_a = 1.0f, "y_zero_point"_a = 0)
+      .def("attention_float",
+           [](Program& p, int q, int k, int v, int y, int64_t heads, float scale, bool causal, float y_scale,
+              int64_t y_zero_point) {
+             p.attention_float(q, k, v, y, heads, scale, causal, requant(y_scale, y_zero_point));
+           },
+           "q"_a, "k"_a, "v"_a, "y"_a, "heads"_a, "scale"_a, "causal"_a = false, "y_scale"_a = 1.0f,
+           "y_zero_point"_a = 0)
+      .def("unary", &Program::unary, "x"_a, "y"_a, "op"_a)
+      .def("binary", &Program::binary, "a"_a, "b"_a, "y"_a, "op"_a)
+      .def("affine",
+           [](Program& p, int x, int y, const std::optional<NdArray>& mul, const std::optional<NdArray>& add) {
+             p.affine(x, y, Maybe(mul).get(), Maybe(add).get());
+           },
+           "x"_a, "y"_a, "mul"_a.none(), "add"_a.none())
+      .def("add_positions",
+           [](Program& p, int x, int y, const NdArray& table) { p.add_positions(x, y, share(table)); }, "x"_a, "y"_a,
+           "table"_a)
+      .def("patches", &Program::patches, "y"_a, "slot"_a, "channels"_a, "patch_h"_a, "patch_w"_a)
+      .def("prepend", [](Program& p, int x, int y, const NdArray& row) { p.prepend(x, y, share(row)); }, "x"_a, "y"_a,
+           "row"_a)
+      .def("prepare", &Program::prepare)
+      .def("steps", &Program::steps)
+      .def("memory", &Program::memory)
+      .def("run",
+           [](Program& p, const nb::list& inputs, const std::optional<NdArray>& mask) {
+             return run(p, inputs, mask, nullptr);
+           },
+           "inputs"_a, "mask"_a = nb::none())
+      .def("run_profiled",
+           [](Program& p, const nb::list& inputs, const std::optional<NdArray>& mask) {
+             std::vector<uint64_t> nanoseconds;
+             nb::list outputs = run(p, inputs, mask, &nanoseconds);
+             return std::make_pair(outputs, nanoseconds);
+           },
+           "inputs"_a, "mask"_a = nb::none());
+}

@@ -1,0 +1,200 @@
+// A straight-line program of steps over buffers of packed tokens: built once, then run from any thread.
+//
+// Every argument is checked when a step is added, so that a hostile plan can give wrong numbers but no access out of
+// bounds. Wrong arguments throw std::invalid_argument (ValueError in Python) with a sentence naming the argument.
+#pragma once
+#include <functional>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "../simd/activation.h"
+#include "dispatch.h"
+#include "pool.h"
+#include "shape.h"
+
+namespace nm {
+
+enum class DType { kF32, kF16, kI8, kU8, kU16, kU32, kI32, kI64, kBool, kOther };
+
+// A C-contiguous array someone else owns; `owner` keeps it alive.
+struct Array {
+  const void* data = nullptr;
+  std::vector<size_t> shape;
+  DType dtype = DType::kOther;
+  std::shared_ptr<void> owner;
+
+  template <class T>
+  const T* as() const { return static_cast<const T*>(data); }
+  size_t size() const;
+};
+
+struct Output {
+  std::vector<size_t> shape;
+  std::unique_ptr<float[]> data;
+};
+
+struct Weight {  // of `linear`
+  std::string format;  // "dense" or "blocks"
+  size_t rows = 0;
+  Array values, columns, starts;
+};
+
+struct Source {  // of `embed`
+  enum Kind { kInput, kPosition, kCumulative, kConstant } kind;
+  size_t slot = 0;
+  int64_t value = 0;  // offset, pad or row
+};
+
+struct Requant {
+  float scale = 1.0f;
+  int32_t zero = 0;
+};
+
+class Run;
+
+class Program {
+ public:
+  Program(const std::string& isa, size_t threads);
+  std::string isa() const { return kernels_.isa; }
+  size_t threads() const { return threads_; }
+
+  int buffer(int64_t rows, const std::string& layout, const std::string& geometry);
+  void embed(int y, std::vector<Array> tables, std::vector<Source> sources);
+  void enter(int y, int64_t slot);
+  void leave(int x, int64_t slot);
+  void first(int x, int y);
+  void layer_norm(int x, const Array& gamma, const Array* beta, float eps, bool rms, int y, int q, Requant out,
+                  const Array* q_mul, const Array* q_add);
+  void quantize(int x, int y, Requant out);
+  void linear(int x, int y, Weight weight, const Array& w_scale, const Array* bias, Requant in,
+              const std::string& activation, int residual, Requant out);
+  void linear_float(int x, int y, const Array& weight, const Array* bias, const std::string& activation, int residual);
+  void attention(int q, int k, int v, int y, int64_t heads, float scale, Requant q_in, float k_scale, float v_scale,
+                 bool causal, Requant out);
+  void attention_float(int q, int k, int v, int y, int64_t heads, float scale, bool causal, Requant out);
+  void unary(int x, int y, const std::string& op);
+  void binary(int a, int b, int y, const std::string& op);
+  void affine(int x, int y, const Array* mul, const Array* add);
+  void add_positions(int x, int y, const Array& table);
+  void patches(int y, int64_t slot, int64_t channels, int64_t patch_h, int64_t patch_w);
+  void prepend(int x, int y, const Array& row);
+  void prepare();
+
+  std::vector<std::pair<std::string, std::string>> steps() const;
+  size_t memory() const;  // bytes of the arenas in use and kept
+  // nanoseconds: null, or receives one number per step.
+  std::vector<Output> run(const std::vector<Array>& inputs, const Array* mask, std::vector<uint64_t>* nanoseconds);
+
+ private:
+  friend class Run;
+  struct Step {
+    std::string kind, description;
+    std::vector<int> reads, writes;
+    std::function<void(Run&)> run;
+  };
+  struct Slot {
+    enum Kind { kUnused, kIds, kFeatures, kPatches } kind = kUnused;
+    size_t rows = 0, channels = 0, height = 0, width = 0;
+  };
+  struct Arena {
+    uint8_t* data = nullptr;
+    size_t bytes = 0;
+    ~Arena();
+  };
+  struct Plan {
+    size_t key[kGeometries];
+    std::vector<size_t> offsets;
+    size_t bytes;
+  };
+
+  Buffer& buffer_at(const char* what, int index);
+  Buffer& input(const char* what, int index, std::initializer_list<Layout> layouts);   // must have been written
+  Buffer& output(const char* what, int index, std::initializer_list<Layout> layouts);
+  Slot& slot(const char* what, int64_t index, Slot wanted);
+  void add(std::string kind, std::string description, std::vector<int> reads, std::vector<int> writes,
+           std::function<void(Run&)> run);
+  std::shared_ptr<const Plan> plan(const size_t (&key)[kGeometries]);
+  std::unique_ptr<Arena> take_arena(size_t bytes);
+  void keep_arena(std::unique_ptr<Arena> arena);
+
+  const Kernels& kernels_;
+  size_t threads_;
+  bool prepared_ = false;
+  std::vector<Buffer> buffers_;
+  std::vector<Step> steps_;
+  std::vector<Slot> slots_;
+  std::vector<int> outputs_;  // buffer of each output slot, -1: none
+  bool uses_class_token_ = false;
+  size_t scratch_ = 0;  // bytes per thread
+
+  mutable std::mutex mutex_;  // guards what follows
+  std::vector<std::shared_ptr<const Plan>> plans_;     // most recent first
+  std::vector<std::unique_ptr<Arena>> arenas_;         // free ones
+  size_t in_use_ = 0;                                  // bytes of the others
+};
+
+// What one run knows. Steps read it; they share nothing else.
+class Run {
+ public:
+  const Program& program;
+  const Kernels& kernels;
+  const PoolLease& pool;
+  const std::vector<Array>& inputs;
+  std::vector<Output>& outputs;
+  size_t batch = 0, length = 0;  // of the padded inputs
+  Tokens tokens[kGeometries] = {};
+  uint8_t* base = nullptr;
+  const size_t* offsets = nullptr;
+  uint8_t* scratch = nullptr;  // scratch_bytes each
+  size_t scratch_bytes = 0;
+
+  const Tokens& of(int buffer) const { return tokens[static_cast<int>(program.buffers_[buffer].geometry)]; }
+  // Panel p of a buffer.
+  template <class T>
+  T* panel(int buffer, size_t p) const {
+    const Buffer& b = program.buffers_[buffer];
+    return reinterpret_cast<T*>(base + offsets[buffer] + b.row_bytes() * kPanelTokens * p);
+  }
+  // body(first, last, thread) over [0, units) in one static range per thread; alone when work (about nanoseconds of
+  // one core) is small. The ranges must not change a result.
+  template <class Body>
+  void parallel(size_t units, double work, Body body) const {
+    size_t parts = pool.threads() < units ? pool.threads() : units;
+    if (work < 8000) parts = parts ? 1 : 0;
+    struct Context {
+      Body& body;
+      size_t units, parts;
+    } context{body, units, parts};
+    pool.run(parts, [](void* c, size_t part) {
+      auto& x = *static_cast<Context*>(c);
+      x.body(x.units * part / x.parts, x.units * (part + 1) / x.parts, part);
+    }, &context);
+  }
+  // Shares the 16-lane columns of a geometry among threads: body(panel, first lane, lanes), 64 lanes where it can.
+  template <class Body>
+  void each_column(const Tokens& t, double work, Body body) const {
+    parallel(lanes(t.count) / 16, work, [&](size_t first, size_t last, size_t) {
+      for (size_t unit = first; unit < last;) {
+        const size_t p = unit / 4, end = last < (p + 1) * 4 ? last : (p + 1) * 4;
+        body(p, unit % 4 * 16, (end - unit) * 16);
+        unit = end;
+      }
+    });
+  }
+};
+
+// ---- checks shared by the files that add steps
+[[noreturn]] void fail(const std::string& message);
+void check(bool ok, const char* what, const std::string& problem);
+void check_array(const char* what, const Array& array, std::initializer_list<DType> dtypes,
+                 std::initializer_list<size_t> shape);  // kAnySize matches any
+constexpr size_t kAnySize = static_cast<size_t>(-1);
+void check_scale(const char* what, float scale);
+void check_zero(const char* what, int32_t zero, Layout layout);
+int activation_number(const char* what, const std::string& name);
+std::string shape_text(const std::vector<size_t>& shape);
+
+}  // namespace nm

@@ -1,0 +1,252 @@
+// Steps that move tokens in and out: lookups, transposition, the class token, patches.
+#include <cstring>
+
+#include "program.h"
+
+namespace nm {
+namespace {
+
+constexpr size_t kRowBlock = 16;  // features written at a time: 16 cache lines of a panel
+
+float half_to_float(uint16_t h) {
+  const uint32_t sign = static_cast<uint32_t>(h & 0x8000) << 16, rest = h & 0x7fff;
+  uint32_t bits;
+  if (rest >= 0x7c00) bits = 0x7f800000 | (rest & 0x3ff) << 13;
+  else if (rest >= 0x400) bits = (rest << 13) + ((127 - 15) << 23);
+  else {
+    const float tiny = static_cast<float>(rest) * (1.0f / 16777216);  // subnormal: rest * 2^-24
+    std::memcpy(&bits, &tiny, 4);
+  }
+  bits |= sign;
+  float f;
+  std::memcpy(&f, &bits, 4);
+  return f;
+}
+
+// Writes y token by token: get(token, first row, last row, out) gives rows [first, last) of a token.
+template <class Get>
+void fill(const Run& run, int y, size_t rows, Get get) {
+  const Tokens& t = run.of(y);
+  run.each_column(t, 1.0 * rows * t.count, [&](size_t p, size_t lane, size_t count) {
+    const size_t width = panel_width(t.count, p);
+    float* panel = run.panel<float>(y, p);
+    for (size_t r = 0; r < rows; r += kRowBlock) {
+      const size_t end = r + kRowBlock < rows ? r + kRowBlock : rows;
+      for (size_t l = lane; l < lane + count; ++l) {
+        const size_t token = p * kPanelTokens + l;
+        if (token >= t.count) break;
+        float values[kRowBlock];
+        get(token, r, end, values);
+        for (size_t i = r; i < end; ++i) panel[i * width + l] = values[i - r];
+      }
+    }
+  });
+}
+
+int64_t id_at(const Array& ids, size_t i) {
+  return ids.dtype == DType::kI64 ? ids.as<int64_t>()[i] : ids.as<int32_t>()[i];
+}
+
+}  // namespace
+
+void Program::embed(int y, std::vector<Array> tables, std::vector<Source> sources) {
+  const Buffer& to = output("embed: y", y, {Layout::kF32});
+  check(to.geometry == Geometry::kTokens, "embed: y", "must have geometry tokens");
+  check(!tables.empty() && tables.size() == sources.size(), "embed: sources", "must be one for each table");
+  for (size_t i = 0; i < tables.size(); ++i) {
+    const std::string name = "embed: table " + std::to_string(i);
+    check_array(name.c_str(), tables[i], {DType::kF32, DType::kF16}, {kAnySize, to.rows});
+    const Source& s = sources[i];
+    if (s.kind == Source::kInput || s.kind == Source::kCumulative)
+      slot("embed: sources", static_cast<int64_t>(s.slot), Slot{Slot::kIds});
+    if (s.kind == Source::kConstant)
+      check(s.value >= 0 && static_cast<size_t>(s.value) < tables[i].shape[0], "embed: sources",
+            "name constant row " + std::to_string(s.value) + " of a table of " + std::to_string(tables[i].shape[0]));
+    check(s.value > -(int64_t{1} << 40) && s.value < (int64_t{1} << 40), "embed: sources", "hold a number too large");
+  }
+  const size_t rows = to.rows;
+  add("embed", std::to_string(tables.size()) + " tables, " + std::to_string(rows), {}, {y}, [=](Run& run) {
+    const Tokens& t = run.of(y);
+    std::vector<std::vector<uint32_t>> lookup(tables.size(), std::vector<uint32_t>(t.count));
+    std::vector<int64_t> running;
+    for (size_t i = 0; i < tables.size(); ++i) {
+      const Source& s = sources[i];
+      if (s.kind == Source::kCumulative) {
+        running.assign(run.batch * run.length, 0);
+        for (size_t b = 0; b < run.batch; ++b) {
+          int64_t seen = 0;
+          for (size_t j = b * run.length; j < (b + 1) * run.length; ++j) {
+            const bool real = id_at(run.inputs[s.slot], j) != s.value;
+            seen += real;
+            running[j] = (real ? seen : 0) + s.value;
+          }
+        }
+      }
+      for (size_t token = 0; token < t.count; ++token) {
+        const size_t at = t.sequence[token] * run.length + t.position[token];
+        const int64_t row = s.kind == Source::kInput        ? id_at(run.inputs[s.slot], at)
+                            : s.kind == Source::kPosition   ? static_cast<int64_t>(t.position[token]) + s.value
+                            : s.kind == Source::kCumulative ? running[at]
+                                                            : s.value;
+        if (row < 0 || static_cast<size_t>(row) >= tables[i].shape[0])
+          fail((s.kind == Source::kInput ? "token id " : "position ") + std::to_string(row) + " at [" +
+               std::to_string(t.sequence[token]) + ", " + std::to_string(t.position[token]) + "]" +
+               (s.kind == Source::kInput ? " of input slot " + std::to_string(s.slot) : std::string()) +
+               " is outside 0.." + std::to_string(static_cast<int64_t>(tables[i].shape[0]) - 1));
+        lookup[i][token] = static_cast<uint32_t>(row);
+      }
+    }
+    fill(run, y, rows, [&](size_t token, size_t first, size_t last, float* out) {
+      for (size_t i = 0; i < tables.size(); ++i) {
+        const size_t at = lookup[i][token] * rows + first;
+        for (size_t r = 0; r < last - first; ++r) {
+          const float v = tables[i].dtype == DType::kF32 ? tables[i].template as<float>()[at + r]
+                                                         : half_to_float(tables[i].template as<uint16_t>()[at + r]);
+          out[r] = i ? out[r] + v : v;
+        }
+      }
+    });
+  });
+}
+
+void Program::enter(int y, int64_t index) {
+  const Buffer& to = output("enter: y", y, {Layout::kF32});
+  check(to.geometry == Geometry::kTokens, "enter: y", "must have geometry tokens");
+  Slot wanted{Slot::kFeatures};
+  wanted.rows = to.rows;
+  slot("enter:", index, wanted);
+  const size_t rows = to.rows;
+  add("enter", std::to_string(rows), {}, {y}, [=](Run& run) {
+    const Tokens& t = run.of(y);
+    const float* x = run.inputs[index].as<float>();
+    fill(run, y, rows, [&](size_t token, size_t first, size_t last, float* out) {
+      const float* from = x + (t.sequence[token] * run.length + t.position[token]) * rows;
+      std::memcpy(out, from + first, (last - first) * sizeof(float));
+    });
+  });
+}
+
+void Program::leave(int x, int64_t index) {
+  const Buffer& from = input("leave: x", x, {Layout::kF32});
+  check(index >= 0 && index < 1024, "leave:", "slot must lie in 0..1023");
+  if (static_cast<size_t>(index) >= outputs_.size()) outputs_.resize(index + 1, -1);
+  check(outputs_[index] == -1, "leave:", "output slot " + std::to_string(index) + " is written twice");
+  const size_t rows = from.rows;
+  const Geometry geometry = from.geometry;
+  add("leave", std::to_string(rows), {x}, {}, [=](Run& run) {
+    const Tokens& t = run.of(x);
+    const size_t length = run.length + (geometry == Geometry::kTokens1);
+    Output& out = run.outputs[index];
+    const size_t columns = geometry == Geometry::kFirst ? 1 : length;
+    if (geometry == Geometry::kFirst) out.shape = {run.batch, rows};
+    else out.shape = {run.batch, length, rows};
+    const size_t size = run.batch * columns * rows;
+    out.data.reset(t.count == run.batch * columns ? new float[size] : new float[size]());
+    run.each_column(t, 1.0 * rows * t.count, [&](size_t p, size_t lane, size_t count) {
+      const size_t width = panel_width(t.count, p);
+      const float* panel = run.panel<float>(x, p);
+      for (size_t r = 0; r < rows; r += kRowBlock) {
+        const size_t end = r + kRowBlock < rows ? r + kRowBlock : rows;
+        for (size_t l = lane; l < lane + count; ++l) {
+          const size_t token = p * kPanelTokens + l;
+          if (token >= t.count) break;
+          float* to = out.data.get() + (t.sequence[token] * columns + t.position[token]) * rows;
+          for (size_t i = r; i < end; ++i) to[i] = panel[i * width + l];
+        }
+      }
+    });
+  });
+  outputs_[index] = x;
+}
+
+void Program::first(int x, int y) {
+  const Buffer& from = input("first: x", x, {Layout::kF32});
+  const Buffer& to = output("first: y", y, {Layout::kF32});
+  check(to.geometry == Geometry::kFirst && from.geometry != Geometry::kFirst, "first: y",
+        "must have geometry first, and x not");
+  check(to.rows == from.rows, "first: y", "must have the rows of x");
+  const size_t rows = from.rows;
+  add("first", std::to_string(rows), {x}, {y}, [=](Run& run) {
+    const Tokens& t = run.of(x);
+    fill(run, y, rows, [&](size_t sequence, size_t first, size_t last, float* out) {
+      const size_t token = t.starts[sequence];
+      const bool kept = token < t.starts[sequence + 1] && t.position[token] == 0;
+      const size_t p = token / kPanelTokens;
+      for (size_t r = first; r < last; ++r)
+        out[r - first] =
+            kept ? run.panel<float>(x, p)[r * panel_width(t.count, p) + token % kPanelTokens] : 0.0f;
+    });
+  });
+}
+
+void Program::add_positions(int x, int y, const Array& table) {
+  const Buffer& from = input("add_positions: x", x, {Layout::kF32});
+  const Buffer& to = output("add_positions: y", y, {Layout::kF32});
+  check(to.rows == from.rows && to.geometry == from.geometry, "add_positions: y",
+        "must have the rows and the geometry of x");
+  check_array("add_positions: table", table, {DType::kF32}, {kAnySize, from.rows});
+  const size_t rows = from.rows;
+  add("add_positions", std::to_string(rows), {x}, {y}, [=](Run& run) {
+    const Tokens& t = run.of(x);
+    for (size_t token = 0; token < t.count; ++token)
+      if (t.position[token] >= table.shape[0])
+        fail("position " + std::to_string(t.position[token]) + " is outside 0.." +
+             std::to_string(static_cast<int64_t>(table.shape[0]) - 1) + ": the model has no more positions");
+    fill(run, y, rows, [&](size_t token, size_t first, size_t last, float* out) {
+      const size_t p = token / kPanelTokens, width = panel_width(t.count, p);
+      const float* panel = run.panel<float>(x, p) + token % kPanelTokens;
+      const float* row = table.as<float>() + t.position[token] * rows;
+      for (size_t r = first; r < last; ++r) out[r - first] = panel[r * width] + row[r];
+    });
+  });
+}
+
+void Program::patches(int y, int64_t index, int64_t channels, int64_t patch_h, int64_t patch_w) {
+  const Buffer& to = output("patches: y", y, {Layout::kF32});
+  check(to.geometry == Geometry::kTokens, "patches: y", "must have geometry tokens");
+  for (int64_t size : {channels, patch_h, patch_w})
+    check(size > 0 && size <= 65536, "patches:", "channels, patch_h and patch_w must lie in 1..65536");
+  const size_t c = channels, h = patch_h, w = patch_w;
+  check(c * h * w == to.rows, "patches: y", "must have channels * patch_h * patch_w rows");
+  Slot wanted{Slot::kPatches};
+  wanted.channels = c, wanted.height = h, wanted.width = w;
+  slot("patches:", index, wanted);
+  add("patches", std::to_string(c) + "x" + std::to_string(h) + "x" + std::to_string(w), {}, {y}, [=](Run& run) {
+    const Tokens& t = run.of(y);
+    const Array& image = run.inputs[index];
+    const size_t height = image.shape[2], width = image.shape[3], across = width / w;
+    fill(run, y, c * h * w, [&](size_t token, size_t first, size_t last, float* out) {
+      const size_t top = t.position[token] / across * h, left = t.position[token] % across * w;
+      for (size_t r = first; r < last; ++r) {
+        const size_t channel = r / (h * w), dy = r / w % h, dx = r % w;
+        out[r - first] =
+            image.as<float>()[((t.sequence[token] * c + channel) * height + top + dy) * width + left + dx];
+      }
+    });
+  });
+}
+
+void Program::prepend(int x, int y, const Array& row) {
+  const Buffer& from = input("prepend: x", x, {Layout::kF32});
+  const Buffer& to = output("prepend: y", y, {Layout::kF32});
+  check(from.geometry == Geometry::kTokens && to.geometry == Geometry::kTokens1, "prepend: y",
+        "must have geometry tokens1, and x tokens");
+  check(to.rows == from.rows, "prepend: y", "must have the rows of x");
+  check_array("prepend: row", row, {DType::kF32}, {from.rows});
+  const size_t rows = from.rows;
+  add("prepend", std::to_string(rows), {x}, {y}, [=](Run& run) {
+    const Tokens& t = run.of(x);
+    const Tokens& to = run.of(y);
+    fill(run, y, rows, [&](size_t token, size_t first, size_t last, float* out) {
+      if (to.position[token] == 0) {
+        std::memcpy(out, row.as<float>() + first, (last - first) * sizeof(float));
+        return;
+      }
+      const size_t source = t.starts[to.sequence[token]] + to.position[token] - 1, p = source / kPanelTokens;
+      for (size_t r = first; r < last; ++r)
+        out[r - first] = run.panel<float>(x, p)[r * panel_width(t.count, p) + source % kPanelTokens];
+    });
+  });
+}
+
+}  // namespace nm

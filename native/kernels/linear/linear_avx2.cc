@@ -1,0 +1,10 @@
+#include "linear.h"
+
+#include "../../simd/avx2.h"
+#include "../../simd/math.inc"
+#include "tile.inc"
+
+#include "linear.inc"
+
+extern const nm::LinearKernels kLinearAvx2;
+const nm::LinearKernels kLinearAvx2{run};

@@ -1,0 +1,9 @@
+#include "rows.h"
+
+#include "../../simd/avxvnni.h"
+#include "../../simd/math.inc"
+
+#include "rows.inc"
+
+extern const nm::RowsKernels kRowsAvxvnni;
+const nm::RowsKernels kRowsAvxvnni{norm, quantize, affine, unary, binary};

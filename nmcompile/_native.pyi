@@ -1,0 +1,140 @@
+"""The C++ engine: programs of steps over packed tokens.
+
+Buffers hold `rows` features of all real tokens (geometry "tokens"), of one token per sequence ("first") or
+of the tokens behind a class token ("tokens1"), as "f32", "u8" or "s8" (packed by four features) or "s8rows".
+Every argument is checked when its step is added: ValueError names it. Arrays are kept, not copied.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+_F32 = NDArray[np.float32]
+
+def cpu_features() -> list[str]:
+    """The features of this CPU that the engine knows."""
+
+def available_isas() -> list[str]:
+    """What this CPU can run, best first, of "avx512vnni", "avxvnni", "avx2", "scalar"."""
+
+def default_threads() -> int:
+    """The number of CPUs this process may run on (its affinity mask)."""
+
+class Program:
+    def __init__(self, isa: str = "", threads: int = 0) -> None:
+        """isa "": NMCOMPILE_ISA, or the best; threads 0: one per CPU. ValueError for an ISA it cannot run."""
+
+    @property
+    def isa(self) -> str: ...
+    @property
+    def threads(self) -> int: ...
+    def buffer(self, rows: int, layout: str, geometry: str = "tokens") -> int: ...
+    def embed(self, y: int, tables: Sequence[NDArray[Any]], sources: Sequence[tuple[Any, ...]]) -> None:
+        """y[token] = sum of one row of each table (float32 or float16 [V, R]), chosen by its source:
+        ("input", slot) ids of an input [B, S]; ("position", offset); ("cumulative", slot, pad) as in RoBERTa;
+        ("constant", row)."""
+
+    def enter(self, y: int, slot: int) -> None:
+        """y = a float32 input [B, S, R]."""
+
+    def leave(self, x: int, slot: int) -> None:
+        """Output [B, S, R], zero where padded; [B, R] for geometry "first"."""
+
+    def first(self, x: int, y: int) -> None:
+        """y[sequence] = x at position 0, zero when that was padding."""
+
+    def layer_norm(
+        self,
+        x: int,
+        gamma: _F32,
+        beta: _F32 | None,
+        eps: float,
+        rms: bool = False,
+        y: int = -1,
+        q: int = -1,
+        scale: float = 1.0,
+        zero_point: int = 0,
+        q_mul: _F32 | None = None,
+        q_add: _F32 | None = None,
+    ) -> None:
+        """y (f32, may be x) and/or q (u8, by scale and zero_point) = LayerNormalization or RMS norm of x.
+
+        q holds y * q_mul + q_add, one factor and summand per row, where these are given.
+        """
+
+    def quantize(self, x: int, y: int, scale: float, zero_point: int) -> None: ...
+    def linear(
+        self,
+        x: int,
+        y: int,
+        weight: dict[str, Any],
+        w_scale: _F32,
+        bias: _F32 | None,
+        x_scale: float,
+        x_zero_point: int,
+        activation: str = "none",
+        residual: int = -1,
+        y_scale: float = 1.0,
+        y_zero_point: int = 0,
+    ) -> None:
+        """y = activation(x w^T + bias) + residual with x u8 and int8 weights, stored in y's layout. weight:
+        {"format": "dense", "values": int8 [ceil(N/4), ceil(K/4), 4, 4]} or {"format": "blocks", "rows": 1, 2,
+        4, 8 or 16, "values": int8 [blocks, rows, 4], "columns": uint16 [blocks], "starts": uint32
+        [ceil(N/rows) + 1]}."""
+
+    def linear_float(
+        self, x: int, y: int, weight: _F32, bias: _F32 | None, activation: str = "none", residual: int = -1
+    ) -> None: ...
+    def attention(
+        self,
+        q: int,
+        k: int,
+        v: int,
+        y: int,
+        heads: int,
+        scale: float,
+        q_scale: float,
+        q_zero_point: int,
+        k_scale: float,
+        v_scale: float,
+        causal: bool = False,
+        y_scale: float = 1.0,
+        y_zero_point: int = 0,
+    ) -> None:
+        """q u8, k s8, v s8rows, y u8 or f32; rows = heads * depth, depth a multiple of 4."""
+
+    def attention_float(
+        self,
+        q: int,
+        k: int,
+        v: int,
+        y: int,
+        heads: int,
+        scale: float,
+        causal: bool = False,
+        y_scale: float = 1.0,
+        y_zero_point: int = 0,
+    ) -> None: ...
+    def unary(self, x: int, y: int, op: str) -> None: ...
+    def binary(self, a: int, b: int, y: int, op: str) -> None: ...
+    def affine(self, x: int, y: int, mul: _F32 | None, add: _F32 | None) -> None: ...
+    def add_positions(self, x: int, y: int, table: _F32) -> None: ...
+    def patches(self, y: int, slot: int, channels: int, patch_h: int, patch_w: int) -> None: ...
+    def prepend(self, x: int, y: int, row: _F32) -> None: ...
+    def prepare(self) -> None: ...
+    def steps(self) -> list[tuple[str, str]]:
+        """(kind, description) of each step."""
+
+    def memory(self) -> int:
+        """Bytes of the arenas in use and kept."""
+
+    def run(self, inputs: Sequence[NDArray[Any]], mask: NDArray[Any] | None = None) -> list[_F32]:
+        """Inputs by slot; mask [B, S] drops tokens where it is 0. Outputs by slot. Safe from many threads;
+        ValueError for shapes that do not fit and for ids outside their table."""
+
+    def run_profiled(
+        self, inputs: Sequence[NDArray[Any]], mask: NDArray[Any] | None = None
+    ) -> tuple[list[_F32], list[int]]:
+        """run, and the nanoseconds of each step."""

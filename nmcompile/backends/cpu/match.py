@@ -1,0 +1,412 @@
+"""Which parts of a Q/DQ graph the native engine runs: a list of operations over token tensors.
+
+A token tensor is [batch, tokens, features] or, after the first token was taken, [batch, features]. Quantize/dequantize
+pairs are not operations of their own; they say in which form an operation reads its input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from nmcompile import graph as g
+from nmcompile.backends.cpu.pack import MAX_INPUTS
+from nmcompile.canonical import match_attention, match_positions
+
+
+@dataclass(frozen=True)
+class Space:
+    """Whose tokens: the free sizes [batch, tokens] they come from; `first` when only one token of each is left."""
+
+    batch: int | str
+    tokens: int | str
+    first: bool = False
+
+    @property
+    def key(self) -> str:
+        return f"{self.batch}x{self.tokens}"
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a value lies in memory: "f32", or "u8"/"s8"/"s8rows" with its scale and zero point."""
+
+    layout: str = "f32"
+    scale: float = 1.0
+    zero_point: int = 0
+
+
+FLOAT = Form()
+
+
+@dataclass(frozen=True)
+class Read:
+    tensor: str
+    form: Form = FLOAT
+
+
+@dataclass(frozen=True)
+class Op:
+    """One operation of the engine: what it reads, the tensor it makes, and the graph nodes it stands for."""
+
+    kind: str
+    reads: tuple[Read, ...]
+    y: str
+    rows: int
+    space: Space
+    nodes: tuple[gs.Node, ...]
+    data: dict[str, object] = field(default_factory=dict)
+    name: str = ""
+
+
+UNARY = {"Relu": "relu", "Tanh": "tanh", "Sigmoid": "sigmoid"}
+BINARY = {"Add": "add", "Sub": "sub", "Mul": "mul"}
+
+
+class Matcher:
+    """Walks a sorted Q/DQ graph once; `ops` in order, `reasons` for compute nodes that stay outside."""
+
+    def __init__(self, graph: gs.Graph) -> None:
+        self.graph = graph
+        self.inputs = {t.name for t in graph.inputs}
+        self.tensors = graph.tensors()
+        self.spaces: dict[str, Space] = {}
+        self.ops: list[Op] = []
+        self.reasons: dict[str, str] = {}
+        self.covered: set[int] = set()
+        table: dict[str, Callable[[gs.Node], Op | str | None]] = {
+            "MatMul": self._linear, "Softmax": self._attention, "LayerNormalization": self._norm,
+            "RMSNormalization": self._norm, "Gelu": self._gelu, "Relu": self._unary, "Tanh": self._unary,
+            "Sigmoid": self._unary, "Add": self._binary, "Sub": self._binary, "Mul": self._binary, "Gather": self._gather,
+            "Conv": self._patches, "Squeeze": self._view, "Cast": self._view,
+        }  # fmt: skip
+        attention = {id(n) for node in graph.nodes for n in self._attention_nodes(node)}
+        for node in graph.nodes:
+            match = table.get(node.op)
+            if match is None or id(node) in self.covered or (id(node) in attention and node.op != "Softmax"):
+                continue
+            found = match(node)
+            if isinstance(found, str):
+                self.reasons[node.name] = found
+            elif found is not None:
+                self.ops.append(found)
+                self.covered |= {id(item) for item in found.nodes}
+                self.spaces[found.y] = found.space
+        order = {id(node): i for i, node in enumerate(graph.nodes)}
+        self.ops.sort(key=lambda op: max(order[id(node)] for node in op.nodes))
+
+    @staticmethod
+    def _attention_nodes(node: gs.Node) -> tuple[gs.Node, ...]:
+        found = match_attention(node)
+        return found.nodes if found is not None else ()
+
+    # ---- what a tensor is ----
+
+    def space(self, tensor: gs.Tensor) -> Space | None:
+        """The token space of a float tensor, None when it is no token tensor."""
+        if tensor.name in self.spaces:
+            return self.spaces[tensor.name]
+        shape = tensor.shape
+        if shape is None or len(shape) != 3 or tensor.dtype != np.float32 or isinstance(tensor, gs.Constant):
+            return None
+        if not isinstance(shape[2], int) or shape[0] is None or shape[1] is None:
+            return None
+        return Space(shape[0], shape[1])
+
+    def read(self, tensor: gs.Tensor, layout: str = "u8") -> Read:
+        """The float tensor behind a quantize/dequantize pair and its quantized form, or the tensor as it is."""
+        dq = g.producer(tensor)
+        q = g.producer(dq.inputs[0]) if dq is not None and dq.op == "DequantizeLinear" else None
+        if dq is None or q is None or q.op != "QuantizeLinear" or q.attrs.get("block_size", 0):
+            return Read(tensor.name)
+        pairs = [(g.constant(node.inputs[1]), self._zero(node)) for node in (q, dq)]
+        (scale, zero), (scale2, zero2) = pairs
+        if scale is None or scale2 is None or zero is None or zero2 is None or scale.size != 1 or scale2.size != 1:
+            return Read(tensor.name)
+        if float(scale.item()) != float(scale2.item()) or int(zero.item()) != int(zero2.item()):
+            return Read(tensor.name)
+        offset = int(zero.item())
+        if layout == "u8" and zero.dtype == np.int8:
+            offset += 128  # s8 with zero point z holds the same values as u8 with z + 128
+        elif layout != "u8" and zero.dtype == np.uint8:
+            offset -= 128
+        if layout != "u8" and offset != 0:
+            return Read(q.inputs[0].name)
+        return Read(q.inputs[0].name, Form(layout, float(scale.item()), offset))
+
+    @staticmethod
+    def _zero(node: gs.Node) -> np.ndarray | None:
+        if len(node.inputs) < 3 or node.inputs[2].is_empty():
+            return np.zeros(1, np.uint8)
+        value = g.constant(node.inputs[2])
+        return value if value is not None and value.size == 1 and value.dtype in (np.int8, np.uint8) else None
+
+    def _source(self, tensor: gs.Tensor) -> gs.Tensor:
+        """The float tensor behind a quantize/dequantize pair: where the engine computes in float it skips the rounding."""
+        return self._tensor(self.read(tensor).tensor)
+
+    # ---- operations ----
+
+    def _linear(self, node: gs.Node) -> Op | str | None:
+        weight = self._weight(node.inputs[1])
+        if weight is None:
+            return "both of its operands are computed" if g.constant(node.inputs[0]) is None else "its first operand is constant"
+        matrix, scale = weight
+        n, k = matrix.shape
+        read = self.read(node.inputs[0])
+        source = self._tensor(read.tensor)
+        space = self.space(source)
+        if space is None:
+            return f"its input {source.name} is not [batch, tokens, features] of known sizes"
+        if k > MAX_INPUTS:
+            return f"K={k} is more than {MAX_INPUTS}"
+        nodes, y = [node], node.outputs[0]
+        bias: np.ndarray | None = None
+        users = g.consumers(y)
+        if len(users) == 1 and users[0].op == "Add" and not g.is_output(self.graph, y):
+            value = next((v for v in map(g.constant, users[0].inputs) if v is not None), None)
+            if value is not None and value.size == n and value.shape[-1] == n:
+                bias, y = value.reshape(-1).astype(np.float32), users[0].outputs[0]
+                nodes.append(users[0])
+        data: dict[str, object] = {"weight": matrix, "bias": bias, "scale": scale}
+        quantized = scale is not None and read.form.layout == "u8"
+        if not quantized:
+            if scale is not None:
+                data["weight"] = matrix.astype(np.float32) * scale[:, None]
+            read = Read(node.inputs[0].name if read.form == FLOAT else read.tensor)
+        return Op("linear" if quantized else "linear_float", (read,), y.name, n, space, tuple(nodes), data, node.name)
+
+    def _weight(self, tensor: gs.Tensor) -> tuple[np.ndarray, np.ndarray | None] | None:
+        """[N, K] int8 with its scale per output, or float32 with None."""
+        value = g.constant(tensor)
+        if value is not None:
+            return (value.T.astype(np.float32), None) if value.ndim == 2 and value.dtype.kind == "f" else None
+        dq = g.producer(tensor)
+        if dq is None or dq.op != "DequantizeLinear" or dq.attrs.get("block_size", 0):
+            return None
+        stored, scale = g.constant(dq.inputs[0]), g.constant(dq.inputs[1])
+        zero = g.constant(dq.inputs[2]) if len(dq.inputs) > 2 and not dq.inputs[2].is_empty() else np.zeros(1, np.int8)
+        if stored is None or scale is None or zero is None or stored.dtype != np.int8 or stored.ndim != 2 or zero.any():
+            return None
+        if scale.size not in (1, stored.shape[1]) or (scale.size > 1 and dq.attrs.get("axis", 1) not in (1, -1)):
+            return None
+        return stored.T, np.broadcast_to(scale.reshape(-1).astype(np.float32), (stored.shape[1],)).copy()
+
+    def _attention(self, node: gs.Node) -> Op | str | None:
+        found = match_attention(node)
+        if found is None:
+            return "no self-attention that the engine knows"
+        if found.mask.padding is not None and found.mask.padding.name not in self.inputs:
+            return "its mask is not a graph input"
+        reads = tuple(self.read(t, layout) for t, layout in ((found.q, "u8"), (found.k, "s8"), (found.v, "s8rows")))
+        spaces = [self.space(self._tensor(read.tensor)) for read in reads]
+        width = found.q.shape[-1] if found.q.shape is not None else None
+        if spaces[0] is None or spaces.count(spaces[0]) != 3 or not isinstance(width, int):
+            return "its queries and keys are not the same tokens"
+        if width % found.heads or (width // found.heads) % 4:
+            return f"head size {width / found.heads:g} is not a multiple of 4"
+        # only a linear layer writes the forms that keys and values are read in
+        made = {op.y for op in self.ops if op.kind == "linear"}
+        quantized = all(read.form != FLOAT for read in reads) and all(read.tensor in made for read in reads[1:])
+        if not quantized:
+            reads = tuple(Read(read.tensor) for read in reads)
+        padding = found.mask.padding.name if found.mask.padding is not None else None
+        data: dict[str, object] = {"heads": found.heads, "scale": found.scale, "causal": found.mask.causal, "mask": padding}
+        kind = "attention" if quantized else "attention_float"
+        return Op(kind, reads, found.y.name, width, spaces[0], found.nodes, data, node.name)
+
+    def _norm(self, node: gs.Node) -> Op | str | None:
+        x = self._source(node.inputs[0])
+        space, rows = self.space(x), _last(x)
+        values = [g.constant(t) for t in node.inputs[1:]]
+        rank = len(x.shape) if x.shape is not None else 0
+        if space is None or rows is None or node.attrs.get("axis", -1) not in (-1, rank - 1):
+            return f"its input {x.name} is not [batch, tokens, features] of known sizes"
+        if any(v is None or v.shape != (rows,) for v in values) or any(g.consumers(y) for y in node.outputs[1:]):
+            return "its scale or bias is not one constant per feature"
+        beta = values[1].astype(np.float32) if len(values) > 1 and values[1] is not None else None
+        assert values[0] is not None
+        data: dict[str, object] = {"gamma": values[0].astype(np.float32), "beta": beta,
+                                   "eps": float(node.attrs.get("epsilon", 1e-5)), "rms": node.op == "RMSNormalization"}  # fmt: skip
+        return Op("layer_norm", (Read(x.name),), node.outputs[0].name, rows, space, (node,), data, node.name)
+
+    def _elementwise(self, node: gs.Node, x: gs.Tensor, op: str, nodes: tuple[gs.Node, ...]) -> Op | None:
+        x = self._source(x)
+        space, rows = self.space(x), _last(x)
+        if space is None or rows is None:
+            return None
+        return Op("unary", (Read(x.name),), node.outputs[0].name, rows, space, nodes, {"op": op}, node.name)
+
+    def _gelu(self, node: gs.Node) -> Op | None:
+        tanh = node.attrs.get("approximate", "none") == "tanh"
+        return self._elementwise(node, node.inputs[0], "gelu_tanh" if tanh else "gelu", (node,))
+
+    def _unary(self, node: gs.Node) -> Op | None:
+        users = g.consumers(node.outputs[0])
+        if node.op == "Sigmoid" and len(users) == 1 and users[0].op == "Mul":
+            return None  # part of SiLU, which its product matches
+        return self._elementwise(node, node.inputs[0], UNARY[node.op], (node,))
+
+    def _binary(self, node: gs.Node) -> Op | None:
+        embedded = self._embedding(node) if node.op == "Add" else None
+        if embedded is not None:
+            return embedded
+        a, b = (x if isinstance(x, gs.Constant) else self._source(x) for x in node.inputs)
+        gate = self._gate(node) if node.op == "Mul" else None
+        if gate is not None:
+            return gate
+        y = node.outputs[0].name
+        for x, other in ((a, b), (b, a)):
+            value = g.constant(other)
+            space, rows = self.space(x), _last(x)
+            if value is None or space is None or rows is None or value.dtype.kind != "f":
+                continue
+            if node.op == "Sub" and x is b:
+                return None
+            if value.size in (1, rows) and (value.ndim == 0 or value.shape[-1] in (1, rows)):
+                row = np.broadcast_to(value.reshape(-1).astype(np.float32), (rows,)).copy()
+                data = {"mul": row if node.op == "Mul" else None,
+                        "add": {"Add": row, "Sub": -row, "Mul": None}[node.op]}  # fmt: skip
+                return Op("affine", (Read(x.name),), y, rows, space, (node,), dict(data), node.name)
+            table = value.reshape(value.shape[-2:]) if value.ndim >= 2 and value.size == np.prod(value.shape[-2:]) else None
+            if node.op == "Add" and table is not None and not space.first and table.shape == (space.tokens, rows):
+                return Op("add_positions", (Read(x.name),), y, rows, space, (node,),
+                          {"table": table.astype(np.float32)}, node.name)  # fmt: skip
+        space, rows = self.space(a), _last(a)
+        if space is None or rows is None or self.space(b) != space or _last(b) != rows:
+            return None
+        return Op("binary", (Read(a.name), Read(b.name)), y, rows, space, (node,), {"op": BINARY[node.op]}, node.name)
+
+    def _gate(self, node: gs.Node) -> Op | None:
+        """x * Sigmoid(x) is SiLU, x * Sigmoid(1.702 x) the quick GELU."""
+        for x, other in (node.inputs, node.inputs[::-1]):
+            sigmoid = g.producer(other)
+            if sigmoid is None or sigmoid.op != "Sigmoid" or len(g.consumers(other)) != 1:
+                continue
+            if sigmoid.inputs[0] is x:
+                return self._elementwise(node, x, "silu", (node, sigmoid))
+            factor = g.producer(sigmoid.inputs[0])
+            value = g.constant(factor.inputs[1]) if factor is not None and factor.op == "Mul" else None
+            if factor is not None and value is not None and value.size == 1 and factor.inputs[0] is x:
+                if abs(float(value.item()) - 1.702) < 1e-6:
+                    return self._elementwise(node, x, "quick_gelu", (node, sigmoid))
+        return None
+
+    def _gather(self, node: gs.Node) -> Op | None:
+        embedded = self._embedding(node)
+        if embedded is not None:
+            return embedded
+        x, index = self._source(node.inputs[0]), g.constant(node.inputs[1])
+        space, rows = self.space(x), _last(x)
+        if space is None or space.first or rows is None or index is None or index.ndim or int(index.item()) != 0:
+            return None
+        if node.attrs.get("axis", 0) != 1:
+            return None
+        first = Space(space.batch, space.tokens, first=True)
+        return Op("first", (Read(x.name),), node.outputs[0].name, rows, first, (node,), {}, node.name)
+
+    def _view(self, node: gs.Node) -> Op | None:
+        """A graph output that is a token tensor without its last axis of size 1, or in half precision."""
+        x, y = self._source(node.inputs[0]), node.outputs[0]
+        space, rows = self.space(x), _last(x)
+        if space is None or rows is None or not g.is_output(self.graph, y) or g.consumers(y):
+            return None
+        if node.op == "Squeeze":
+            axes = g.constant(node.inputs[1]) if len(node.inputs) > 1 else None
+            last = len(x.shape) - 1
+            if rows != 1 or axes is None or axes.size != 1 or int(axes.item()) not in (-1, last):
+                return None
+        elif y.dtype != np.float16:
+            return None
+        data: dict[str, object] = {"view": "squeeze" if node.op == "Squeeze" else "float16"}
+        return Op("view", (Read(x.name),), y.name, rows, space, (node,), data, node.name)
+
+    def _embedding(self, node: gs.Node) -> Op | None:
+        """A sum of look-ups, matched at its last Add (or at a lone Gather)."""
+        users = g.consumers(node.outputs[0])
+        if any(user.op == "Add" and self._lookups(user.outputs[0]) is not None for user in users):
+            return None  # a larger sum holds this one
+        sources = self._lookups(node.outputs[0])
+        if not sources or not any(kind != "row" for kind, *_ in (source[0] for source in sources)):
+            return None
+        nodes = tuple(item for source in sources for item in source[2])
+        ids = next((self._tensor(str(s[0][1])) for s in sources if s[0][0] in ("input", "cumulative")), None)
+        if ids is None or ids.shape is None or None in ids.shape:
+            return None
+        rows = int(sources[0][1].shape[-1])
+        space = Space(ids.shape[0], ids.shape[1])
+        data: dict[str, object] = {"sources": [s[0] for s in sources], "tables": [s[1] for s in sources]}
+        return Op("embed", (), node.outputs[0].name, rows, space, tuple({id(n): n for n in nodes}.values()), data, node.name)
+
+    def _lookups(self, tensor: gs.Tensor) -> list[tuple[tuple[object, ...], np.ndarray, list[gs.Node]]] | None:
+        """(source, table, nodes) of each term of a sum of look-ups; None when a term is something else."""
+        value = g.constant(tensor)
+        if value is not None:
+            return [(("row", 0), value.reshape(1, -1), [])] if value.ndim == 1 and value.dtype == np.float32 else None
+        node = g.producer(tensor)
+        if node is None:
+            return None
+        if node.op == "Add":
+            if len(g.consumers(tensor)) == 0 and not g.is_output(self.graph, tensor):
+                return None
+            left, right = self._lookups(node.inputs[0]), self._lookups(node.inputs[1])
+            if left is None or right is None:
+                return None
+            return [*((s, t, [*n, node]) for s, t, n in left), *((s, t, [*n, node]) for s, t, n in right)]
+        table = g.constant(node.inputs[0]) if node.op == "Gather" and node.attrs.get("axis", 0) == 0 else None
+        if table is None or table.ndim != 2 or table.dtype != np.float32:
+            return None
+        ids = node.inputs[1]
+        if ids.name in self.inputs and ids.shape is not None and len(ids.shape) == 2:
+            return [(("input", ids.name), table, [node])]
+        positions = match_positions(ids)
+        if positions is None:
+            return None
+        if positions.ids is None:
+            return [(("position", positions.first), table, [node])]
+        if positions.ids.name not in self.inputs:
+            return None
+        return [(("cumulative", positions.ids.name, positions.pad), table, [node])]
+
+    def _patches(self, node: gs.Node) -> Op | str | None:
+        """Conv over patches -> Reshape -> Transpose -> Concat(class token, .): the front of a ViT."""
+        x, weight = node.inputs[0], g.constant(node.inputs[1])
+        bias = g.constant(node.inputs[2]) if len(node.inputs) > 2 else None
+        shape, kernel = x.shape, list(node.attrs.get("kernel_shape", []))
+        if x.name not in self.inputs or weight is None or shape is None or len(shape) != 4 or x.dtype != np.float32:
+            return "convolutions run on onnxruntime"
+        plain = node.attrs.get("group", 1) == 1 and not any(node.attrs.get("pads", [])) and kernel == node.attrs.get("strides")
+        if not plain or any(not isinstance(d, int) for d in shape[1:]) or any(d != 1 for d in node.attrs.get("dilations", [1])):
+            return "convolutions run on onnxruntime"
+        nodes, tensor = [node], node.outputs[0]
+        for op in ("Reshape", "Transpose", "Concat"):
+            users = g.consumers(tensor)
+            if len(users) != 1 or users[0].op != op:
+                return "no class token is put before its patches"
+            nodes.append(users[0])
+            tensor = users[0].outputs[0]
+        expand = g.producer(nodes[3].inputs[0])
+        row = g.constant(expand.inputs[0]) if expand is not None and expand.op == "Expand" else None
+        width = weight.shape[0]
+        count = (shape[2] // kernel[0]) * (shape[3] // kernel[1])
+        if row is None or row.size != width or nodes[3].attrs.get("axis") != 1 or nodes[2].attrs.get("perm") != [0, 2, 1]:
+            return "no class token is put before its patches"
+        if shape[2] % kernel[0] or shape[3] % kernel[1] or shape[0] is None or len(nodes[3].inputs) != 2:
+            return "its image is not a whole number of patches"
+        data: dict[str, object] = {
+            "input": x.name, "channels": shape[1], "patch": tuple(kernel), "weight": weight.reshape(width, -1),
+            "bias": None if bias is None else bias.astype(np.float32), "row": row.reshape(-1).astype(np.float32),
+        }  # fmt: skip
+        assert expand is not None
+        return Op("patch_embed", (), tensor.name, width, Space(shape[0], count + 1), (*nodes, expand), data, node.name)
+
+    def _tensor(self, name: str) -> gs.Tensor:
+        return self.tensors[name]
+
+
+def _last(tensor: gs.Tensor) -> int | None:
+    shape = tensor.shape
+    return shape[-1] if shape and isinstance(shape[-1], int) else None

@@ -1,0 +1,177 @@
+"""Cut a graph into native segments and onnxruntime segments."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import onnx_graphsurgeon as gs
+
+from nmcompile import graph as g
+from nmcompile.backends.cpu.match import Matcher, Op, Space
+
+# A native segment pays for moving its activations into the engine's layout from this many layers on.
+MIN_LAYERS = 2
+LAYERS = ("linear", "linear_float", "attention", "attention_float")
+
+
+@dataclass
+class Segment:
+    """Operations of the engine, or nodes for onnxruntime; `inputs` and `outputs` are tensor names."""
+
+    native: bool
+    ops: list[Op] = field(default_factory=list)
+    nodes: list[gs.Node] = field(default_factory=list)
+    inputs: list[str] = field(default_factory=list)
+    outputs: list[str] = field(default_factory=list)
+    mask: str | None = None
+
+
+Item = Op | gs.Node
+
+
+@dataclass(frozen=True)
+class Partition:
+    segments: tuple[Segment, ...]  # in the order in which they run
+    reasons: tuple[str, ...]  # why nodes fell to onnxruntime
+
+
+def partition(graph: gs.Graph) -> Partition:
+    """Segments in an order in which each finds its inputs ready.
+
+    Every item gets a level: that of its latest producer, one more where the kind changes. Items of one level and kind
+    are one segment, so segments cannot wait for each other in a circle. Native segments that would not pay, or whose
+    attentions disagree about the mask, give operations back to onnxruntime until all of them hold.
+    """
+    matcher = Matcher(graph)
+    reasons = dict(matcher.reasons)
+    banned: set[str] = set()
+    while True:
+        ops = [op for op in matcher.ops if op.y not in banned]
+        segments = _segments(graph, ops)
+        refused = [(op, why) for segment in segments if segment.native for op, why in _refuse(segment, graph)]
+        if not refused:
+            break
+        for op, why in refused:
+            banned.add(op.y)
+            reasons.setdefault(op.name, why)
+    outside = {node.name for segment in segments if not segment.native for node in segment.nodes}
+    told = tuple(f"{name}: runs on onnxruntime, {why}" for name, why in reasons.items() if name in outside)
+    return Partition(tuple(segments), told)
+
+
+def _segments(graph: gs.Graph, ops: Sequence[Op]) -> list[Segment]:
+    covered = {id(node) for op in ops for node in op.nodes}
+    made_by: dict[str, Item] = {op.y: op for op in ops}
+    for node in graph.nodes:
+        if id(node) not in covered:
+            made_by.update({y.name: node for y in node.outputs})
+    needed = _needed(graph, made_by)
+    order = _order(graph, ops, covered, needed)
+    level: dict[int, int] = {}
+    groups: dict[tuple[int, str], Segment] = {}
+    for item in order:
+        kind = item.space.key if isinstance(item, Op) else ""
+        depth = 0
+        for name in _reads(item):
+            before = made_by.get(name)
+            if before is not None:
+                other = before.space.key if isinstance(before, Op) else ""
+                depth = max(depth, level[id(before)] + (other != kind))
+        level[id(item)] = depth
+        segment = groups.setdefault((depth, kind), Segment(native=isinstance(item, Op)))
+        if isinstance(item, Op):
+            segment.ops.append(item)
+        else:
+            segment.nodes.append(item)
+    segments = [groups[key] for key in sorted(groups, key=lambda key: (key[0], key[1]))]
+    _connect(graph, segments)
+    return segments
+
+
+def _reads(item: Item) -> list[str]:
+    if isinstance(item, Op):
+        names = [read.tensor for read in item.reads]
+        given = [item.data.get("input"), item.data.get("mask")]
+        sources = item.data.get("sources", [])
+        assert isinstance(sources, list)
+        given += [source[1] for source in sources if source[0] in ("input", "cumulative")]
+        return names + [str(name) for name in given if name is not None]
+    return node_reads(item)
+
+
+def node_reads(node: gs.Node) -> list[str]:
+    """Names of the computed tensors a node reads, those captured by its sub-graphs among them."""
+    names = [x.name for x in node.inputs if x.name and not isinstance(x, gs.Constant)]
+    for sub in node.subgraphs(recursive=True):
+        made = {y.name for inner in sub.nodes for y in inner.outputs} | {t.name for t in sub.inputs}
+        read = [x for inner in sub.nodes for x in inner.inputs] + list(sub.outputs)
+        names += [x.name for x in read if x.name and x.name not in made and not isinstance(x, gs.Constant)]
+    return list(dict.fromkeys(names))
+
+
+def _needed(graph: gs.Graph, made_by: dict[str, Item]) -> set[int]:
+    """Items that the graph's outputs depend on; what only fed matched nodes is gone."""
+    seen: set[int] = set()
+    names = [t.name for t in graph.outputs]
+    while names:
+        item = made_by.get(names.pop())
+        if item is not None and id(item) not in seen:
+            seen.add(id(item))
+            names += _reads(item)
+    return seen
+
+
+def _order(graph: gs.Graph, ops: Sequence[Op], covered: set[int], needed: set[int]) -> list[Item]:
+    """Needed items, producers first: an operation stands where the last of its nodes stood."""
+    at = {id(node): i for i, node in enumerate(graph.nodes)}
+    items: list[tuple[int, Item]] = [(max(at[id(n)] for n in op.nodes), op) for op in ops if id(op) in needed]
+    items += [(at[id(n)], n) for n in graph.nodes if id(n) not in covered and id(n) in needed]
+    return [item for _, item in sorted(items, key=lambda pair: pair[0])]
+
+
+def _connect(graph: gs.Graph, segments: list[Segment]) -> None:
+    """Fill in what each segment takes and gives."""
+    outputs = [t.name for t in graph.outputs]
+    made = [
+        {op.y for op in s.ops} | {y.name for node in s.nodes for y in node.outputs if y.name} for s in segments
+    ]
+    for index, segment in enumerate(segments):
+        read = [name for item in [*segment.ops, *segment.nodes] for name in _reads(item)]
+        segment.inputs = [name for name in dict.fromkeys(read) if name not in made[index]]
+        masks = [str(op.data["mask"]) for op in segment.ops if op.data.get("mask") is not None]
+        segment.mask = Counter(masks).most_common(1)[0][0] if masks else None
+        if segment.native:
+            segment.inputs = [name for name in segment.inputs if name not in masks or _read_as_value(segment, name)]
+    for index, segment in enumerate(segments):
+        later = {name for other in segments for name in other.inputs if other is not segment} | set(outputs)
+        ordered = [op.y for op in segment.ops] + [y.name for node in segment.nodes for y in node.outputs]
+        segment.outputs = [name for name in ordered if name in later and name in made[index]]
+
+
+def _read_as_value(segment: Segment, name: str) -> bool:
+    return any(name in [n for n in _reads(op) if n != op.data.get("mask")] for op in segment.ops)
+
+
+def _refuse(segment: Segment, graph: gs.Graph) -> list[tuple[Op, str]]:
+    """Operations that this native segment cannot or should not keep, with the reason."""
+    if sum(op.kind in LAYERS for op in segment.ops) < MIN_LAYERS:
+        return [(op, "too little around it runs natively to pay for the way in and out") for op in segment.ops]
+    refused = []
+    made = {op.y: op.space for op in segment.ops}
+    for op in segment.ops:
+        if op.kind.startswith("attention") and op.data.get("mask") != segment.mask:
+            refused.append((op, "its mask differs from the other attentions'"))
+        if op.kind == "attention" and any(read.tensor not in made for read in op.reads):
+            refused.append((op, "its queries, keys or values are made outside"))
+        entering = [read.tensor for read in op.reads if read.tensor not in made]
+        if op.space.first and op.kind != "first" and entering:
+            refused.append((op, f"its input {entering[0]} has one vector per sequence and is made outside"))
+    patched = [op for op in segment.ops if op.kind == "patch_embed"]
+    if patched and (segment.mask is not None or len(patched) > 1 or any(op.kind == "embed" for op in segment.ops)):
+        refused += [(op, "patches and masks or other tokens do not mix") for op in patched]
+    return refused
+
+
+__all__ = ["Partition", "Segment", "Space", "node_reads", "partition"]

@@ -1,0 +1,242 @@
+"""Run a CPU plan: native segments on the engine, the others on onnxruntime. Needs neither onnx nor the compiler."""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from nmcompile import _native
+from nmcompile.errors import InputError, PlanError
+from nmcompile.plan import Plan
+from nmcompile.tensorinfo import TensorInfo
+
+Arrays = dict[str, np.ndarray]
+STEPS = frozenset({
+    "embed", "enter", "leave", "first", "layer_norm", "quantize", "linear", "linear_float", "attention", "attention_float",
+    "unary", "binary", "affine", "add_positions", "patches", "prepend",
+})  # fmt: skip
+
+
+class Session:
+    """A loaded plan. `run` may be called from several threads at once and releases the interpreter lock.
+
+    `inputs` and `outputs` describe the model's; free sizes are chosen at each run. `isa` names the kernels in use,
+    `threads` how many share the work; results do not depend on either.
+    """
+
+    def __init__(self, plan: Plan, *, threads: int | None = None, isa: str | None = None) -> None:
+        header = plan.header
+        if header.get("target") != "cpu":
+            raise PlanError(f"the plan is for target {header.get('target')!r}, not for the CPU; compile it with --target cpu")
+        if threads is not None and not 1 <= threads <= 1024:
+            raise InputError(f"threads={threads} is not between 1 and 1024; leave it out to use every core")
+        self.header: dict[str, Any] = header
+        self.plan = plan
+        self.threads = threads or _native.default_threads()
+        try:
+            self.inputs = tuple(_info(item) for item in header["inputs"])
+            self.outputs = tuple(_info(item) for item in header["outputs"])
+            self._segments = [self._open(segment, isa or "") for segment in header["segments"]]
+        except (KeyError, TypeError, AttributeError, IndexError) as error:
+            raise PlanError(f"the plan's description is damaged ({type(error).__name__}: {error}); compile it again") from None
+        natives = [segment for segment in self._segments if isinstance(segment, NativeSegment)]
+        self.isa = natives[0].program.isa if natives else "onnxruntime"
+
+    def _open(self, segment: Mapping[str, Any], isa: str) -> NativeSegment | OrtSegment:
+        if segment["kind"] == "native":
+            return NativeSegment(segment, self.plan, isa, self.threads)
+        if segment["kind"] == "onnxruntime":
+            return OrtSegment(segment, self.plan, self.threads)
+        raise PlanError(f"the plan has a segment of unknown kind {segment['kind']!r}; it is damaged or from a newer nmcompile")
+
+    def run(self, feeds: Mapping[str, np.ndarray], outputs: Sequence[str] | None = None) -> Arrays:
+        """Outputs by name for inputs by name; `outputs` picks some. Rows of padding tokens hold zeros.
+
+        Raises InputError for names, types, shapes or token ids that do not fit.
+        """
+        values: Arrays = check_feeds(feeds, self.inputs)
+        names = [info.name for info in self.outputs]
+        wanted = list(outputs) if outputs is not None else names
+        for name in wanted:
+            if name not in names:
+                raise InputError(f"there is no output {name!r}; the model has {', '.join(names)}")
+        for segment in self._segments:
+            values.update(segment.run(values))
+        return {name: values[name] for name in wanted}
+
+    def memory(self) -> int:
+        """Bytes of activation memory that the native segments hold now."""
+        return sum(s.program.memory() for s in self._segments if isinstance(s, NativeSegment))
+
+    def profile(self, feeds: Mapping[str, np.ndarray]) -> list[tuple[str, int]]:
+        """(step, nanoseconds) for one run, segment by segment; an onnxruntime segment counts as one step."""
+        values: Arrays = check_feeds(feeds, self.inputs)
+        times: list[tuple[str, int]] = []
+        for segment in self._segments:
+            made, spent = segment.profile(values)
+            values.update(made)
+            times += spent
+        return times
+
+
+class NativeSegment:
+    """A program of the engine, bound to the model's names."""
+
+    def __init__(self, segment: Mapping[str, Any], plan: Plan, isa: str, threads: int) -> None:
+        self.inputs = [str(name) for name in segment["inputs"]]
+        self.outputs = [str(name) for name in segment["outputs"]]
+        self.mask = segment["mask"]
+        self.views = {str(name): str(view) for name, view in segment["views"].items()}
+        try:
+            self.program = _native.Program(isa=isa, threads=threads)
+        except ValueError as error:
+            raise PlanError(str(error)) from None
+        try:
+            for rows, layout, geometry in segment["buffers"]:
+                self.program.buffer(rows=rows, layout=layout, geometry=geometry)
+            for step in segment["steps"]:
+                name = step["step"]
+                if name not in STEPS:
+                    raise PlanError(f"the plan has an unknown step {name!r}; it is damaged or from a newer nmcompile")
+                arguments = {key: _resolve(value, plan) for key, value in step.items() if key != "step"}
+                getattr(self.program, name)(**arguments)
+            self.program.prepare()
+        except (ValueError, TypeError, OverflowError) as error:
+            text = str(error).splitlines()[0]
+            raise PlanError(f"the plan's program does not fit together ({text}); compile it again") from None
+
+    def _feeds(self, values: Arrays) -> tuple[list[np.ndarray], np.ndarray | None]:
+        arrays = [_plain(values[name]) for name in self.inputs]
+        return arrays, None if self.mask is None else _plain(values[self.mask])
+
+    def run(self, values: Arrays) -> Arrays:
+        arrays, mask = self._feeds(values)
+        try:
+            results = self.program.run(inputs=arrays, mask=mask)
+        except ValueError as error:
+            raise InputError(self._named(str(error))) from None
+        return self._viewed(results)
+
+    def _viewed(self, results: Sequence[np.ndarray]) -> Arrays:
+        """Results by name, in the shape and type that the model gives them."""
+        made = dict(zip(self.outputs, results, strict=True))
+        for name, view in self.views.items():
+            made[name] = made[name][..., 0] if view == "squeeze" else made[name].astype(np.float16)
+        return made
+
+    def profile(self, values: Arrays) -> tuple[Arrays, list[tuple[str, int]]]:
+        arrays, mask = self._feeds(values)
+        results, spent = self.program.run_profiled(inputs=arrays, mask=mask)
+        steps = [f"{kind} {text}".strip() for kind, text in self.program.steps()]
+        return self._viewed(results), list(zip(steps, spent, strict=True))
+
+    def _named(self, text: str) -> str:
+        """The engine speaks of slots; users know names."""
+        return re.sub(r"input slot (\d+)", lambda m: f"input {self.inputs[int(m[1])]!r}", text)
+
+
+class OrtSegment:
+    """Part of the model as ONNX, opened in onnxruntime at its first run."""
+
+    def __init__(self, segment: Mapping[str, Any], plan: Plan, threads: int) -> None:
+        self.inputs = [str(name) for name in segment["inputs"]]
+        self.outputs = [str(name) for name in segment["outputs"]]
+        self.model = str(segment["model"])
+        self.plan = plan
+        self.threads = threads
+        self._session: Any = None
+        self._lock = threading.Lock()
+
+    def run(self, values: Arrays) -> Arrays:
+        with self._lock:
+            if self._session is None:
+                self._session = self._start()
+        try:
+            results = self._session.run(self.outputs, {name: values[name] for name in self.inputs})
+        except Exception as error:  # onnxruntime's exceptions have no common base
+            raise InputError(f"onnxruntime could not run {self.model}: {str(error).splitlines()[0][:300]}") from None
+        return dict(zip(self.outputs, results, strict=True))
+
+    def profile(self, values: Arrays) -> tuple[Arrays, list[tuple[str, int]]]:
+        from time import perf_counter_ns
+
+        start = perf_counter_ns()
+        made = self.run(values)
+        return made, [(f"onnxruntime {self.model}", perf_counter_ns() - start)]
+
+    def _start(self) -> Any:
+        import onnxruntime as ort
+
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = self.threads
+        options.log_severity_level = 3
+        try:
+            return ort.InferenceSession(self.plan.blobs(self.model), options, providers=["CPUExecutionProvider"])
+        except Exception as error:
+            text = str(error).splitlines()[0][:300]
+            raise PlanError(f"onnxruntime cannot open {self.model} of the plan: {text}") from None
+
+
+def check_feeds(feeds: Mapping[str, np.ndarray], inputs: Sequence[TensorInfo]) -> Arrays:
+    """The inputs as arrays of the right types and shapes; InputError names what does not fit and what would."""
+    names = [info.name for info in inputs]
+    for name in feeds:
+        if name not in names:
+            raise InputError(f"there is no input {name!r}; the model takes {', '.join(names)}")
+    sizes: dict[str, tuple[int, str]] = {}
+    values: Arrays = {}
+    for info in inputs:
+        if info.name not in feeds:
+            raise InputError(f"input {info.name!r} is missing; the model takes {', '.join(map(str, inputs))}")
+        array = np.asarray(feeds[info.name])
+        if array.dtype != info.dtype:
+            if array.dtype.kind not in "iu" or info.dtype.kind not in "iu":
+                raise InputError(
+                    f"input {info.name!r} is {array.dtype}, the model takes {info.dtype}; "
+                    f"convert it with .astype({info.dtype.name!r})"
+                )
+            array = array.astype(info.dtype)
+        if array.ndim != len(info.shape):
+            raise InputError(f"input {info.name!r} has shape {list(array.shape)}, the model takes {info}")
+        for size, dim in zip(array.shape, info.shape, strict=True):
+            if isinstance(dim, int) and size != dim:
+                raise InputError(f"input {info.name!r} has shape {list(array.shape)}, the model takes {info}")
+            if isinstance(dim, str) and sizes.setdefault(dim, (size, info.name))[0] != size:
+                other = sizes[dim]
+                raise InputError(
+                    f"input {info.name!r} has {dim}={size}, but input {other[1]!r} has {dim}={other[0]}; they must agree"
+                )
+        values[info.name] = array
+    return values
+
+
+def _plain(array: np.ndarray) -> np.ndarray:
+    """Contiguous, and of a type that the engine reads."""
+    if array.dtype.kind in "iub" and array.dtype not in (np.int64, np.int32, np.bool_):
+        array = array.astype(np.int64)
+    elif array.dtype.kind == "f" and array.dtype != np.float32:
+        array = array.astype(np.float32)
+    return np.ascontiguousarray(array)
+
+
+def _info(item: Mapping[str, Any]) -> TensorInfo:
+    return TensorInfo(str(item["name"]), np.dtype(item["dtype"]), tuple(item["shape"]))
+
+
+def _resolve(value: Any, plan: Plan) -> Any:
+    """Replace references {"array": name} by the plan's arrays, however deep they stand."""
+    if isinstance(value, dict):
+        if set(value) == {"array"}:
+            name = value["array"]
+            if name not in plan.arrays:
+                raise PlanError(f"the plan refers to an array {name!r} that it does not hold; compile it again")
+            return plan.arrays[name]
+        return {key: _resolve(item, plan) for key, item in value.items()}
+    if isinstance(value, list):
+        items = [_resolve(item, plan) for item in value]
+        return tuple(items) if items and isinstance(items[0], str) else items
+    return value

@@ -1,0 +1,74 @@
+"""Runs a graph on calibration data and keeps the statistics its passes ask for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_graphsurgeon as gs
+
+from nmcompile import graph as graphs
+from nmcompile.calibrate.data import Data, is_mask
+from nmcompile.calibrate.statistics import Statistics
+from nmcompile.errors import CalibrationError
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A run over `data`; `progress(done, total)` is called with samples after each batch."""
+
+    data: Data
+    progress: Callable[[int, int], None] | None = None
+
+    def collect(self, graph: gs.Graph, needs: Mapping[str, Sequence[str]]) -> Statistics:
+        """Statistics of the tensors in `needs` (name -> "range", "histogram", "squares"), in memory that no
+        data size changes.
+
+        Padding (attention_mask 0) is left out of tensors [batch, tokens, ...] and [batch * tokens, K]: the
+        model computes something there, but nobody reads it. CalibrationError names a tensor that is not
+        finite or was never seen.
+        """
+        statistics = Statistics()
+        if not needs:
+            return statistics
+        inputs = {info.name for info in graphs.inputs(graph)}
+        wanted = [name for name in needs if name not in inputs]
+        run = graphs.runner(graph, wanted, optimise=True) if wanted else None
+        total = self.data.samples
+        for feed in self.data:
+            values = {**feed, **(run(feed) if run else {})}
+            real = _real_tokens(feed)
+            for name, kinds in needs.items():
+                statistics.add(name, _without_padding(values[name], real), kinds)
+            statistics.count += next((array.shape[0] for array in feed.values() if array.ndim), 1)
+            if self.progress is not None:
+                self.progress(statistics.count, total)
+        return statistics
+
+
+def _real_tokens(feed: Mapping[str, Array]) -> Array | None:
+    """bool [batch, tokens], or None when nothing is padded."""
+    for name, array in feed.items():
+        if is_mask(name) and array.ndim == 2 and array.min() >= 0:  # an additive mask has negative values
+            real = array != 0
+            if not real.any():
+                raise CalibrationError(
+                    f"input '{name}' masks every token of a calibration batch; mend the data"
+                )
+            return None if real.all() else real
+    return None
+
+
+def _without_padding(values: Array, real: Array | None) -> Array:
+    if real is None:
+        return values
+    if values.shape[:2] == real.shape:
+        return np.asarray(values[real])  # [tokens, ...]
+    if values.ndim == 2 and values.shape[0] == real.size:
+        return np.asarray(values[real.ravel()])
+    return values

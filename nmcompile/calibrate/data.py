@@ -1,0 +1,328 @@
+"""Calibration data checked against the model's inputs, padded and cut into batches."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from nmcompile import graph as graphs
+from nmcompile.calibrate.sources import Record, Source, Tokenizer, load_tokenizer, records
+from nmcompile.errors import CalibrationError
+from nmcompile.tensorinfo import TensorInfo
+
+Array = npt.NDArray[Any]
+Feed = dict[str, Array]  # input name -> values, with or without the batch axis as the text says
+
+_SYNTHETIC_BATCHES = 8
+_SYNTHETIC_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class Data:
+    """Batches of inputs (name -> array), as often as wanted.
+
+    `synthetic` says that the values are made up, so that ranges taken from them mean little; `samples` counts
+    rows of batches.
+    """
+
+    inputs: tuple[TensorInfo, ...]
+    rows: tuple[Feed, ...]  # one sample each, without the batch axis; whole batches when synthetic
+    batch: int
+    pad_token: int = 0
+    synthetic: bool = False
+
+    @property
+    def samples(self) -> int:
+        if self.synthetic:
+            return sum(_batch_of(feed, self.inputs) for feed in self.rows)
+        return sum(map(len, self._groups()))
+
+    def __iter__(self) -> Iterator[Feed]:
+        if self.synthetic:
+            return iter(self.rows)
+        return (_stack(group, self.inputs, self.pad_token) for group in self._groups())
+
+    def _groups(self) -> Iterator[Sequence[Feed]]:
+        """Neighbours that make a batch; too few for a fixed batch size are dropped."""
+        sizes = (info.shape[0] for info in self.inputs if info.shape)
+        fixed = next((size for size in sizes if isinstance(size, int)), None)
+        size = fixed or self.batch
+        # A model without a mask would read padding as tokens, so there a batch has one shape.
+        runs = [self.rows] if _mask_input(self.inputs) else _equal_shapes(self.rows)
+        for run in runs:
+            for start in range(0, len(run), size):
+                group = run[start : start + size]
+                if fixed is None or len(group) == fixed:
+                    yield group
+
+
+def open_data(
+    source: Source | None,
+    inputs: Sequence[TensorInfo],
+    *,
+    tokenizer: str | Path | None = None,
+    max_length: int = 128,
+    batch: int = 8,
+    limit: int = 512,
+) -> Data:
+    """The first `limit` samples of `source`, checked against the model's `inputs`, in batches of `batch`.
+
+    source: a .npz file; a folder of .npz files, or of .npy files named like the inputs; a .jsonl file whose
+    lines are {"input_ids": [...]} or {"text": "...", "text_pair": "..."}; an iterable of such dicts; or None
+    for made-up data.
+    An array with one axis less than its input is one sample, with as many a batch, with one more a stack of
+    batches.
+    Text needs `tokenizer`, the path of a tokenizer.json, and is cut to `max_length` tokens, as are lists of
+    tokens.
+    Samples of unequal length are padded when the model takes an attention mask. Token types (zeros),
+    attention masks and position ids are made where the data lack them. A batch size fixed in the model wins
+    over `batch`.
+    CalibrationError when an input is missing, has another type or shape, holds NaN or Inf, or there are no
+    samples.
+    """
+    if batch < 1 or limit < 1 or max_length < 1:
+        raise CalibrationError("batch, limit and max_length of the calibration data must be at least 1")
+    infos = tuple(inputs)
+    if source is None:
+        return Data(infos, tuple(_synthetic(infos, max_length, batch, limit)), batch, synthetic=True)
+    length = _token_limit(infos, max_length)
+    text = load_tokenizer(tokenizer, length) if tokenizer is not None else None
+    rows: list[Feed] = []
+    for where, record in records(source):
+        feed = _feed(_tokenized(record, infos, text, where), infos, length, where)
+        rows.extend(itertools.islice(_rows(feed, infos, where), limit - len(rows)))
+        if len(rows) >= limit:
+            break
+    if not rows:
+        raise CalibrationError(f"the calibration data {_name(source)} hold no samples")
+    data = Data(infos, tuple(rows), batch, text.pad if text else 0)
+    first = next(iter(data), None)
+    if first is None:
+        raise CalibrationError(
+            f"{len(rows)} calibration samples do not fill one batch of the model ({_text(infos)}); give more"
+        )
+    return data
+
+
+def _name(source: object) -> str:
+    return f"'{source}'" if isinstance(source, str | Path) else "given"
+
+
+# From a record to samples of the model's inputs.
+
+
+def _tokenized(record: Record, infos: tuple[TensorInfo, ...], text: Tokenizer | None, where: str) -> Record:
+    """The record with the tokens of its text, unless the model itself has an input called text."""
+    if "text" not in record or any(info.name == "text" for info in infos):
+        return record
+    if text is None:
+        raise CalibrationError(f"{where} holds text; give the tokenizer of the model (a tokenizer.json)")
+    ids, types = _ids_input(infos), _input_like(infos, "token_type", "segment")
+    if ids is None:
+        raise CalibrationError(f"{where} holds text, but the model takes no tokens ({_text(infos)})")
+    tokens, kinds = text.encode(record)
+    return {**record, ids.name: tokens} | ({types.name: kinds} if types else {})
+
+
+def _feed(record: Record, infos: tuple[TensorInfo, ...], length: int, where: str) -> Feed:
+    """The arrays of the model's inputs; lists of tokens are cut to `length`."""
+    feed: Feed = {}
+    for info in infos:
+        if info.name not in record:
+            continue
+        value = record[info.name]
+        try:
+            array = np.asarray(value)
+        except ValueError as error:
+            raise CalibrationError(
+                f"{where}: input '{info.name}' is ragged; give one sample per record"
+            ) from error
+        cut = isinstance(value, list) and array.ndim == 1 and len(info.shape) == 2
+        feed[info.name] = _cast(array[:length] if cut else array, info, where)
+    return _complete(feed, infos, where, list(record))
+
+
+def _cast(array: Array, info: TensorInfo, where: str) -> Array:
+    """The array in the input's type, where no value changes its meaning."""
+    floats = info.dtype.kind == "f" or info.dtype.name == "bfloat16"
+    if array.size == 0:
+        raise CalibrationError(f"{where}: input '{info.name}' is empty")
+    fits = array.dtype == info.dtype or array.dtype.kind in ("biuf" if floats else "biu")
+    if not fits and not (array.dtype.name == "bfloat16" and floats):
+        raise CalibrationError(
+            f"{where}: input '{info.name}' is {array.dtype}, the model takes {info.dtype.name}"
+        )
+    if info.dtype.kind in "iu" and array.dtype.kind in "iu":
+        bounds = np.iinfo(info.dtype)
+        if int(array.min()) < bounds.min or int(array.max()) > bounds.max:
+            raise CalibrationError(
+                f"{where}: input '{info.name}' has values beyond the model's {info.dtype.name}"
+            )
+    with np.errstate(over="ignore"):
+        cast = array.astype(info.dtype, copy=False)
+    if floats and not np.isfinite(cast).all():
+        raise CalibrationError(
+            f"{where}: input '{info.name}' holds NaN or Inf as {info.dtype.name}; mend the data"
+        )
+    return cast
+
+
+def _complete(feed: Feed, infos: tuple[TensorInfo, ...], where: str, has: Sequence[str]) -> Feed:
+    """The feed with the inputs that can be made from its tokens; they take the tokens' shape, batch axis or
+    not.
+    """
+    tokens = _ids_input(infos)
+    shape = feed[tokens.name].shape if tokens and tokens.name in feed else _token_shape(feed, infos)
+    made: Feed = {}
+    for info in infos:
+        if info.name in feed:
+            continue
+        low = info.name.lower()
+        known = is_mask(low) or any(word in low for word in ("token_type", "segment", "position_ids"))
+        if shape is None or len(info.shape) != 2 or not known:
+            raise CalibrationError(
+                f"{where}: input '{info.name}' is missing (the data have: {', '.join(map(str, has))}); "
+                "name the arrays like the model's inputs"
+            )
+        if is_mask(low):
+            made[info.name] = np.ones(shape, info.dtype)
+        elif "position" in low:
+            made[info.name] = np.broadcast_to(np.arange(shape[-1]), shape).astype(info.dtype)
+        else:
+            made[info.name] = np.zeros(shape, info.dtype)
+    return feed | made
+
+
+def _token_shape(feed: Feed, infos: tuple[TensorInfo, ...]) -> tuple[int, ...] | None:
+    """[..., tokens] of the first embedded input [batch, tokens, channels]."""
+    found = (feed[info.name].shape[:-1] for info in infos if info.name in feed and len(info.shape) == 3)
+    return next(found, None)
+
+
+def _rows(feed: Feed, infos: tuple[TensorInfo, ...], where: str) -> Iterator[Feed]:
+    """The samples in a feed that holds one, a batch, or a stack of batches."""
+    extra = {info.name: feed[info.name].ndim - len(info.shape) for info in infos if info.shape}
+    depths = set(extra.values())
+    if len(depths) > 1 or not depths <= {-1, 0, 1}:
+        shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in feed.items())
+        raise CalibrationError(f"{where}: shapes {shapes} do not fit the model's inputs {_text(infos)}")
+    if depths <= {-1}:
+        _check_shape(feed, infos, where)
+        yield feed
+        return
+    counts = {feed[name].shape[0] for name in extra}
+    if len(counts) > 1:
+        sizes = ", ".join(f"{name} {feed[name].shape[0]}" for name in extra)
+        raise CalibrationError(f"{where}: the inputs have different numbers of samples: {sizes}")
+    for index in range(counts.pop()):
+        part = {name: array[index] if name in extra else array for name, array in feed.items()}
+        yield from _rows(part, infos, where)
+
+
+def _check_shape(sample: Feed, infos: tuple[TensorInfo, ...], where: str) -> None:
+    """Fixed sizes must be met, but tokens [batch, tokens] may be fewer, as they are padded."""
+    for info in infos:
+        sizes = sample[info.name].shape
+        for size, dim in zip(sizes, info.shape[1:], strict=False):
+            short = len(info.shape) == 2 and (info.dtype.kind in "iu" or is_mask(info.name))
+            if isinstance(dim, int) and (size > dim or (size < dim and not short)):
+                raise CalibrationError(
+                    f"{where}: a sample of shape {list(sizes)} does not fit the model's input {info}"
+                )
+
+
+# From samples to batches.
+
+
+def _stack(rows: Sequence[Feed], infos: tuple[TensorInfo, ...], pad_token: int) -> Feed:
+    ids = _ids_input(infos)
+    return {
+        info.name: _pad([row[info.name] for row in rows], info, pad_token if info is ids else 0)
+        if info.shape
+        else rows[0][info.name]
+        for info in infos
+    }
+
+
+def _pad(values: Sequence[Array], info: TensorInfo, fill: int) -> Array:
+    """[batch, ...]: the first axis of each sample padded at its end to the longest, or to the model's fixed
+    size.
+    """
+    if values[0].ndim == 0:
+        return np.stack(values)
+    fixed = info.shape[1]
+    length = fixed if isinstance(fixed, int) else max(value.shape[0] for value in values)
+    batch = np.full((len(values), length, *values[0].shape[1:]), fill, info.dtype)
+    for row, value in zip(batch, values, strict=True):
+        if value.shape[1:] != row.shape[1:]:
+            raise CalibrationError(
+                f"input '{info.name}' has samples of shapes {list(value.shape)} and {list(values[0].shape)}; "
+                "only the first axis is padded"
+            )
+        row[: value.shape[0]] = value
+    return batch
+
+
+def _synthetic(infos: tuple[TensorInfo, ...], max_length: int, batch: int, limit: int) -> Iterator[Feed]:
+    dims: dict[str, int] = {}
+    for info in infos:
+        if info.shape and isinstance(info.shape[0], str):
+            dims[info.shape[0]] = min(batch, limit)
+        if len(info.shape) == 2 and info.dtype.kind in "iu" and isinstance(info.shape[1], str):
+            dims[info.shape[1]] = min(max_length, _SYNTHETIC_TOKENS)
+    for seed in range(min(_SYNTHETIC_BATCHES, -(-limit // batch))):
+        yield graphs.random_feeds(infos, seed=seed, dims=dims)
+
+
+def _batch_of(feed: Feed, infos: tuple[TensorInfo, ...]) -> int:
+    return next((feed[info.name].shape[0] for info in infos if info.shape), 1)
+
+
+def _text(infos: tuple[TensorInfo, ...]) -> str:
+    return ", ".join(map(str, infos))
+
+
+# What an input is for, by its name.
+
+
+def _input_like(infos: tuple[TensorInfo, ...], *words: str) -> TensorInfo | None:
+    return next((info for info in infos if any(word in info.name.lower() for word in words)), None)
+
+
+def is_mask(name: str) -> bool:
+    """Named like a mask of padding: attention_mask, input_mask:0, but not masked_positions."""
+    return re.search(r"mask([:._]\d+)?$", name.lower()) is not None
+
+
+def _mask_input(infos: tuple[TensorInfo, ...]) -> TensorInfo | None:
+    return next((info for info in infos if len(info.shape) == 2 and is_mask(info.name)), None)
+
+
+def _ids_input(infos: tuple[TensorInfo, ...]) -> TensorInfo | None:
+    """The tokens [batch, tokens]: named input_ids, or else the first integers that are nothing else."""
+    tokens = tuple(
+        info
+        for info in infos
+        if len(info.shape) == 2
+        and info.dtype.kind in "iu"
+        and not any(word in info.name.lower() for word in ("mask", "token_type", "segment", "position"))
+    )
+    return _input_like(tokens, "input_ids") or (tokens[0] if tokens else None)
+
+
+def _token_limit(infos: tuple[TensorInfo, ...], max_length: int) -> int:
+    ids = _ids_input(infos)
+    fixed = ids.shape[1] if ids else None
+    return min(max_length, fixed) if isinstance(fixed, int) else max_length
+
+
+def _equal_shapes(rows: Sequence[Feed]) -> list[Sequence[Feed]]:
+    runs = itertools.groupby(rows, key=lambda row: [value.shape for value in row.values()])
+    return [tuple(run) for _, run in runs]

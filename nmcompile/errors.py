@@ -1,0 +1,31 @@
+"""The one tree of errors that a user can mend; the command line prints them as a single line and exits 1."""
+
+from __future__ import annotations
+
+
+class NmcompileError(Exception):
+    """Base of every error that names a thing of the user's and the remedy."""
+
+
+class GraphError(NmcompileError):
+    """The ONNX model cannot be read, written, verified or run."""
+
+
+class PassError(NmcompileError):
+    """A pass, its specification or its result is not valid."""
+
+
+class CalibrationError(NmcompileError):
+    """The calibration data do not fit the model."""
+
+
+class PlanError(NmcompileError):
+    """A plan file is damaged, of another version, or does not fit this machine."""
+
+
+class InputError(NmcompileError):
+    """An input given to a session or a function does not fit."""
+
+
+class UnsupportedError(NmcompileError):
+    """What was asked for exists, but not for this model, target or machine."""

@@ -1,0 +1,364 @@
+"""Between onnx's protobuf messages and GraphSurgeon's graphs.
+
+GraphSurgeon's own importer and exporter lose types of sequences, attributes of rarer kinds and empty lists,
+copy weights several times, and write a captured outer weight into every subgraph that reads it; hence these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+
+from nmcompile import onnx_file as files
+from nmcompile.errors import GraphError
+from nmcompile.onnx_file import Array
+
+Dim = int | str | None
+AttributeType = onnx.AttributeProto.AttributeType
+
+VALUE_OF_CONSTANT = {  # attributes of the Constant operator and the element type each stands for
+    "value_float": np.float32, "value_floats": np.float32, "value_int": np.int64, "value_ints": np.int64,
+    "value_string": object, "value_strings": object,
+}  # fmt: skip
+SPARSE_LIMIT = 1 << 31  # bytes up to which a sparse initializer is made dense
+
+
+# ---- from protobuf -----------------------------------------------------------------------------------------
+
+
+def import_graph(proto: onnx.GraphProto, weights: Mapping[str, Array], imports: Iterable[Any]) -> gs.Graph:
+    """The graph of a message; `weights` holds initializers that stand outside it.
+
+    GraphError: a tensor with two producers, an initializer given twice, a value that does not fit its type.
+    """
+    opsets = [onnx.helper.make_opsetid(item.domain, item.version) for item in imports]
+    return _graph(proto, weights, {}, opsets)
+
+
+def _graph(
+    proto: onnx.GraphProto, weights: Mapping[str, Array], outer: dict[str, gs.Tensor], opsets: Any
+) -> gs.Graph:
+    local: dict[str, gs.Tensor] = {}
+    for initializer in proto.initializer:
+        _declare(local, gs.Constant(initializer.name, _value(initializer, weights)), "initializer")
+    for sparse in proto.sparse_initializer:
+        _declare(local, gs.Constant(sparse.values.name, _dense(sparse)), "initializer")
+    inputs = []
+    for info in proto.input:
+        if info.name in local and isinstance(local[info.name], gs.Constant):
+            continue  # up to IR version 3 every initializer is listed as an input
+        _declare(local, _variable(info), "input")
+        inputs.append(local[info.name])
+    produced = {name for node in proto.node for name in node.output if name}
+    infos = {info.name: info for info in [*proto.value_info, *proto.output]}
+    nodes = []
+
+    def tensor(name: str) -> gs.Tensor:
+        if not name:
+            return gs.Variable.empty()
+        found = local.get(name)
+        if found is None and name not in produced:
+            found = outer.get(name)
+        if found is None:
+            found = local[name] = _variable(infos[name]) if name in infos else gs.Variable(name)
+        return found
+
+    made: set[str] = set()
+    given = {info.name for info in proto.input}
+    for node in proto.node:
+        for name in node.output:
+            if name and (name in made or name in given or isinstance(local.get(name), gs.Constant)):
+                raise GraphError(f"tensor '{name}' is produced twice, the second time by node '{node.name}' "
+                                 f"({node.op_type}); give each result a name of its own")  # fmt: skip
+            made.add(name)
+        values = _constant_node(node)
+        if values is not None:
+            earlier = local.get(node.output[0])
+            constant = gs.Constant(node.output[0], values) if earlier is None else earlier.to_constant(values)
+            local[constant.name] = constant
+            continue
+        ins = [tensor(name) for name in node.input]
+        outs = [tensor(name) for name in node.output]
+        attrs = {a.name: _attribute(a, {**outer, **local}, opsets) for a in node.attribute}
+        nodes.append(gs.Node(node.op_type, node.name, attrs, ins, outs, domain=node.domain or None))
+    outputs = [tensor(info.name) for info in proto.output]
+    opset = _default_opset(opsets)
+    return gs.Graph(nodes, inputs, outputs, proto.name, proto.doc_string or None, opset, opsets)
+
+
+def _declare(local: dict[str, gs.Tensor], tensor: gs.Tensor, kind: str) -> None:
+    if tensor.name in local:
+        raise GraphError(f"{kind} '{tensor.name}' is declared twice; give each a name of its own")
+    local[tensor.name] = tensor
+
+
+def _default_opset(opsets: Iterable[Any]) -> int:
+    return next((int(item.version) for item in opsets if item.domain in ("", "ai.onnx")), 0)
+
+
+def _value(proto: onnx.TensorProto, weights: Mapping[str, Array]) -> Array:
+    found = weights.get(proto.name)
+    return files.to_array(proto) if found is None else found
+
+
+def _dense(sparse: onnx.SparseTensorProto) -> Array:
+    """A sparse initializer's values [NNZ] at indices [NNZ] (of the flat array) or [NNZ, rank], as a full
+    array."""
+    what = f"sparse initializer '{sparse.values.name}'"
+    sized = onnx.TensorProto(name=sparse.values.name, data_type=sparse.values.data_type, dims=sparse.dims)
+    if files.byte_size(sized) > SPARSE_LIMIT:
+        raise GraphError(f"{what}: {list(sparse.dims)} is too large to be made dense; store it densely")
+    values, indices = files.to_array(sparse.values), files.to_array(sparse.indices)
+    dense = np.zeros(tuple(sparse.dims), values.dtype)
+    try:
+        if indices.ndim == 2:
+            dense[tuple(indices.T)] = values
+        else:
+            dense.reshape(-1)[indices] = values
+    except (IndexError, ValueError):
+        raise GraphError(f"{what}: indices do not fit {list(sparse.dims)}; export the model again") from None
+    return dense
+
+
+def _constant_node(node: onnx.NodeProto) -> Array | None:
+    """The value of a Constant operator, None for any other."""
+    if node.op_type != "Constant" or node.domain not in ("", "ai.onnx") or len(node.output) != 1:
+        return None
+    if len(node.attribute) != 1 or node.attribute[0].ref_attr_name:
+        return None
+    attribute = node.attribute[0]
+    if attribute.name == "value":
+        return files.to_array(attribute.t)
+    if attribute.name == "sparse_value":
+        return _dense(attribute.sparse_tensor)
+    if attribute.name not in VALUE_OF_CONSTANT:
+        return None
+    return np.array(onnx.helper.get_attribute_value(attribute), VALUE_OF_CONSTANT[attribute.name])
+
+
+def _attribute(proto: onnx.AttributeProto, outer: dict[str, gs.Tensor], opsets: Any) -> object:
+    if proto.type == AttributeType.GRAPH:
+        return _graph(proto.g, {}, outer, opsets)
+    if proto.type == AttributeType.TENSOR:
+        return gs.Constant(proto.t.name, files.to_array(proto.t))
+    if proto.type == AttributeType.STRING:
+        return _text(proto.s, proto)
+    if proto.type in (AttributeType.FLOAT, AttributeType.INT):
+        return proto.f if proto.type == AttributeType.FLOAT else proto.i
+    if proto.type in (AttributeType.INTS, AttributeType.FLOATS, AttributeType.STRINGS):
+        values = onnx.helper.get_attribute_value(proto)
+        if not values:
+            return proto  # an empty list does not tell its type
+        return [_text(value, proto) if isinstance(value, bytes) else value for value in values]
+    return proto  # a type, sparse tensor or list of tensors: kept as it is
+
+
+def _text(value: bytes, proto: onnx.AttributeProto) -> object:
+    try:
+        return value.decode()
+    except UnicodeDecodeError:
+        return value
+
+
+def _variable(info: onnx.ValueInfoProto) -> gs.Variable:
+    variable = gs.Variable(info.name)
+    annotate(variable, info.type)
+    return variable
+
+
+def annotate(variable: gs.Variable, kind: onnx.TypeProto) -> None:
+    """Set a variable's dtype and shape, or keep the whole type when it is no tensor's
+    (`variable.type_proto`)."""
+    which = kind.WhichOneof("value")
+    if which == "tensor_type":
+        variable.type = "tensor_type"
+        if kind.tensor_type.elem_type:
+            variable.dtype = _dtype(kind.tensor_type.elem_type)
+        variable.shape = shape_of(kind)
+    elif which is not None:
+        variable.type = which
+        variable.type_proto = kind
+
+
+def shape_of(kind: onnx.TypeProto) -> list[Dim] | None:
+    """Sizes, names of free dimensions, None for what is not known; None without even a rank."""
+    if not kind.tensor_type.HasField("shape"):
+        return None
+    return [_dim(dim) for dim in kind.tensor_type.shape.dim]
+
+
+def _dim(dim: Any) -> Dim:
+    if dim.HasField("dim_value"):
+        return int(dim.dim_value) if dim.dim_value >= 0 else None  # exporters write -1 for a free dimension
+    name = str(dim.dim_param)
+    return name if name and not name.startswith("unk__") else None  # unk__7: made up by shape inference
+
+
+def _dtype(number: int) -> np.dtype[Any] | int:
+    try:
+        return files.PLAIN.get(number) or np.dtype(onnx.helper.tensor_dtype_to_np_dtype(number))
+    except (KeyError, TypeError, ValueError):
+        return number
+
+
+# ---- to protobuf -------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Export:
+    """How constants are written: those of `aside` bytes and more are left out, their values gathered in
+    `weights`.
+
+    declared: whether what is left out keeps an initializer that says where its values are (`note`), or none
+    at all.
+    """
+
+    aside: int | None = None
+    declared: bool = False
+    weights: dict[str, Array] = field(default_factory=dict)
+
+
+def export_graph(graph: gs.Graph, export: Export, outer: frozenset[int] | None = None) -> onnx.GraphProto:
+    """The message of a graph; `outer` holds the ids of constants that enclosing graphs declare, None at the
+    top."""
+    proto = onnx.GraphProto(name=graph.name or "graph", doc_string=graph.doc_string or "")
+    declared = outer or frozenset()
+    constants = {id(t): t for t in _own_constants(graph) if id(t) not in declared}
+    for tensor in constants.values():
+        _initializer(proto, tensor, export, top=outer is None)
+    for node in graph.nodes:
+        proto.node.append(_node(node, graph, export, declared | constants.keys()))
+    proto.input.extend(_info(tensor) for tensor in graph.inputs)
+    proto.output.extend(_info(tensor) for tensor in graph.outputs)
+    edges = {t.name for t in [*graph.inputs, *graph.outputs]}
+    for node in graph.nodes:
+        for tensor in node.outputs:
+            if tensor.name and tensor.name not in edges and _annotated(tensor):
+                proto.value_info.append(_info(tensor))
+    return proto
+
+
+def _own_constants(graph: gs.Graph) -> list[gs.Tensor]:
+    """Constants the graph declares: those it reads, and of its subgraphs' those that are shared or large.
+
+    A large one is declared outside so that it can be kept apart; not when its name means something else
+    elsewhere.
+    """
+    found = {id(t): t for t in _direct_constants(graph)}
+    inner = [t for node in graph.nodes for sub in node.subgraphs() for t in all_constants(sub)]
+    shared = {id(t) for i, t in enumerate(inner) if any(t is other for other in inner[:i])}
+    names: dict[str, set[int]] = {}
+    for tensor in [*found.values(), *inner]:
+        names.setdefault(tensor.name, set()).add(id(tensor))
+    for tensor in inner:
+        if len(names[tensor.name]) == 1 and (id(tensor) in shared or tensor.values.nbytes >= files.LARGE):
+            found[id(tensor)] = tensor
+    return list(found.values())
+
+
+def _direct_constants(graph: gs.Graph) -> list[gs.Tensor]:
+    found = {id(t): t for node in graph.nodes for t in node.inputs if isinstance(t, gs.Constant)}
+    found.update({id(t): t for t in graph.outputs if isinstance(t, gs.Constant)})
+    return list(found.values())
+
+
+def all_constants(graph: gs.Graph) -> list[gs.Tensor]:
+    """Constants read by the graph or by its subgraphs, each once per subgraph."""
+    inner = [t for node in graph.nodes for sub in node.subgraphs() for t in all_constants(sub)]
+    return [*_direct_constants(graph), *inner]
+
+
+def _initializer(proto: onnx.GraphProto, tensor: gs.Constant, export: Export, top: bool) -> None:
+    values: Array = tensor.values
+    plain = values.dtype in files.ELEMENT_TYPE
+    if top and plain and export.aside is not None and values.nbytes >= export.aside:
+        export.weights[tensor.name] = values
+        if export.declared:
+            kind = files.element_type(values.dtype)
+            proto.initializer.append(files.declared(tensor.name, kind, values.shape))
+        return
+    proto.initializer.append(_tensor(tensor.name, values))
+
+
+def _tensor(name: str, values: Array) -> onnx.TensorProto:
+    if values.dtype in files.ELEMENT_TYPE:
+        proto = files.header(name, values)
+        proto.raw_data = bytes(files.raw_bytes(values))
+        return proto
+    return onnx.numpy_helper.from_array(values, name)
+
+
+def _node(node: gs.Node, graph: gs.Graph, export: Export, known: frozenset[int]) -> onnx.NodeProto:
+    proto = onnx.NodeProto(op_type=node.op, name=node.name or "", domain=node.domain or "")
+    proto.input.extend(tensor.name for tensor in node.inputs)
+    proto.output.extend(tensor.name for tensor in node.outputs)
+    for name, value in node.attrs.items():
+        if value is None:
+            continue
+        try:
+            proto.attribute.append(_export_attribute(name, value, node, graph, export, known))
+        except (TypeError, ValueError) as error:
+            raise GraphError(f"node '{node.name}' ({node.op}): attribute {name}={value!r} cannot be written "
+                             f"({str(error).splitlines()[0]}); give it an ONNX type") from None  # fmt: skip
+    return proto
+
+
+def _export_attribute(
+    name: str, value: Any, node: gs.Node, graph: gs.Graph, export: Export, known: frozenset[int]
+) -> onnx.AttributeProto:
+    if isinstance(value, onnx.AttributeProto):
+        return value
+    if isinstance(value, gs.Graph):
+        return onnx.helper.make_attribute(name, export_graph(value, export, known))
+    if isinstance(value, gs.Tensor):
+        return onnx.helper.make_attribute(name, _tensor(value.name, value.values))
+    if isinstance(value, np.ndarray):
+        return onnx.helper.make_attribute(name, _tensor("", value))
+    if isinstance(value, (np.dtype, type)):
+        value = files.element_type(np.dtype(value))
+    kind = _declared_type(node, graph, name)
+    if kind == AttributeType.FLOAT and isinstance(value, (int, np.integer)):
+        value = float(value)  # alpha=1 would be written as an integer, which runtimes refuse
+    if kind == AttributeType.FLOATS and isinstance(value, (list, tuple)):
+        value = [float(item) for item in value]
+    return onnx.helper.make_attribute(name, value, attr_type=kind)
+
+
+def _declared_type(node: gs.Node, graph: gs.Graph, name: str) -> int | None:
+    """The attribute's type by the operator's schema, None when that is not known."""
+    try:
+        schema = onnx.defs.get_schema(node.op, max(int(graph.opset or 1), 1), node.domain or "")
+    except onnx.defs.SchemaError:
+        return None
+    attribute = schema.attributes.get(name)
+    return None if attribute is None else int(attribute.type.value)  # type: ignore[attr-defined]
+
+
+def _annotated(tensor: gs.Tensor) -> bool:
+    return isinstance(tensor, gs.Variable) and (
+        tensor.dtype is not None or tensor.type not in (None, "tensor_type")
+    )
+
+
+def _info(tensor: gs.Tensor) -> onnx.ValueInfoProto:
+    kind = getattr(tensor, "type_proto", None)
+    if kind is not None:
+        return onnx.ValueInfoProto(name=tensor.name, type=kind)
+    if tensor.dtype is None:
+        return onnx.ValueInfoProto(name=tensor.name)
+    info = onnx.ValueInfoProto(name=tensor.name)
+    info.type.tensor_type.elem_type = files.element_type(tensor.dtype)
+    if tensor.shape is not None:
+        info.type.tensor_type.shape.SetInParent()
+        for dim in tensor.shape:
+            item = info.type.tensor_type.shape.dim.add()
+            if isinstance(dim, str):
+                item.dim_param = dim
+            elif dim is not None and dim >= 0:
+                item.dim_value = int(dim)
+    return info

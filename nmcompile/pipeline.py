@@ -1,0 +1,230 @@
+"""What a pass is, what it reports, and how passes are run one after another."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import onnx_graphsurgeon as gs
+
+from nmcompile import graph as g
+from nmcompile.errors import GraphError, NmcompileError, PassError
+from nmcompile.spec import parse_spec, spec
+
+__all__ = ["CalibratedPass", "Collector", "Observer", "Pass", "Pipeline", "Report", "parse_spec", "spec"]
+
+Array = npt.NDArray[Any]
+Values = Mapping[str, Array]
+
+RTOL, ATOL = (
+    1e-3,
+    1e-4,
+)  # of a value, and of the largest value of its tensor; ten times that for 16-bit floats
+BATCH = 64  # tensors fetched at once when a difference is searched for
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a pass did: how many things it changed, facts by name (JSON-able), and remarks such as why not."""
+
+    changed: int = 0
+    detail: Mapping[str, object] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+class Pass:
+    """Base of the passes: a frozen dataclass whose fields are its options, of type str, int, float, bool or
+    tuple[str, ...].
+
+    name: the kebab-case of the class name unless given. preserves: the pass keeps what the graph computes,
+    which the pipeline can check.
+    """
+
+    name: ClassVar[str] = "pass"
+    preserves: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **arguments: Any) -> None:
+        super().__init_subclass__(**arguments)
+        if "name" not in cls.__dict__:
+            cls.name = re.sub(r"(?<!^)(?=[A-Z])", "-", cls.__name__).lower()
+
+    def run(self, graph: gs.Graph) -> Report:
+        """Change the graph in place; raises NmcompileError for what the user can mend."""
+        raise NotImplementedError
+
+
+class CalibratedPass(Pass):
+    """A pass that reads statistics of tensors, which the pipeline collects before it runs."""
+
+    def needs(self, graph: gs.Graph) -> dict[str, tuple[str, ...]]:
+        """Statistics wanted by tensor name: "range", "histogram", "squares"; empty when none are."""
+        raise NotImplementedError
+
+    def run(self, graph: gs.Graph, statistics: Any = None) -> Report:
+        """As Pass.run; `statistics` (nmcompile.calibrate.Statistics) holds what `needs` asked for, None if
+        nothing."""
+        raise NotImplementedError
+
+
+class Collector(Protocol):
+    """Collects statistics of a graph's tensors; nmcompile.calibrate.Calibration is one."""
+
+    def collect(self, graph: gs.Graph, needs: Mapping[str, Sequence[str]]) -> Any: ...
+
+
+Observer = Callable[[Pass, gs.Graph, Report, float], None]  # (pass, graph after it, its report, seconds)
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """Passes in order, and what goes on around them.
+
+    observers: called after each pass. verify: run the graph in onnxruntime before and after each pass that
+    preserves what it computes. calibration: collects what calibrated passes need.
+    """
+
+    passes: Sequence[Pass]
+    observers: Sequence[Observer] = field(default=(), kw_only=True)
+    verify: bool = field(default=False, kw_only=True)
+    calibration: Collector | None = field(default=None, kw_only=True)
+
+    def run(self, graph: gs.Graph) -> tuple[gs.Graph, tuple[Report, ...]]:
+        """(the graph after all passes, each pass's report); the graph given stays as it is.
+
+        PassError, one line: the pass, what is wrong, and the passes that ran before it.
+        """
+        graph = g.copy(graph)
+        reports: list[Report] = []
+        done: list[str] = []
+        check = _Check() if self.verify else None
+        for pass_ in self.passes:
+            try:
+                start = time.perf_counter()
+                if check is not None:
+                    check.before(pass_, graph)
+                report = self._run(pass_, graph)
+                seconds = time.perf_counter() - start
+                g.verify(graph, pass_.name)
+                if check is not None:
+                    check.after(pass_, graph)
+            except NmcompileError as error:
+                raise PassError(_told(pass_, error, done)) from error
+            except Exception as error:
+                error.add_note(f"in pass {spec(pass_)}{_after(done)}")
+                raise
+            reports.append(report)
+            done.append(spec(pass_))
+            for observer in self.observers:
+                observer(pass_, graph, report, seconds)
+        return graph, tuple(reports)
+
+    def _run(self, pass_: Pass, graph: gs.Graph) -> Report:
+        if not isinstance(pass_, CalibratedPass):
+            return pass_.run(graph)
+        needs = pass_.needs(graph)
+        if not needs:
+            return pass_.run(graph, None)
+        if self.calibration is None:
+            raise PassError("needs calibration data; give the pipeline calibration=..., or --calibration")
+        return pass_.run(graph, self.calibration.collect(graph, needs))
+
+
+def _told(pass_: Pass, error: NmcompileError, done: Sequence[str]) -> str:
+    text = " ".join(str(error).split())
+    for prefix in (f"{pass_.name}: ", f"{pass_.name}, ", f"{pass_.name} "):
+        text = text.removeprefix(prefix)
+    return f"{spec(pass_)}: {text}{_after(done)}"
+
+
+def _after(done: Sequence[str]) -> str:
+    return f" (after {', '.join(done)})" if done else ""
+
+
+# ---- the numerical check -----------------------------------------------------------------------------------
+
+
+class _Check:
+    """Compares what the graph computes on made-up inputs before and after a pass."""
+
+    def __init__(self) -> None:
+        self._graph: gs.Graph | None = None  # a copy from before the pass
+        self._values: Values | None = None  # its outputs; kept from pass to pass while passes preserve them
+
+    def before(self, pass_: Pass, graph: gs.Graph) -> None:
+        if not pass_.preserves:
+            self._values = None
+            return
+        self._graph = g.copy(graph)
+        if self._values is None:
+            self._values = g.run(graph, _feeds(graph))
+
+    def after(self, pass_: Pass, graph: gs.Graph) -> None:
+        if not pass_.preserves or self._values is None or self._graph is None:
+            return
+        if [i.name for i in g.inputs(graph)] != [i.name for i in g.inputs(self._graph)]:
+            raise PassError("changes the graph's inputs, so it does not preserve what the graph computes")
+        if [i.name for i in g.outputs(graph)] != [i.name for i in g.outputs(self._graph)]:
+            raise PassError("changes the graph's outputs, so it does not preserve what the graph computes")
+        feeds = _feeds(self._graph)
+        try:
+            values = g.run(graph, feeds)
+        except GraphError as error:
+            raise PassError(f"the graph after it does not run: {error}") from error
+        for name, expected in self._values.items():
+            problem = difference(expected, values[name])
+            if problem:
+                place = _first_difference(self._graph, graph, feeds) or f"output '{name}' {problem}"
+                raise PassError(f"does not preserve what the graph computes: {place}")
+
+
+def _feeds(graph: gs.Graph) -> dict[str, Array]:
+    return g.random_feeds(g.inputs(graph), seed=0)
+
+
+def difference(expected: Any, found: Any) -> str:
+    """How an array departs from the expected one beyond the tolerance; "" when it does not."""
+    if not isinstance(expected, np.ndarray) or not isinstance(found, np.ndarray):
+        return ""  # sequences and maps are not compared
+    if expected.shape != found.shape:
+        return f"has shape {list(found.shape)} instead of {list(expected.shape)}"
+    if expected.dtype != found.dtype:
+        return f"has type {found.dtype} instead of {expected.dtype}"
+    if not expected.size or expected.dtype.kind in "OSUT":
+        return ""
+    wide, other = expected.astype(np.float64), found.astype(np.float64)
+    finite = wide[np.isfinite(wide)]
+    scale = float(np.abs(finite).max(initial=0.0)) or 1.0
+    loose = 10 if expected.dtype.itemsize <= 2 and expected.dtype.kind in "fV" else 1
+    with np.errstate(invalid="ignore"):
+        error = np.abs(wide - other)
+        allowed = loose * (ATOL * scale + RTOL * np.abs(wide))
+        wrong = ~((error <= allowed) | (wide == other) | (np.isnan(wide) & np.isnan(other)))
+    if not wrong.any():
+        return ""
+    worst = float(np.max(error[wrong & np.isfinite(error)], initial=0.0))
+    share = f"{wrong.sum()} of {wrong.size} values"
+    return f"differs in {share}, by up to {worst:.3g} where the largest is {scale:.3g}"
+
+
+def _first_difference(before: gs.Graph, after: gs.Graph, feeds: Values) -> str:
+    """The first node of `after` whose result, present under the same name in `before`, is another; "" for
+    none."""
+    old = {t.name for node in before.nodes for t in node.outputs if t.name}
+    made = [(node, t.name) for node in after.nodes for t in node.outputs if t.name in old]
+    for start in range(0, len(made), BATCH):
+        batch = made[start : start + BATCH]
+        names = [name for _, name in batch]
+        try:
+            expected, found = g.run(before, feeds, names), g.run(after, feeds, names)
+        except GraphError:
+            continue
+        for node, name in batch:
+            problem = difference(expected[name], found[name])
+            if problem:
+                return f"node '{node.name}' ({node.op}): '{name}' {problem}"
+    return ""

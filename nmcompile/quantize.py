@@ -1,0 +1,93 @@
+"""Scales, rounding, quantization and dequantization to eight bits; arrays only, knows no graph.
+
+Arithmetic is that of ONNX QuantizeLinear and DequantizeLinear: q = saturate(round_half_even(x / scale) +
+zero_point) and x = (q - zero_point) * scale, in float32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from nmcompile.errors import InputError
+
+Array = npt.NDArray[Any]
+QuantType = Literal["uint8", "int8"]
+
+_TINY = float(np.finfo(np.float32).tiny)  # a smaller scale is flushed to zero by some processors
+
+
+@dataclass(frozen=True)
+class QuantParams:
+    """How a tensor is quantized as a whole; `scale` is a float32 value, > 0."""
+
+    scale: float
+    zero_point: int
+    dtype: QuantType
+
+
+def weight_scales(weight: Array) -> npt.NDArray[np.float32]:
+    """Symmetric scales, float32 [N], of weight [N outputs, K inputs]: the largest |w| of a row is 127; a zero
+    row has 1.
+
+    InputError when a weight is NaN or infinite.
+    """
+    largest = np.abs(weight.astype(np.float32)).max(axis=1, initial=0.0)
+    if not np.isfinite(largest).all():
+        row = int(np.flatnonzero(~np.isfinite(largest))[0])
+        raise InputError(
+            f"the weights of output {row} hold NaN or Inf; mend the model before it is quantized"
+        )
+    scales = np.maximum(largest / np.float32(127), np.float32(_TINY))
+    return np.where(largest > 0, scales, np.float32(1))
+
+
+def quantize_weight(weight: Array) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:
+    """(int8 [N, K] within +-127, scales float32 [N]) of weight [N outputs, K inputs]; zeros stay zeros."""
+    scales = weight_scales(weight)
+    rounded = np.rint(weight.astype(np.float32) / scales[:, None])
+    return np.clip(rounded, -127, 127).astype(np.int8), scales
+
+
+def activation_params(lo: float, hi: float, dtype: QuantType) -> QuantParams:
+    """Parameters for values in [lo, hi], widened to hold 0, which is represented exactly.
+
+    uint8: asymmetric, 255 steps from lo to hi. int8: symmetric, zero point 0, 127 steps to the larger side.
+    An empty range [0, 0] has scale 1.
+    """
+    if not (np.isfinite(lo) and np.isfinite(hi)) or lo > hi:
+        raise InputError(
+            f"[{lo:g}, {hi:g}] is not a range to quantize; calibrate with data that give finite values"
+        )
+    lo, hi = min(float(lo), 0.0), max(float(hi), 0.0)
+    if dtype == "int8":
+        return QuantParams(_scale(max(-lo, hi), 127), 0, "int8")
+    if dtype == "uint8":
+        scale = _scale(hi - lo, 255)
+        return QuantParams(scale, int(np.clip(np.rint(-lo / scale), 0, 255)), "uint8")
+    raise InputError(f"quantization type '{dtype}' is not known; use uint8 or int8")
+
+
+def quantize(
+    x: Array, scale: float | Array, zero_point: int | Array, dtype: QuantType
+) -> npt.NDArray[np.uint8] | npt.NDArray[np.int8]:
+    """uint8 or int8, the shape of x; `scale` and `zero_point` are scalars or broadcast against x."""
+    rounded = np.rint(x.astype(np.float32) / np.asarray(scale, np.float32))
+    shifted: npt.NDArray[np.float32] = rounded + np.asarray(zero_point, np.float32)
+    if dtype == "uint8":
+        return np.clip(shifted, 0, 255).astype(np.uint8)
+    return np.clip(shifted, -128, 127).astype(np.int8)
+
+
+def dequantize(q: Array, scale: float | Array, zero_point: int | Array) -> npt.NDArray[np.float32]:
+    """float32, the shape of q."""
+    shifted = q.astype(np.int32) - np.asarray(zero_point, np.int32)
+    return shifted.astype(np.float32) * np.asarray(scale, np.float32)
+
+
+def _scale(span: float, steps: int) -> float:
+    """span / steps as a float32 value, never zero."""
+    return max(float(np.float32(span / steps)), _TINY) if span > 0 else 1.0

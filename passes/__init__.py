@@ -1,0 +1,40 @@
+"""The built-in passes, one file each; `BUILTIN` is the registry that spec strings are read against."""
+
+from __future__ import annotations
+
+from nmcompile.passes.block_prune import BlockPrune
+from nmcompile.passes.canonicalise_embeddings import CanonicaliseEmbeddings
+from nmcompile.passes.canonicalise_linear import CanonicaliseLinear
+from nmcompile.passes.expand_fused import ExpandFused
+from nmcompile.passes.fold_constants import FoldConstants
+from nmcompile.passes.fuse_attention import FuseAttention
+from nmcompile.passes.fuse_gelu import FuseGelu
+from nmcompile.passes.fuse_layer_norm import FuseLayerNorm
+from nmcompile.passes.insert_qdq import InsertQdq
+from nmcompile.passes.magnitude_prune import MagnitudePrune
+from nmcompile.passes.n_m_prune import NMPrune
+from nmcompile.passes.raise_opset import RaiseOpset
+from nmcompile.passes.simplify_shapes import SimplifyShapes
+from nmcompile.passes.smooth_activations import SmoothActivations
+from nmcompile.passes.widen_floats import WidenFloats
+from nmcompile.pipeline import Pass
+
+BUILTIN: tuple[type[Pass], ...] = (
+    RaiseOpset,
+    ExpandFused,
+    WidenFloats,
+    FoldConstants,
+    SimplifyShapes,
+    CanonicaliseLinear,
+    FuseLayerNorm,
+    FuseGelu,
+    FuseAttention,
+    CanonicaliseEmbeddings,
+    MagnitudePrune,
+    NMPrune,
+    BlockPrune,
+    SmoothActivations,
+    InsertQdq,
+)
+
+__all__ = [*(item.__name__ for item in BUILTIN), "BUILTIN"]

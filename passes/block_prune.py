@@ -1,0 +1,38 @@
+"""BlockPrune: zero whole blocks of weights, the unit that sparse kernels skip."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import onnx_graphsurgeon as gs
+
+from nmcompile import sparsity as sp
+from nmcompile.errors import PassError
+from nmcompile.passes.pruning import PruningPass, prune, select
+from nmcompile.pipeline import Report
+
+if TYPE_CHECKING:
+    from nmcompile.calibrate import Statistics
+
+
+@dataclass(frozen=True)
+class BlockPrune(PruningPass):
+    """Zero the blocks of least score in every linear layer but heads and poolers.
+
+    MatMul(x, W)  ->  MatMul(x, W * keep)      keep is constant over each block of outputs x inputs
+    """
+
+    sparsity: float = 0.8
+    block: str = "2x4"  # outputs x inputs
+    criterion: str = "magnitude"
+    ranking: str = "uniform"
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+
+    def run(self, graph: gs.Graph, statistics: Statistics | None = None) -> Report:
+        pattern = sp.parse_pattern(self.block)
+        if not isinstance(pattern, sp.Block):
+            raise PassError(f"block={self.block} is not a block; write outputs x inputs, for example 2x4")
+        selection = select(graph, self.include, self.exclude)
+        return prune(graph, pattern, self.sparsity, self.criterion, self.ranking, selection, statistics)

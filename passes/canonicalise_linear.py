@@ -1,0 +1,138 @@
+"""CanonicaliseLinear: one form for every product with a constant matrix."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from nmcompile import graph as g
+from nmcompile.canonical import Builder
+from nmcompile.pipeline import Pass, Report
+
+
+@dataclass(frozen=True)
+class CanonicaliseLinear(Pass):
+    """Turn Gemm and merged projections into MatMul + Add.
+
+    Reshape -> Gemm(x, W, b, transB=1) -> Reshape  ->  Add(MatMul(x, W'), b)
+    Split(Add(MatMul(x, Wqkv), b), axis=-1)        ->  three MatMul + Add, each with its part of Wqkv
+    """
+
+    preserves: ClassVar[bool] = True
+
+    def run(self, graph: gs.Graph) -> Report:
+        g.infer_shapes(graph)
+        notes: list[str] = []
+        gemms = [_gemm(graph, node, notes) for node in list(graph.nodes) if node.op == "Gemm"]
+        for node in graph.nodes:
+            if node.op == "Add" and g.constant(node.inputs[0]) is not None and g.constant(node.inputs[1]) is None:
+                node.inputs = [node.inputs[1], node.inputs[0]]  # the constant second, one form for readers
+        g.cleanup(graph)
+        g.infer_shapes(graph)
+        flat = sum(_unflatten(graph, node) for node in list(graph.nodes) if node.op == "MatMul")
+        g.cleanup(graph)
+        split = sum(_split(graph, node) for node in list(graph.nodes) if node.op == "Split")
+        g.cleanup(graph)
+        if flat or split or any(gemms):
+            g.infer_shapes(graph)
+        return Report(changed=sum(gemms) + flat + split, detail={"linear": len(g.linear_layers(graph))},
+                      notes=tuple(notes))  # fmt: skip
+
+
+def _gemm(graph: gs.Graph, node: gs.Node, notes: list[str]) -> int:
+    x, y = node.inputs[0], node.outputs[0]
+    weight = g.constant(node.inputs[1])
+    bias = g.constant(node.inputs[2]) if len(node.inputs) > 2 and not node.inputs[2].is_empty() else np.zeros(0)
+    alpha, beta = float(node.attrs.get("alpha", 1.0)), float(node.attrs.get("beta", 1.0))
+    if weight is None or bias is None or node.attrs.get("transA", 0):
+        if g.producer(node.inputs[1]) is None or g.producer(node.inputs[1]).op != "DequantizeLinear":
+            notes.append(f"{node.name}: Gemm kept, its weight or bias is not constant or A is transposed")
+        return 0
+    if bias.size and bias.size not in (1, weight.shape[0 if node.attrs.get("transB", 0) else 1]):
+        notes.append(f"{node.name}: Gemm kept, its bias of shape {list(bias.shape)} is not one value per output")
+        return 0
+    matrix = weight.T if node.attrs.get("transB", 0) else weight
+    if alpha != 1.0:
+        matrix = matrix * weight.dtype.type(alpha)
+    b = Builder(graph, node.name)
+    users = [] if matrix is not weight else [node.inputs[1]]
+    stored = users[0] if users else b.constant(np.ascontiguousarray(matrix), "weight")
+    product = gs.Variable(g.fresh(graph, f"{y.name}/product"), y.dtype, y.shape)
+    graph.nodes.append(gs.Node("MatMul", node.name, inputs=[x, stored], outputs=[product]))
+    node.name = g.fresh(graph, f"{node.name}/bias")
+    if bias.size:
+        full = np.broadcast_to(bias.reshape(-1) * bias.dtype.type(beta), (matrix.shape[1],)).copy()
+        graph.nodes.append(gs.Node("Add", node.name, inputs=[product, b.constant(full, "bias")], outputs=[y]))
+        node.outputs.clear()
+    else:
+        node.outputs.clear()
+        product.inputs[0].outputs = [y]
+    return 1
+
+
+def _unflatten(graph: gs.Graph, node: gs.Node) -> int:
+    """Reshape [b, s, k] -> [b*s, k], MatMul (+ Add), Reshape -> [b, s, n] becomes a product in three dimensions."""
+    if g.constant(node.inputs[1]) is None or len(node.inputs[1].shape) != 2:
+        return 0
+    before = g.producer(node.inputs[0])
+    if before is None or before.op != "Reshape":
+        return 0
+    source = before.inputs[0]
+    last = node
+    users = g.consumers(node.outputs[0])
+    if len(users) == 1 and users[0].op == "Add" and g.constant(users[0].inputs[1]) is not None:
+        last = users[0]
+    users = g.consumers(last.outputs[0])
+    if source.shape is None or len(source.shape) < 3 or not users or g.is_output(graph, last.outputs[0]):
+        return 0
+    lead = list(source.shape[:-1])
+    if source.shape[-1] != node.inputs[1].shape[0] or None in lead:
+        return 0
+    for user in users:
+        shape = user.outputs[0].shape if user.op == "Reshape" else None
+        if shape is None or list(shape[: len(lead)]) != lead:
+            return 0
+    full = [*lead, int(node.inputs[1].shape[1])]
+    node.inputs[0] = source
+    node.outputs[0].shape = last.outputs[0].shape = full
+    for user in users:
+        if list(user.outputs[0].shape) == full:
+            g.rewire(graph, user.outputs[0], last.outputs[0])
+    return 1
+
+
+def _split(graph: gs.Graph, node: gs.Node) -> int:
+    """A Split of a linear layer's outputs along its last axis becomes one linear layer per part."""
+    y = node.inputs[0]
+    layer = next((item for item in g.linear_layers(graph) if item.y is y and not item.quantized), None)
+    axis = node.attrs.get("axis", 0)
+    rank = len(y.shape) if y.shape is not None else None
+    if layer is None or (axis != -1 and axis + 1 != rank) or len(g.consumers(y)) != 1 or g.is_output(graph, y):
+        return 0
+    total = layer.weight.shape[0]
+    parts = g.constant(node.inputs[1]) if len(node.inputs) > 1 else None
+    outputs = list(node.outputs)
+    count = len(outputs)
+    sizes = [int(v) for v in parts] if parts is not None else [total // count] * count
+    if sum(sizes) != total:
+        return 0
+    start = 0
+    stored = layer.node.inputs[1].values
+    for index, (size, part) in enumerate(zip(sizes, outputs, strict=True)):
+        b = Builder(graph, f"{layer.name}/part{index}")
+        weight = b.constant(np.ascontiguousarray(stored[:, start : start + size]), "weight")
+        shape = [*y.shape[:-1], size]
+        name = g.fresh(graph, f"{layer.name}/part{index}")
+        target = part if layer.bias is None else gs.Variable(f"{name}_out", part.dtype, shape)
+        part.inputs.clear()
+        graph.nodes.append(gs.Node("MatMul", name, inputs=[layer.x, weight], outputs=[target]))
+        if layer.bias is not None:
+            bias = b.constant(layer.bias[start : start + size].astype(stored.dtype), "bias")
+            graph.nodes.append(gs.Node("Add", f"{name}/bias", inputs=[target, bias], outputs=[part]))
+        part.shape = shape
+        start += size
+    node.outputs.clear()
+    return 1

@@ -1,0 +1,264 @@
+"""ExpandFused: onnxruntime's fused operators and ONNX Attention, written out in plain operators again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from nmcompile import graph as g
+from nmcompile.canonical import LOWEST, Builder, Mask, build_mask
+from nmcompile.pipeline import Pass, Report
+
+MICROSOFT = "com.microsoft"
+
+
+class Keep(Exception):
+    """Why a fused node stays as it is."""
+
+
+@dataclass(frozen=True)
+class ExpandFused(Pass):
+    """Decompose fused nodes, so that the matching passes see one set of operators.
+
+    com.microsoft.SkipLayerNormalization(x, skip, gamma, beta, bias)  ->  LayerNormalization(x + bias + skip, gamma, beta)
+    Attention(q, k, v, mask)                                          ->  Softmax(q k^T * scale + mask) v
+    """
+
+    preserves: ClassVar[bool] = True
+
+    def run(self, graph: gs.Graph) -> Report:
+        notes: list[str] = []
+        changed = 0
+        for node in list(graph.nodes):
+            expand = EXPANSIONS.get((node.domain or "", node.op))
+            if expand is None:
+                if node.domain == MICROSOFT:
+                    notes.append(f"{node.name}: {MICROSOFT}.{node.op} kept, it runs on onnxruntime")
+                continue
+            try:
+                outputs = expand(Builder(graph, node.name), node)
+            except Keep as reason:
+                notes.append(f"{node.name}: {node.op} kept, {reason}")
+                continue
+            for old, new in zip(list(node.outputs), outputs, strict=False):
+                if new is not None:
+                    g.rewire(graph, old, new)
+            changed += 1
+        if changed:
+            g.cleanup(graph)
+        return Report(changed=changed, notes=tuple(notes))
+
+
+def _input(node: gs.Node, index: int) -> gs.Tensor | None:
+    if index >= len(node.inputs) or node.inputs[index].is_empty():
+        return None
+    return node.inputs[index]
+
+
+def _unused(node: gs.Node, first: int) -> None:
+    if any(g.consumers(y) for y in node.outputs[first:] if not y.is_empty()):
+        raise Keep(f"its output {first} or a later one is used")
+
+
+def _like(x: gs.Tensor) -> dict[str, object]:
+    return {"dtype": x.dtype or np.float32}
+
+
+def _transpose_last(b: Builder, x: gs.Tensor) -> gs.Tensor:
+    value = g.constant(x)
+    if value is not None:
+        return b.constant(np.ascontiguousarray(value.swapaxes(-1, -2)), "transposed")
+    rank = len(x.shape) if x.shape is not None else 4
+    return b("Transpose", x, perm=[*range(rank - 2), rank - 1, rank - 2], **_like(x))
+
+
+def _fused_matmul(b: Builder, node: gs.Node) -> list[gs.Tensor | None]:
+    if node.attrs.get("transBatchA", 0) or node.attrs.get("transBatchB", 0):
+        raise Keep("it transposes batches")
+    a, w = node.inputs
+    a = _transpose_last(b, a) if node.attrs.get("transA", 0) else a
+    w = _transpose_last(b, w) if node.attrs.get("transB", 0) else w
+    y = b("MatMul", a, w, **_like(a))
+    alpha = float(node.attrs.get("alpha", 1.0))
+    return [y if alpha == 1.0 else b("Mul", y, b.scalar(alpha, a.dtype or np.float32), **_like(a))]
+
+
+def _fused_gemm(b: Builder, node: gs.Node) -> list[gs.Tensor | None]:
+    activation = str(node.attrs.get("activation", ""))
+    if activation not in ("Tanh", "Relu", "Sigmoid"):
+        raise Keep(f"its activation is {activation or 'missing'}")
+    attrs = {k: v for k, v in node.attrs.items() if not k.startswith("activation")}
+    return [b(activation, b("Gemm", *node.inputs, **attrs))]
+
+
+def _bias_gelu(b: Builder, node: gs.Node) -> list[gs.Tensor | None]:
+    x, bias = node.inputs[0], _input(node, 1)
+    if b.graph.opset < 20:
+        raise Keep(f"Gelu needs opset 20, the graph has {b.graph.opset}")
+    approximate = "tanh" if node.op == "FastGelu" else "none"
+    if bias is not None:
+        x = b("Add", x, bias, **_like(x), shape=x.shape)
+    return [b("Gelu", x, approximate=approximate, **_like(x), shape=x.shape)]
+
+
+def _quick_gelu(b: Builder, node: gs.Node) -> list[gs.Tensor | None]:
+    x = node.inputs[0]
+    alpha = b.scalar(float(node.attrs.get("alpha", 1.702)))
+    return [b("Mul", x, b("Sigmoid", b("Mul", x, alpha)))]
+
+
+def _skip_layer_norm(b: Builder, node: gs.Node) -> list[gs.Tensor | None]:
+    _unused(node, 1) if len(node.outputs) < 4 else None
+    rms = "Simplified" in node.op
+    x, skip, gamma = node.inputs[:3]
+    beta = None if rms else _input(node, 3)
+    bias = _input(node, 3 if rms else 4)
+    if bias is not None:
+        x = b("Add", x, bias, **_like(x))
+    total = b("Add", x, skip, **_like(x))
+    y = _norm(b, total, gamma, beta, float(node.attrs.get("epsilon", 1e-12)), rms)
+    return [y, None, None, total]
+
+
+def _norm(b: Builder, x: gs.Tensor, gamma: gs.Tensor, beta: gs.Tensor | None, eps: float, rms: bool) -> gs.Tensor:
+    if rms:
+        return b("RMSNormalization", x, gamma, axis=-1, epsilon=eps, **_like(x))
+    if beta is None:
+        value = g.constant(gamma)
+        if value is None:
+            raise Keep("its scale is not constant")
+        beta = b.constant(np.zeros_like(value), "beta")
+    return b("LayerNormalization", x, gamma, beta, axis=-1, epsilon=eps, **_like(x))
+
+
+def _embed(b: Builder, node: gs.Node) -> list[gs.Tensor | None]:
+    ids, types, words, positions, segments, gamma, beta = (_input(node, i) for i in range(7))
+    if ids is None or words is None or positions is None or gamma is None:
+        raise Keep("an embedding table is missing")
+    given = _input(node, 8)
+    shape = b("Shape", ids, dtype=np.int64)
+    length = b("Gather", shape, b.scalar(1, np.int64), dtype=np.int64, axis=0)
+    where = given or b("Range", b.scalar(0, np.int64), length, b.scalar(1, np.int64), dtype=np.int64)
+    total = b("Add", b("Gather", words, ids, axis=0), b("Gather", positions, where, axis=0))
+    if segments is not None and types is not None:
+        total = b("Add", total, b("Gather", segments, types, axis=0))
+    mask = _input(node, 7)
+    # onnxruntime hands on the number of real tokens; for tokens padded on the right the mask itself says the same
+    return [_norm(b, total, gamma, beta, float(node.attrs.get("epsilon", 1e-12)), False), mask, total]
+
+
+def _microsoft_attention(b: Builder, node: gs.Node) -> list[gs.Tensor | None]:
+    _unused(node, 1)
+    if any(_input(node, i) is not None for i in (4, 6)) or node.attrs.get("do_rotary", 0):
+        raise Keep("it uses past keys or rotary embeddings")
+    x, weight, bias, mask = node.inputs[0], g.constant(node.inputs[1]), _input(node, 2), _input(node, 3)
+    offsets = g.constant(bias) if bias is not None else None
+    if weight is None or (bias is not None and offsets is None):
+        raise Keep("its weights are not constant")
+    sizes = list(node.attrs.get("qkv_hidden_sizes", [])) or [weight.shape[1] // 3] * 3
+    parts, start = [], 0
+    for size in sizes:
+        y = b("MatMul", x, b.constant(np.ascontiguousarray(weight[:, start : start + size]), "weight"), **_like(x))
+        if offsets is not None:
+            y = b("Add", y, b.constant(offsets[start : start + size], "bias"), **_like(x))
+        parts.append(y)
+        start += size
+    heads = int(node.attrs["num_heads"])
+    scale = float(node.attrs.get("scale", 0) or (sizes[0] // heads) ** -0.5)
+    causal = bool(node.attrs.get("unidirectional", 0))
+    return [_attend(b, parts, [heads] * 3, sizes, scale, _padding(mask), causal, _input(node, 5))]
+
+
+def _multi_head(b: Builder, node: gs.Node) -> list[gs.Tensor | None]:
+    _unused(node, 1)
+    if any(_input(node, i) is not None for i in (6, 7, 8, 9)):
+        raise Keep("it uses past keys")
+    q, k, v = (_input(node, i) for i in range(3))
+    if q is None or k is None or v is None or any(len(t.shape or []) != 3 for t in (q, k, v)):
+        raise Keep("its inputs are packed")
+    parts = [q, k, v]
+    sizes = [int(t.shape[-1]) for t in parts]
+    bias = _input(node, 3)
+    offsets = g.constant(bias) if bias is not None else None
+    if offsets is not None:
+        bounds = np.cumsum([0, *sizes])
+        parts = [b("Add", t, b.constant(offsets[s:e], "bias"), shape=t.shape)
+                 for t, s, e in zip(parts, bounds[:-1], bounds[1:], strict=True)]  # fmt: skip
+    elif bias is not None:
+        raise Keep("its bias is not constant")
+    heads = int(node.attrs["num_heads"])
+    scale = float(node.attrs.get("scale", 0) or (sizes[0] // heads) ** -0.5)
+    causal = bool(node.attrs.get("unidirectional", 0))
+    return [_attend(b, parts, [heads] * 3, sizes, scale, _padding(_input(node, 4)), causal, _input(node, 5))]
+
+
+def _padding(mask: gs.Tensor | None) -> Mask:
+    if mask is not None and mask.shape is not None and len(mask.shape) != 2:
+        raise Keep(f"its mask has {len(mask.shape)} dimensions")
+    return Mask(padding=mask)
+
+
+def _onnx_attention(b: Builder, node: gs.Node) -> list[gs.Tensor | None]:
+    _unused(node, 1)
+    if any(_input(node, i) is not None for i in (4, 5, 6)) or float(node.attrs.get("softcap", 0.0)):
+        raise Keep("it uses past keys or a soft cap")
+    q, k, v = node.inputs[:3]
+    rank = len(q.shape) if q.shape is not None else 0
+    if rank not in (3, 4) or any(t.shape is None or not isinstance(t.shape[-1], int) for t in (q, k, v)):
+        raise Keep("the shapes of its inputs are not known")
+    heads = int(node.attrs.get("q_num_heads", 0) or q.shape[1])
+    shared = int(node.attrs.get("kv_num_heads", 0) or k.shape[1])
+    if heads != shared:
+        raise Keep("groups of heads share their keys")
+    sizes = [int(t.shape[-1]) * (heads if rank == 4 else 1) for t in (q, k, v)]
+    scale = float(node.attrs.get("scale", 0) or (sizes[0] // heads) ** -0.5)
+    bias = _input(node, 3)
+    if bias is not None and bias.dtype == bool:
+        bias = b("Where", bias, b.scalar(0.0), b.scalar(LOWEST))
+    causal = bool(node.attrs.get("is_causal", 0))
+    return [_attend(b, [q, k, v], [heads] * 3, sizes, scale, Mask(), causal, bias)]
+
+
+def _attend(b: Builder, qkv: list[gs.Tensor], heads: list[int], sizes: list[int], scale: float, mask: Mask,
+            causal: bool, bias: gs.Tensor | None) -> gs.Tensor:  # fmt: skip
+    """Plain attention over [batch, tokens, heads * size] or [batch, heads, tokens, size] tensors."""
+    split = qkv[0].shape is not None and len(qkv[0].shape) == 4
+    if split and causal:
+        raise Keep("a causal mask over four dimensions")
+    parts = []
+    for tensor, count, size in zip(qkv, heads, sizes, strict=True):
+        if split:
+            parts.append(tensor)
+        else:
+            by_head = b("Reshape", tensor, b.ints(0, 0, count, size // count))
+            parts.append(b("Transpose", by_head, perm=[0, 2, 1, 3]))
+    scores = b("MatMul", parts[0], b("Transpose", parts[1], perm=[0, 1, 3, 2]))
+    scores = b("Mul", scores, b.scalar(scale))
+    for extra in (bias, build_mask(b, Mask(mask.padding, causal), qkv[0])):
+        if extra is not None:
+            scores = b("Add", scores, extra)
+    context = b("MatMul", b("Softmax", scores, axis=-1), parts[2])
+    if split:
+        return context
+    return b("Reshape", b("Transpose", context, perm=[0, 2, 1, 3]), b.ints(0, 0, sizes[2]))
+
+
+Expansion = Callable[[Builder, gs.Node], "list[gs.Tensor | None]"]
+EXPANSIONS: dict[tuple[str, str], Expansion] = {
+    (MICROSOFT, "FusedMatMul"): _fused_matmul,
+    (MICROSOFT, "FusedGemm"): _fused_gemm,
+    (MICROSOFT, "BiasGelu"): _bias_gelu,
+    (MICROSOFT, "Gelu"): _bias_gelu,
+    (MICROSOFT, "FastGelu"): _bias_gelu,
+    (MICROSOFT, "QuickGelu"): _quick_gelu,
+    (MICROSOFT, "SkipLayerNormalization"): _skip_layer_norm,
+    (MICROSOFT, "SkipSimplifiedLayerNormalization"): _skip_layer_norm,
+    (MICROSOFT, "EmbedLayerNormalization"): _embed,
+    (MICROSOFT, "Attention"): _microsoft_attention,
+    (MICROSOFT, "MultiHeadAttention"): _multi_head,
+    ("", "Attention"): _onnx_attention,
+}

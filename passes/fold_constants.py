@@ -1,0 +1,81 @@
+"""FoldConstants: compute once, at compile time, what depends on constants only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from nmcompile import graph as g
+from nmcompile.errors import GraphError
+from nmcompile.pipeline import Pass, Report
+
+# Their result is not a function of their inputs, or carries quantization that backends must see.
+KEPT = {"DequantizeLinear", "RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Multinomial",
+        "Bernoulli", "Dropout", "SequenceEmpty", "SequenceConstruct", "Optional"}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class FoldConstants(Pass):
+    """Replace nodes whose inputs are all constant by their value.
+
+    Transpose(W), MatMul(x, .)  ->  MatMul(x, W')
+    """
+
+    preserves: ClassVar[bool] = True
+    max_bytes: int = 1 << 24  # a result larger than its inputs and than this stays a node (Expand, Tile)
+
+    def run(self, graph: gs.Graph) -> Report:
+        g.infer_shapes(graph)
+        foldable: set[int] = set()
+        known: set[str] = set()
+        for node in graph.nodes:
+            if self._folds(node, known):
+                foldable.add(id(node))
+                known |= {y.name for y in node.outputs}
+        users_elsewhere = {t.name for n in graph.nodes if id(n) not in foldable for t in n.inputs}
+        users_elsewhere |= {t.name for sub in graph.subgraphs(recursive=True) for n in sub.nodes for t in n.inputs}
+        outputs = {t.name for t in graph.outputs}
+        wanted = [y for n in graph.nodes if id(n) in foldable for y in n.outputs
+                  if y.name in users_elsewhere and y.name not in outputs]  # fmt: skip
+        if not wanted:
+            return Report()
+        try:
+            values = g.run(g.extract(graph, [y.name for y in wanted]), {})
+        except GraphError as error:
+            return Report(notes=(f"nothing folded: {error}",))
+        for y in wanted:
+            if y.name in values:
+                y.inputs.clear()
+                y.to_constant(np.asarray(values[y.name]))
+        g.cleanup(graph)
+        return Report(changed=len(wanted))
+
+    def _folds(self, node: gs.Node, known: set[str]) -> bool:
+        if node.op in KEPT or node.domain not in (None, "", "ai.onnx") or list(node.subgraphs()):
+            return False
+        if not all(isinstance(x, gs.Constant) or x.name in known or x.is_empty() for x in node.inputs):
+            return False
+        if any(y.type not in (None, "tensor_type") for y in node.outputs if isinstance(y, gs.Variable)):
+            return False
+        given = sum(_size(x) or 0 for x in node.inputs)
+        for y in node.outputs:
+            size = _size(y)
+            if size is None and node.op in ("Expand", "Tile", "ConstantOfShape", "Range", "Pad", "Resize", "EyeLike"):
+                return False
+            if size is not None and size > max(self.max_bytes, 2 * given):
+                return False
+        return bool(node.outputs)
+
+
+def _size(tensor: gs.Tensor) -> int | None:
+    """Bytes of a tensor of known shape."""
+    if tensor.shape is None or any(not isinstance(dim, (int, np.integer)) for dim in tensor.shape):
+        return None
+    try:
+        item = np.dtype(tensor.dtype).itemsize
+    except TypeError:
+        item = 4
+    return int(np.prod(tensor.shape, dtype=np.int64)) * item

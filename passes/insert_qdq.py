@@ -1,0 +1,152 @@
+"""InsertQdq: quantize linear layers and attention with QuantizeLinear/DequantizeLinear pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from nmcompile import graph as g
+from nmcompile import quantize as q8
+from nmcompile.canonical import attentions, role
+from nmcompile.errors import PassError
+from nmcompile.pipeline import CalibratedPass, Report
+
+if TYPE_CHECKING:
+    from nmcompile.calibrate import Statistics
+
+
+@dataclass(frozen=True)
+class Site:
+    """One activation to quantize once, and everything that then reads the quantized value."""
+
+    tensor: gs.Tensor
+    dtype: str  # "uint8" asymmetric or "int8" symmetric
+    readers: list[tuple[gs.Node, int]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Everything that will be quantized, decided before the graph is touched."""
+
+    sites: Mapping[tuple[str, str], Site]
+    layers: tuple[g.Linear, ...]
+    kept: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class InsertQdq(CalibratedPass):
+    """Quantize activations per tensor and weights per output channel.
+
+    MatMul(x, W)                 ->  MatMul(DQ(Q(x)), DQ(W_int8))     q, k and v share the Q of x
+    attention(q, k, v)           ->  attention(DQ(Q(q)), DQ(Q(k)), DQ(Q(v)))
+
+    Weights are symmetric int8 in [-127, 127]. Activations are `activations`: uint8 with a zero point for the CPU (VNNI
+    multiplies u8 by s8), int8 with zero point 0 for TensorRT. Keys and values are always int8 with zero point 0: they
+    are the s8 operand. Ranges come from calibration by `clip`: min-max, percentile, entropy or mse.
+    """
+
+    activations: str = "uint8"
+    clip: str = "min-max"
+    percentile: float = 99.99
+    attention: bool = True
+    heads: bool = False  # quantize heads and poolers too
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+
+    def needs(self, graph: gs.Graph) -> dict[str, tuple[str, ...]]:
+        wanted = ("range",) if self.clip == "min-max" else ("range", "histogram")
+        return {site.tensor.name: wanted for site in self.place(graph).sites.values()}
+
+    def place(self, graph: gs.Graph) -> Placement:
+        """Decide what to quantize; changes nothing."""
+        if self.activations not in ("uint8", "int8"):
+            raise PassError(f"activations={self.activations} is not known; choose uint8 (CPU) or int8 (TensorRT)")
+        sites: dict[tuple[str, str], Site] = {}
+        layers, kept = [], {}
+        for layer in g.linear_layers(graph):
+            reason = self._reason(graph, layer)
+            if reason:
+                kept[layer.name] = reason
+                continue
+            layers.append(layer)
+            _site(sites, layer.x, self.activations).readers.append((layer.node, 0))
+        for found in attentions(graph) if self.attention else []:
+            for tensor, dtype in ((found.q, self.activations), (found.k, "int8"), (found.v, "int8")):
+                if any(node.op == "DequantizeLinear" for node in [g.producer(tensor)] if node is not None):
+                    continue
+                reader = next(n for n in found.nodes if n.op == "Reshape" and n.inputs[0] is tensor)
+                site = _site(sites, tensor, dtype)
+                if all(node is not reader for node, _ in site.readers):
+                    site.readers.append((reader, 0))
+        return Placement(sites, tuple(layers), kept)
+
+    def _reason(self, graph: gs.Graph, layer: g.Linear) -> str:
+        if layer.quantized:
+            return "already quantized, its scales are kept"
+        if any(fnmatchcase(layer.name, glob) for glob in self.exclude):
+            return "excluded by name"
+        if self.include:
+            return "" if any(fnmatchcase(layer.name, glob) for glob in self.include) else "not included by name"
+        kind = role(graph, layer)
+        return f"{kind}s stay float by default" if kind and not self.heads else ""
+
+    def run(self, graph: gs.Graph, statistics: Statistics | None = None) -> Report:
+        placement = self.place(graph)
+        if placement.sites and statistics is None:
+            raise PassError("insert-qdq needs calibration data for its ranges; give the pipeline calibration=...")
+        ranges: dict[str, str] = {}
+        for site in placement.sites.values():
+            assert statistics is not None
+            low, high = statistics.clip(site.tensor.name, method=self.clip, percentile=self.percentile, dtype=site.dtype)
+            params = q8.activation_params(low, high, site.dtype)
+            _quantize_activation(graph, site, params)
+            ranges[site.tensor.name] = f"{params.dtype} scale {params.scale:.6g} zero {params.zero_point}"
+        done: dict[str, gs.Tensor] = {}
+        for layer in placement.layers:
+            _quantize_weight(graph, layer, done)
+        g.cleanup(graph)
+        notes = tuple(f"{name}: kept float, {reason}" for name, reason in placement.kept.items())
+        changed = len(placement.sites) + len(placement.layers)
+        detail = {"layers": len(placement.layers), "activations": ranges}
+        return Report(changed=changed, detail=detail, notes=notes)
+
+
+def _site(sites: dict[tuple[str, str], Site], tensor: gs.Tensor, dtype: str) -> Site:
+    return sites.setdefault((tensor.name, dtype), Site(tensor, dtype))
+
+
+def _quantize_activation(graph: gs.Graph, site: Site, params: q8.QuantParams) -> None:
+    stem = f"{site.tensor.name}/{site.dtype}"
+    kind = np.dtype(site.dtype)
+    scale = gs.Constant(g.fresh(graph, f"{stem}/scale"), np.array(params.scale, np.float32))
+    zero = gs.Constant(g.fresh(graph, f"{stem}/zero_point"), np.array(params.zero_point, kind))
+    small = gs.Variable(g.fresh(graph, f"{stem}/quantized"), kind, site.tensor.shape)
+    wide = gs.Variable(g.fresh(graph, f"{stem}/dequantized"), np.dtype(np.float32), site.tensor.shape)
+    graph.nodes.append(gs.Node("QuantizeLinear", g.fresh(graph, f"{stem}/quantize"), inputs=[site.tensor, scale, zero],
+                               outputs=[small]))  # fmt: skip
+    graph.nodes.append(gs.Node("DequantizeLinear", g.fresh(graph, f"{stem}/dequantize"), inputs=[small, scale, zero],
+                               outputs=[wide]))  # fmt: skip
+    for node, index in site.readers:
+        node.inputs[index] = wide
+
+
+def _quantize_weight(graph: gs.Graph, layer: g.Linear, done: dict[str, gs.Tensor]) -> None:
+    stored = layer.node.inputs[1]
+    if stored.name not in done:
+        small, scale = q8.quantize_weight(layer.weight)
+        stem = stored.name
+        tensors = [
+            gs.Constant(g.fresh(graph, f"{stem}/int8"), np.ascontiguousarray(small.T)),  # [K, N]
+            gs.Constant(g.fresh(graph, f"{stem}/scale"), scale.astype(np.float32)),
+            gs.Constant(g.fresh(graph, f"{stem}/zero_point"), np.zeros(scale.shape, np.int8)),
+        ]
+        wide = gs.Variable(g.fresh(graph, f"{stem}/dequantized"), np.dtype(np.float32), list(stored.shape))
+        name = g.fresh(graph, f"{stem}/dequantize")
+        graph.nodes.append(gs.Node("DequantizeLinear", name, {"axis": 1}, tensors, [wide]))
+        done[stored.name] = wide
+    layer.node.inputs[1] = done[stored.name]

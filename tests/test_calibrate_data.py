@@ -1,0 +1,241 @@
+"""Calibration data from every kind of source, and what is wrong with them in one line."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from nmcompile.calibrate import open_data
+from nmcompile.errors import CalibrationError
+from nmcompile.tensorinfo import TensorInfo
+
+Array = npt.NDArray[Any]
+
+
+def info(name: str, dtype: str, *shape: int | str | None) -> TensorInfo:
+    return TensorInfo(name, np.dtype(dtype), shape)
+
+
+IDS = info("input_ids", "int64", "batch", "seq")
+MASK = info("attention_mask", "int64", "batch", "seq")
+TYPES = info("token_type_ids", "int64", "batch", "seq")
+POSITIONS = info("position_ids", "int64", "batch", "seq")
+IMAGE = info("pixel_values", "float32", "batch", 3, 4, 4)
+
+
+@pytest.fixture
+def tokenizer(tmp_path: Path) -> Path:
+    tokenizers = pytest.importorskip("tokenizers", reason="text needs the extra hf")
+    words = {"[UNK]": 0, "[CLS]": 1, "[SEP]": 2, "the": 3, "cat": 4, "sat": 5, "[PAD]": 6}
+    model = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))
+    model.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    model.post_processor = tokenizers.processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", 1), ("[SEP]", 2)],
+    )
+    model.enable_padding(pad_id=6, pad_token="[PAD]", length=20)
+    model.save(str(tmp_path / "tokenizer.json"))
+    return tmp_path / "tokenizer.json"
+
+
+def lines(path: Path, *records: object) -> Path:
+    path.write_text("\n".join(json.dumps(record) for record in records) + "\n")
+    return path
+
+
+def test_an_npz_is_cut_into_batches_as_often_as_wanted(tmp_path: Path) -> None:
+    ids, mask = np.arange(70).reshape(10, 7), np.ones((10, 7), np.int32)
+    np.savez(tmp_path / "d.npz", input_ids=ids, attention_mask=mask, labels=np.zeros(10))
+    data = open_data(tmp_path / "d.npz", [IDS, MASK], batch=4)
+    for _ in range(2):
+        batches = list(data)
+        assert [len(batch["input_ids"]) for batch in batches] == [4, 4, 2]
+        np.testing.assert_array_equal(np.concatenate([batch["input_ids"] for batch in batches]), ids)
+        assert all(set(batch) == {"input_ids", "attention_mask"} for batch in batches)
+        assert batches[0]["attention_mask"].dtype == np.int64
+    assert data.samples == 10 and not data.synthetic
+
+
+def test_the_limit_counts_samples(tmp_path: Path) -> None:
+    np.savez(tmp_path / "d.npz", input_ids=np.zeros((10, 7), int))
+    assert open_data(str(tmp_path / "d.npz"), [IDS], limit=5, batch=2).samples == 5
+
+
+def test_a_stack_of_batches_is_the_same_as_its_samples() -> None:
+    images = np.random.default_rng(0).random((2, 5, 3, 4, 4))
+    stacked = list(open_data([{"pixel_values": images}], [IMAGE], batch=10))
+    single = list(
+        open_data([{"pixel_values": image} for image in images.reshape(10, 3, 4, 4)], [IMAGE], batch=10)
+    )
+    np.testing.assert_array_equal(stacked[0]["pixel_values"], single[0]["pixel_values"])
+    assert stacked[0]["pixel_values"].dtype == np.float32 and len(stacked) == 1
+
+
+def test_a_folder_of_npy_or_npz(tmp_path: Path) -> None:
+    for part in range(2):
+        (tmp_path / "npz").mkdir(exist_ok=True)
+        np.savez(tmp_path / "npz" / f"{part}.npz", input_ids=np.full((3, 2), part))
+    (tmp_path / "npy").mkdir()
+    np.save(tmp_path / "npy" / "input_ids.npy", np.repeat([0, 1], 3)[:, None].repeat(2, 1))
+    for kind in ("npz", "npy"):
+        (batch,) = open_data(tmp_path / kind, [IDS])
+        assert batch["input_ids"].tolist() == [[0, 0]] * 3 + [[1, 1]] * 3
+
+
+def test_lists_are_padded_and_the_rest_is_made(tmp_path: Path) -> None:
+    source = lines(tmp_path / "d.jsonl", {"input_ids": [7, 8, 9]}, {"input_ids": [5]})
+    (batch,) = open_data(source, [IDS, MASK, TYPES, POSITIONS])
+    assert batch["input_ids"].tolist() == [[7, 8, 9], [5, 0, 0]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert batch["token_type_ids"].tolist() == [[0, 0, 0], [0, 0, 0]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2], [0, 0, 0]]
+
+
+def test_a_mask_of_the_data_is_kept() -> None:
+    (batch,) = open_data([{"input_ids": [7, 8, 0], "attention_mask": [1, 1, 0]}], [IDS, MASK])
+    assert batch["attention_mask"].tolist() == [[1, 1, 0]]
+
+
+def test_without_a_mask_a_batch_has_one_length() -> None:
+    data = open_data([{"input_ids": [1] * length} for length in (3, 3, 2, 3)], [IDS])
+    assert [batch["input_ids"].shape for batch in data] == [(2, 3), (1, 2), (1, 3)]
+    assert data.samples == 4
+
+
+def test_tokens_are_cut_to_max_length_and_padded_to_a_fixed_one() -> None:
+    fixed = [info("input_ids", "int32", 1, 4), info("attention_mask", "float32", 1, 4)]
+    batches = list(open_data([{"input_ids": [1] * 6}, {"input_ids": [2]}], fixed, max_length=5))
+    assert [batch["input_ids"].tolist() for batch in batches] == [[[1, 1, 1, 1]], [[2, 0, 0, 0]]]
+    assert batches[1]["attention_mask"].dtype == np.float32
+    (batch,) = open_data([{"input_ids": [1] * 6}], [IDS], max_length=5)
+    assert batch["input_ids"].shape == (1, 5)
+
+
+def test_a_mask_is_made_for_embedded_tokens() -> None:
+    embedded = info("inputs_embeds", "float32", "b", "s", 8)
+    samples = [{"inputs_embeds": np.ones((length, 8))} for length in (2, 3)]
+    (batch,) = open_data(samples, [embedded, MASK])
+    assert batch["attention_mask"].tolist() == [[1, 1, 0], [1, 1, 1]]
+    assert batch["inputs_embeds"].shape == (2, 3, 8) and batch["inputs_embeds"][0, 2].max() == 0
+
+
+def test_a_fixed_batch_wins_and_the_rest_is_dropped() -> None:
+    fixed = info("x", "float32", 4, 2)
+    data = open_data([{"x": np.ones((10, 2))}], [fixed], batch=3)
+    assert [batch["x"].shape for batch in data] == [(4, 2), (4, 2)] and data.samples == 8
+    with pytest.raises(CalibrationError, match="3 calibration samples do not fill one batch"):
+        open_data([{"x": np.ones((3, 2))}], [fixed])
+
+
+def test_a_scalar_input_is_not_batched() -> None:
+    scale = info("scale", "float32")
+    (batch,) = open_data([{"x": np.ones((3, 2)), "scale": 0.5}], [info("x", "float32", "n", 2), scale])
+    assert batch["scale"].shape == () and batch["x"].shape == (3, 2)
+
+
+def test_a_generator_is_read_once_and_only_to_the_limit() -> None:
+    def endless() -> Iterator[dict[str, object]]:
+        while True:
+            yield {"input_ids": [1, 2]}
+
+    data = open_data(endless(), [IDS], limit=6, batch=4)
+    assert (
+        [len(batch["input_ids"]) for batch in data] == [len(batch["input_ids"]) for batch in data] == [4, 2]
+    )
+
+
+def test_text_is_tokenized_cut_and_padded_with_the_tokenizers_token(tokenizer: Path, tmp_path: Path) -> None:
+    source = lines(
+        tmp_path / "d.jsonl", {"text": "the cat sat"}, {"text": "cat"}, {"text": "cat", "text_pair": "sat"}
+    )
+    (batch,) = open_data(source, [IDS, MASK, TYPES], tokenizer=tokenizer)
+    assert batch["input_ids"].tolist() == [[1, 3, 4, 5, 2], [1, 4, 2, 6, 6], [1, 4, 2, 5, 2]]
+    assert batch["attention_mask"].tolist() == [[1] * 5, [1, 1, 1, 0, 0], [1] * 5]
+    assert batch["token_type_ids"].tolist() == [[0] * 5, [0] * 5, [0, 0, 0, 1, 1]]
+    (batch,) = open_data(source, [IDS, MASK], tokenizer=tokenizer.parent, max_length=4)
+    assert batch["input_ids"][0].tolist() == [1, 3, 4, 2]
+
+
+def test_text_needs_a_tokenizer_that_is_there_and_readable(tmp_path: Path) -> None:
+    pytest.importorskip("tokenizers", reason="text needs the extra hf")
+    with pytest.raises(CalibrationError, match="item 0 holds text; give the tokenizer"):
+        open_data([{"text": "the cat"}], [IDS])
+    (tmp_path / "bad.json").write_text("{}")
+    for path in (tmp_path / "bad.json", tmp_path / "none.json"):
+        with pytest.raises(CalibrationError, match=r"not a readable tokenizer\.json"):
+            open_data([{"text": "the cat"}], [IDS], tokenizer=path)
+
+
+def test_a_missing_tokenizers_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(CalibrationError, match=r"pip install nmcompile\[hf\]") as error:
+        open_data([{"text": "the cat"}], [IDS], tokenizer="tokenizer.json")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("record", "inputs", "message"),
+    [
+        ({"ids": [1]}, [IDS], r"item 0: input 'input_ids' is missing \(the data have: ids\)"),
+        ({"input_ids": [1]}, [IDS, IMAGE], r"input 'pixel_values' is missing \(the data have: input_ids\)"),
+        ({"input_ids": [1.5]}, [IDS], "'input_ids' is float64, the model takes int64"),
+        ({"input_ids": ["a"]}, [IDS], "'input_ids' is <U1, the model takes int64"),
+        ({"input_ids": [2**40]}, [info("input_ids", "int32", "b", "s")], "beyond the model's int32"),
+        ({"input_ids": []}, [IDS], "'input_ids' is empty"),
+        ({"input_ids": [[1, 2], [3]]}, [IDS], "'input_ids' is ragged"),
+        ({"input_ids": [[[[1]]]]}, [IDS], "do not fit the model's inputs"),
+        ({"input_ids": [1], "attention_mask": [[1]]}, [IDS, MASK], "do not fit the model's inputs"),
+        ({"input_ids": [[1], [2]], "attention_mask": [[1]]}, [IDS, MASK], "different numbers of samples"),
+        ({"pixel_values": np.ones((3, 5, 5))}, [IMAGE], r"shape \[3, 5, 5\] does not fit"),
+        ({"pixel_values": np.full((3, 4, 4), np.nan)}, [IMAGE], "holds NaN or Inf"),
+        ({"x": np.full((1, 2), 1e6)}, [info("x", "float16", "b", 2)], "holds NaN or Inf as float16"),
+        ([1, 2], [IDS], "item 0 is a list; give dicts"),
+    ],
+)
+def test_data_that_do_not_fit_say_so_in_one_line(record: Any, inputs: list[TensorInfo], message: str) -> None:
+    with pytest.raises(CalibrationError, match=message) as error:
+        open_data([record], inputs)
+    assert "\n" not in str(error.value)
+
+
+def test_files_that_cannot_be_read_say_so_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "bad.npz").write_bytes(b"PK\x03\x04 no archive")
+    np.savez(tmp_path / "pickle.npz", input_ids=np.array([{}], object))
+    (tmp_path / "d.csv").write_text("1,2")
+    (tmp_path / "list.jsonl").write_text("\n[1]\n")
+    (tmp_path / "bad.jsonl").write_bytes(b'{"input_ids": \xff')
+    (tmp_path / "empty.jsonl").write_text("\n")
+    (tmp_path / "folder").mkdir()
+    for name, message in {
+        "none.npz": "do not exist",
+        "bad.npz": "cannot be read",
+        "pickle.npz": "cannot be read",
+        "d.csv": r"give \.npz, \.jsonl or a folder",
+        "list.jsonl": "line 2 is not an object",
+        "bad.jsonl": "line 1 is not JSON",
+        "empty.jsonl": "hold no samples",
+        "folder": "hold no samples",
+    }.items():
+        with pytest.raises(CalibrationError, match=message) as error:
+            open_data(tmp_path / name, [IDS])
+        assert name in str(error.value) and "\n" not in str(error.value)
+    with pytest.raises(CalibrationError, match="hold no samples"):
+        open_data([], [IDS])
+
+
+def test_no_source_gives_made_up_data_that_say_so() -> None:
+    data = open_data(None, [IDS, MASK, IMAGE], batch=4, limit=10)
+    batches = list(data)
+    assert data.synthetic and data.samples == sum(len(batch["input_ids"]) for batch in batches) >= 8
+    for batch in batches:
+        assert batch["input_ids"].shape == batch["attention_mask"].shape
+        assert batch["pixel_values"].shape == (4, 3, 4, 4)
+    np.testing.assert_array_equal(batches[0]["input_ids"], next(iter(data))["input_ids"])
