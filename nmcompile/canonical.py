@@ -1,7 +1,7 @@
 """The canonical form: the few shapes of sub-graph that passes produce and backends read.
 
 Linear      MatMul(x, W[K,N]) -> Add(bias[N])                                     (graph.linear_layers)
-Attention   Reshape/Transpose of q, k, v -> MatMul -> Mul(scale) -> Add(bias) -> Softmax -> MatMul -> Transpose -> Reshape
+Attention   q, k, v by heads -> MatMul -> Mul(scale) -> Add(bias) -> Softmax -> MatMul -> Transpose -> Reshape
 Mask        Where(keep, 0, lowest)      keep from a [batch, keys] input, from the causal triangle, or both
 Positions   Range(first, first + sequence); RoBERTa: CumSum(ids != pad) * (ids != pad) + pad
 
@@ -18,12 +18,12 @@ import onnx_graphsurgeon as gs
 
 from nmcompile import graph as g
 
-LOWEST = np.float32(np.finfo(np.float32).min)  # added to a score: its key is never seen
+LOWEST = float(np.finfo(np.float32).min)  # added to a score: its key is never seen
 
 
 @dataclass(frozen=True)
 class Mask:
-    """Which keys a query sees: those where `padding` [batch, keys] is not 0, those not after it if `causal`."""
+    """Which keys a query sees: where `padding` [batch, keys] is not 0, and none after it if `causal`."""
 
     padding: gs.Tensor | None = None
     causal: bool = False
@@ -35,7 +35,7 @@ class Mask:
 
 @dataclass(frozen=True)
 class Attention:
-    """One multi-head attention: q, k, v and y are [batch, tokens, heads * size] tensors, `nodes` all that is between."""
+    """One multi-head attention: q, k, v and y are [batch, tokens, heads * size], `nodes` all that is between."""
 
     name: str
     q: gs.Tensor
@@ -50,7 +50,7 @@ class Attention:
 
 @dataclass(frozen=True)
 class Positions:
-    """Token positions: `first + column` of [batch, sequence]; with `ids`, RoBERTa's count of tokens that are not `pad`."""
+    """Token positions: `first + column`; with `ids` [batch, sequence], RoBERTa's count of tokens that are not `pad`."""
 
     first: int = 0
     ids: gs.Tensor | None = None
@@ -285,8 +285,8 @@ def _only(tensor: gs.Tensor) -> gs.Node | None:
 
 # ---- roles ---------------------------------------------------------------------------------------------------
 
-AFTER_HEAD = {"Squeeze", "Split", "Reshape", "Transpose", "Cast", "Identity", "Softmax", "LogSoftmax", "Sigmoid", "Tanh",
-              "Slice"}  # fmt: skip
+AFTER_HEAD = {"Squeeze", "Split", "Reshape", "Transpose", "Cast", "Identity", "Softmax", "LogSoftmax", "Sigmoid",
+              "Tanh", "Slice"}  # fmt: skip
 
 
 def role(graph: gs.Graph, layer: g.Linear) -> str:

@@ -83,7 +83,7 @@ def real_tokens(feeds: Arrays) -> np.ndarray | None:
     """bool [batch, tokens] of the tokens that an attention mask among the inputs keeps, None when there is none."""
     for name, values in feeds.items():
         if "mask" in name and np.ndim(values) == 2:
-            return np.asarray(values) != 0
+            return np.asarray(np.asarray(values) != 0)
     return None
 
 

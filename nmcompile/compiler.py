@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import onnx
@@ -20,6 +20,7 @@ from nmcompile import graph as g
 from nmcompile import sparsity as sp
 from nmcompile.backends.cpu.lower import lower
 from nmcompile.calibrate import Calibration, Data, open_data
+from nmcompile.calibrate.sources import Source
 from nmcompile.compare import Comparison, Difference, real_tokens
 from nmcompile.errors import NmcompileError, PassError, UnsupportedError
 from nmcompile.passes import (
@@ -44,7 +45,7 @@ from nmcompile.plan import write_plan
 from nmcompile.session import load
 from nmcompile.spec import parse_spec, spec
 
-Model = str | os.PathLike[str] | onnx.ModelProto | gs.Graph
+Model: TypeAlias = "str | os.PathLike[str] | onnx.ModelProto | gs.Graph"
 Progress = Callable[[str, int, int], None]  # (what, done, total)
 
 
@@ -170,8 +171,8 @@ def compile(
     sparsity: float | None = None,
     pattern: str | None = None,
     criterion: str = "magnitude",
-    calibration: object = None,
-    tokenizer: str | os.PathLike[str] | None = None,
+    calibration: Source | Data | None = None,
+    tokenizer: str | Path | None = None,
     max_length: int = 128,
     emit_onnx: str | os.PathLike[str] | None = None,
     verify: bool = False,
@@ -193,7 +194,9 @@ def compile(
     if target not in TARGETS:
         raise UnsupportedError(f"target {target!r} is not known; choose one of {', '.join(TARGETS)}")
     if target == "tensorrt" and output is not None:
-        raise UnsupportedError("target tensorrt is not built yet; --emit-onnx writes its Q/DQ graph, --target cpu a plan")
+        raise UnsupportedError(
+            "target tensorrt is not built yet; --emit-onnx writes its Q/DQ graph, --target cpu a plan"
+        )
     if preset not in PRESETS:
         raise UnsupportedError(f"preset {preset!r} is not known; choose one of {', '.join(PRESETS)}")
     if require not in (None, "native"):
@@ -233,7 +236,9 @@ def compile(
         notes.insert(0, "no calibration data: activation ranges come from made-up inputs and are not to be trusted; "
                         "give samples of the model's real inputs with --calibration")  # fmt: skip
     if require == "native" and not (len(segments) == 1 and segments[0]["kind"] == "native"):
-        raise UnsupportedError(f"not one native segment: {next(iter(lowered.notes), notes[-1] if notes else 'no layers')}")
+        raise UnsupportedError(
+            f"not one native segment: {next(iter(lowered.notes), notes[-1] if notes else 'no layers')}"
+        )
     sizes: dict[str, int] = {}
     loss: Mapping[str, Difference] = {}
     if emit_onnx is not None:
@@ -247,8 +252,9 @@ def compile(
         sizes["plan"] = Path(output).stat().st_size
         if measure:
             loss = _loss(source, Path(output), held_out, tell)
-    shown = [{key: value for key, value in item.items() if key not in ("steps", "buffers")} for item in segments]
-    result = Result(None if output is None else Path(output), tuple(log), tuple(layers), tuple(shown), tuple(notes), loss,
+    shown = [{key: value for key, value in item.items() if key not in ("steps", "buffers", "weights")} for item in segments]
+    plan = None if output is None else Path(output)
+    result = Result(plan, tuple(log), tuple(layers), tuple(shown), tuple(notes), loss,
                     data.synthetic, time.perf_counter() - start, sizes)  # fmt: skip
     if report is not None:
         _write_text(Path(report), json.dumps(result.to_json(), indent=1) + "\n")
@@ -326,5 +332,3 @@ def _write_text(path: Path, text: str) -> None:
     except OSError as error:
         partial.unlink(missing_ok=True)
         raise NmcompileError(f"cannot write {path}: {error.strerror or error}") from None
-
-

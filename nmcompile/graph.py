@@ -1,22 +1,21 @@
-"""Reads, writes, checks and edits models: the only place that knows GraphSurgeon's quirks.
+"""Reads, writes, checks and edits models: the only place that knows GraphSurgeon's quirks. Import its names from here.
 
-graph_proto turns messages into graphs and back, onnx_file reads and writes files, graph_edit walks and
-rewires, graph_linear finds linear layers, graph_run runs, graph_text prints, graph_verify checks. Import them
-from here.
+onnx_file reads and writes files; graph_model, graph_proto and graph_tensor turn messages into graphs and back;
+graph_edit walks and rewires, graph_linear finds linear layers, graph_run runs, graph_text prints, graph_verify checks.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
-import onnx.inliner
 import onnx_graphsurgeon as gs
 
+from nmcompile import graph_tensor as tensors
 from nmcompile import onnx_file as files
 from nmcompile.errors import GraphError
 from nmcompile.graph_edit import (
@@ -27,7 +26,6 @@ from nmcompile.graph_edit import (
     extract,
     fresh,
     is_output,
-    model_facts,
     names,
     producer,
     rewire,
@@ -35,11 +33,11 @@ from nmcompile.graph_edit import (
     unused,
 )
 from nmcompile.graph_linear import Linear, dequantized, linear_layers, set_weight
-from nmcompile.graph_proto import Dim, Export, annotate, export_graph, import_graph
+from nmcompile.graph_model import DOMAINS, export_model, import_model, weightless
+from nmcompile.graph_proto import Dim, Export, annotate
 from nmcompile.graph_run import random_feeds, run, runner
 from nmcompile.graph_text import to_text
 from nmcompile.graph_verify import verify
-from nmcompile.onnx_file import Array
 from nmcompile.tensorinfo import TensorInfo
 
 __all__ = [
@@ -57,6 +55,7 @@ __all__ = [
     "is_output",
     "linear_layers",
     "load",
+    "names",
     "outputs",
     "producer",
     "random_feeds",
@@ -67,12 +66,10 @@ __all__ = [
     "set_weight",
     "to_model",
     "to_text",
+    "unused",
     "verify",
+    "weightless",
 ]
-
-OLDEST_OPSET = 11
-OLDEST_IR = 8  # written files: initializers are no longer listed as inputs, which came with IR version 4
-DOMAINS = ("", "ai.onnx")
 
 
 # ---- reading and writing -----------------------------------------------------------------------------------
@@ -85,74 +82,28 @@ def load(model: str | os.PathLike[str] | onnx.ModelProto | gs.Graph) -> gs.Graph
     nodes become constants, every node gets a name of its own, shapes are inferred. GraphError: one line that
     names what is wrong with the file or the graph.
     """
-    if isinstance(model, gs.Graph):
-        graph = copy(model)
-    else:
-        weights: Mapping[str, Array] = {}
-        if isinstance(model, onnx.ModelProto):
-            proto = model
-        else:
-            proto, weights = files.read(Path(model))
-        graph = _from_proto(proto, weights)
-    _name_nodes(graph)
-    sort(graph)
-    verify(graph, "load")
-    infer_shapes(graph)
-    return graph
-
-
-def _from_proto(model: onnx.ModelProto, weights: Mapping[str, Array]) -> gs.Graph:
-    opset = next((item.version for item in model.opset_import if item.domain in DOMAINS), None)
-    if opset is None:
-        if any(node.domain in DOMAINS for node in model.graph.node) or not model.opset_import:
-            raise GraphError("the model imports no ONNX operator set; export it again")
-        opset = onnx.defs.onnx_opset_version()
-    if opset < OLDEST_OPSET:
-        raise GraphError(
-            f"the model uses opset {opset}, the oldest supported is {OLDEST_OPSET}; export it anew"
-        )
-    newest = onnx.defs.onnx_opset_version()
-    if opset > newest:
-        raise GraphError(f"the model uses opset {opset}, the installed onnx knows {newest}; update onnx")
-    plain = model
-    if model.functions:
-        plain, weights = _inline(model, weights)
-    graph = import_graph(plain.graph, weights, plain.opset_import)
-    graph.opset = opset
-    graph.producer_name, graph.producer_version = model.producer_name, model.producer_version
-    graph.ir_version = model.ir_version
-    facts = model_facts(graph)
-    facts["metadata"] = {item.key: item.value for item in model.metadata_props}
-    facts["domain"], facts["model_version"] = model.domain, model.model_version
-    facts["doc_string"] = model.doc_string
-    return graph
-
-
-def _inline(
-    model: onnx.ModelProto, weights: Mapping[str, Array]
-) -> tuple[onnx.ModelProto, Mapping[str, Array]]:
-    """The model with its own functions in the place of their calls, and all its initializers, which stay
-    outside."""
-    held = {tensor.name: tensor for tensor in model.graph.initializer}
-    arrays = {
-        name: weights[name] if name in weights else files.to_array(tensor) for name, tensor in held.items()
-    }
-    graph = model.graph
-    bare = onnx.ModelProto(
-        ir_version=model.ir_version, opset_import=model.opset_import, functions=model.functions
-    )
-    bare.graph.name = graph.name
-    for field in ("node", "input", "output", "value_info", "sparse_initializer"):
-        getattr(bare.graph, field).extend(getattr(graph, field))
-    for name, tensor in held.items():  # declared, so that the inliner knows the names that are taken
-        bare.graph.initializer.append(files.declared(name, tensor.data_type, tensor.dims))
     try:
-        return onnx.inliner.inline_local_functions(bare, convert_version=True), arrays
-    except Exception as error:  # the binding raises RuntimeError and its own types
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise GraphError(
-            f"the model's functions cannot be inlined: {reason}; export it without them"
-        ) from None
+        graph = copy(model) if isinstance(model, gs.Graph) else _read(model)
+        _name_nodes(graph)
+        sort(graph)
+        verify(graph, "load")
+        infer_shapes(graph)
+    except UnicodeDecodeError:  # protobuf hands out such text as bytes, and fails when it is to be written
+        raise GraphError(f"{_where(model)}holds text that is not UTF-8, it is damaged; export it again") from None
+    except GraphError as error:
+        text, where = " ".join(str(error).split()), _where(model)  # a damaged name may hold line breaks
+        raise GraphError(text if where.rstrip(": ") in text else where + text) from error.__cause__
+    return graph
+
+
+def _where(model: object) -> str:
+    return f"{os.fspath(model)}: " if isinstance(model, (str, os.PathLike)) else ""
+
+
+def _read(model: str | os.PathLike[str] | onnx.ModelProto) -> gs.Graph:
+    if isinstance(model, onnx.ModelProto):
+        return import_model(model, {})
+    return import_model(*files.read(Path(model)))
 
 
 def _name_nodes(graph: gs.Graph) -> None:
@@ -175,59 +126,22 @@ def _name_nodes(graph: gs.Graph) -> None:
 def save(graph: gs.Graph, path: str | os.PathLike[str], *, external: bool | None = None) -> None:
     """Write the graph to `path`: all of it or nothing. external=True puts weights into `NAME.data` beside it,
     None does so from 1.9 GB. GraphError when the folder cannot be written."""
-    export = Export(aside=files.LARGE)
-    model = _model(graph, export)
+    export = Export(aside=tensors.LARGE)
+    model = export_model(graph, export)
     files.write(Path(path), model, export.weights, external=external)
 
 
 def to_model(graph: gs.Graph) -> onnx.ModelProto:
     """The graph as one message, weights included; GraphError above protobuf's 2 GB."""
-    export = Export(aside=files.LARGE)
-    model = _model(graph, export)
+    export = Export(aside=tensors.LARGE)
+    model = export_model(graph, export)
     if sum(values.nbytes for values in export.weights.values()) > files.INLINE_LIMIT:
-        raise GraphError(
-            "the model is larger than the 2 GB that one message holds; save it to a file instead"
-        )
+        raise GraphError("the model is larger than the 2 GB that one message holds; save it to a file instead")
     for name, values in export.weights.items():
         tensor = model.graph.initializer.add()
-        tensor.CopyFrom(files.header(name, values))
-        tensor.raw_data = bytes(files.raw_bytes(values))
+        tensor.CopyFrom(tensors.header(name, values))
+        tensor.raw_data = bytes(tensors.raw_bytes(values))
     return model
-
-
-def weightless(graph: gs.Graph) -> tuple[onnx.ModelProto, dict[str, Array]]:
-    """The graph as a message whose large weights are only declared, as external, and these weights."""
-    export = Export(aside=files.LARGE, declared=True)
-    return _model(graph, export), export.weights
-
-
-def _model(graph: gs.Graph, export: Export) -> onnx.ModelProto:
-    """The message around the graph; what `export` keeps aside is left out."""
-    opsets = _imports(graph)
-    model = onnx.ModelProto(graph=export_graph(graph, export), opset_import=opsets)
-    needed = onnx.helper.find_min_ir_version_for(opsets, ignore_unknown=True)
-    model.ir_version = max(graph.ir_version or 0, needed, OLDEST_IR)
-    model.producer_name, model.producer_version = graph.producer_name or "", graph.producer_version or ""
-    facts = model_facts(graph)
-    model.domain, model.doc_string = facts.get("domain", ""), facts.get("doc_string", "")
-    model.model_version = facts.get("model_version", 0)
-    for key, value in facts.get("metadata", {}).items():
-        model.metadata_props.add(key=key, value=value)
-    return model
-
-
-def _imports(graph: gs.Graph) -> list[onnx.OperatorSetIdProto]:
-    """The graph's opset, and a version for every other domain its nodes use."""
-    versions = {
-        item.domain: item.version for item in graph.import_domains or () if item.domain not in DOMAINS
-    }
-    for inner in [graph, *graph.subgraphs(recursive=True)]:
-        for node in inner.nodes:
-            if (node.domain or "") not in DOMAINS:
-                versions.setdefault(node.domain, 1)
-    return [
-        onnx.helper.make_opsetid(domain, version) for domain, version in {"": graph.opset, **versions}.items()
-    ]
 
 
 # ---- shapes ------------------------------------------------------------------------------------------------

@@ -177,11 +177,7 @@ def rewire(graph: gs.Graph, old: gs.Tensor, new: gs.Tensor) -> None:
         return
     name = old.name
     old.name = fresh(graph, f"{name}_before")
-    if (
-        isinstance(new, gs.Constant)
-        or not new.inputs
-        or any(t is new for t in [*graph.inputs, *graph.outputs])
-    ):
+    if isinstance(new, gs.Constant) or not new.inputs or any(t is new for t in [*graph.inputs, *graph.outputs]):
         copied = gs.Variable(name, new.dtype, new.shape)
         graph.nodes.append(gs.Node("Identity", fresh(graph, f"{name}_copy"), {}, [new], [copied]))
         new = copied
@@ -301,7 +297,5 @@ def extract(graph: gs.Graph, outputs: Sequence[str], inputs: Sequence[str] | Non
     for tensor in part.inputs:  # a node kept for another of its outputs must not make this one as well
         for node in list(tensor.inputs):
             place = next(index for index, t in enumerate(node.outputs) if t is tensor)
-            node.outputs[place] = gs.Variable(
-                fresh(part, f"{tensor.name}_unused"), tensor.dtype, tensor.shape
-            )
+            node.outputs[place] = gs.Variable(fresh(part, f"{tensor.name}_unused"), tensor.dtype, tensor.shape)
     return part

@@ -37,11 +37,7 @@ def linear_layers(graph: gs.Graph) -> list[Linear]:
     """Every linear layer, in the order of the nodes."""
     found = []
     for node in graph.nodes:
-        if (
-            node.op != "MatMul"
-            or node.domain not in (None, "", "ai.onnx")
-            or constant(node.inputs[0]) is not None
-        ):
+        if node.op != "MatMul" or node.domain not in (None, "", "ai.onnx") or constant(node.inputs[0]) is not None:
             continue
         stored = constant(node.inputs[1])
         dequantize = None if stored is not None else producer(node.inputs[1])
@@ -106,8 +102,6 @@ def set_weight(graph: gs.Graph, linear: Linear, weight: Array) -> None:
                          f"one of {list(linear.weight.shape)}; keep outputs x inputs")  # fmt: skip
     source = None if linear.quantized else source_constant(linear.node.inputs[1])
     if source is None:
-        raise GraphError(
-            f"layer '{linear.name}' is quantized: its weight cannot be set; change it before quantizing"
-        )
+        raise GraphError(f"layer '{linear.name}' is quantized: its weight cannot be set; change it before quantizing")
     values = np.ascontiguousarray(weight.T, dtype=source.values.dtype)  # [K, N]
     source.values = values

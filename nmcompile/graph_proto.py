@@ -6,6 +6,7 @@ copy weights several times, and write a captured outer weight into every subgrap
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,18 +15,12 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from nmcompile import onnx_file as files
+from nmcompile import graph_tensor as tensors
 from nmcompile.errors import GraphError
-from nmcompile.onnx_file import Array
+from nmcompile.graph_tensor import Array
 
 Dim = int | str | None
 AttributeType = onnx.AttributeProto.AttributeType
-
-VALUE_OF_CONSTANT = {  # attributes of the Constant operator and the element type each stands for
-    "value_float": np.float32, "value_floats": np.float32, "value_int": np.int64, "value_ints": np.int64,
-    "value_string": object, "value_strings": object,
-}  # fmt: skip
-SPARSE_LIMIT = 1 << 31  # bytes up to which a sparse initializer is made dense
 
 
 # ---- from protobuf -----------------------------------------------------------------------------------------
@@ -40,14 +35,12 @@ def import_graph(proto: onnx.GraphProto, weights: Mapping[str, Array], imports: 
     return _graph(proto, weights, {}, opsets)
 
 
-def _graph(
-    proto: onnx.GraphProto, weights: Mapping[str, Array], outer: dict[str, gs.Tensor], opsets: Any
-) -> gs.Graph:
+def _graph(proto: onnx.GraphProto, weights: Mapping[str, Array], outer: dict[str, gs.Tensor], opsets: Any) -> gs.Graph:
     local: dict[str, gs.Tensor] = {}
     for initializer in proto.initializer:
         _declare(local, gs.Constant(initializer.name, _value(initializer, weights)), "initializer")
     for sparse in proto.sparse_initializer:
-        _declare(local, gs.Constant(sparse.values.name, _dense(sparse)), "initializer")
+        _declare(local, gs.Constant(sparse.values.name, tensors.dense(sparse)), "initializer")
     inputs = []
     for info in proto.input:
         if info.name in local and isinstance(local[info.name], gs.Constant):
@@ -68,6 +61,7 @@ def _graph(
             found = local[name] = _variable(infos[name]) if name in infos else gs.Variable(name)
         return found
 
+    opset = _default_opset(opsets)
     made: set[str] = set()
     given = {info.name for info in proto.input}
     for node in proto.node:
@@ -76,7 +70,8 @@ def _graph(
                 raise GraphError(f"tensor '{name}' is produced twice, the second time by node '{node.name}' "
                                  f"({node.op_type}); give each result a name of its own")  # fmt: skip
             made.add(name)
-        values = _constant_node(node)
+        _check_operator(node, opset)
+        values = tensors.constant_value(node)
         if values is not None:
             earlier = local.get(node.output[0])
             constant = gs.Constant(node.output[0], values) if earlier is None else earlier.to_constant(values)
@@ -87,7 +82,6 @@ def _graph(
         attrs = {a.name: _attribute(a, {**outer, **local}, opsets) for a in node.attribute}
         nodes.append(gs.Node(node.op_type, node.name, attrs, ins, outs, domain=node.domain or None))
     outputs = [tensor(info.name) for info in proto.output]
-    opset = _default_opset(opsets)
     return gs.Graph(nodes, inputs, outputs, proto.name, proto.doc_string or None, opset, opsets)
 
 
@@ -101,51 +95,54 @@ def _default_opset(opsets: Iterable[Any]) -> int:
     return next((int(item.version) for item in opsets if item.domain in ("", "ai.onnx")), 0)
 
 
+def _check_operator(node: onnx.NodeProto, opset: int) -> None:
+    """GraphError unless the node has as many inputs and outputs, and attributes of the types, as its operator
+    asks.
+
+    Operators of other domains, and those that this opset does not know, pass.
+    """
+    if not all(isinstance(text, str) for text in (node.op_type, node.domain, node.name, *node.output)):
+        raise GraphError(f"a node {node.op_type!r} holds text that is not UTF-8, the model is damaged")
+    if node.domain not in ("", "ai.onnx"):
+        return
+    try:
+        schema = onnx.defs.get_schema(node.op_type, max(opset, 1), "")
+    except onnx.defs.SchemaError:
+        return
+    where = f"node '{node.name or next(iter(node.output), '')}' ({node.op_type})"
+    for kind, count, low, high in (
+        ("inputs", len(node.input), schema.min_input, schema.max_input),
+        ("outputs", len(node.output), schema.min_output, schema.max_output),
+    ):
+        if not low <= count <= high:
+            wanted = low if low == high else f"{low} to {high}"
+            raise GraphError(f"{where} has {count} {kind}, the operator takes {wanted}; export the model again")
+    given = {a.name: a for a in node.attribute}
+    for name, attribute in schema.attributes.items():
+        if name not in given:
+            if attribute.required:
+                raise GraphError(f"{where} lacks the attribute {name}; export the model again")
+        elif given[name].type != _number(attribute.type) and not given[name].ref_attr_name:
+            raise GraphError(f"{where}: the attribute {name} is of the wrong type; export the model again")
+
+
+def _number(kind: Any) -> int:
+    """Number of a schema's attribute type."""
+    return int(kind.value)
+
+
 def _value(proto: onnx.TensorProto, weights: Mapping[str, Array]) -> Array:
     found = weights.get(proto.name)
-    return files.to_array(proto) if found is None else found
-
-
-def _dense(sparse: onnx.SparseTensorProto) -> Array:
-    """A sparse initializer's values [NNZ] at indices [NNZ] (of the flat array) or [NNZ, rank], as a full
-    array."""
-    what = f"sparse initializer '{sparse.values.name}'"
-    sized = onnx.TensorProto(name=sparse.values.name, data_type=sparse.values.data_type, dims=sparse.dims)
-    if files.byte_size(sized) > SPARSE_LIMIT:
-        raise GraphError(f"{what}: {list(sparse.dims)} is too large to be made dense; store it densely")
-    values, indices = files.to_array(sparse.values), files.to_array(sparse.indices)
-    dense = np.zeros(tuple(sparse.dims), values.dtype)
-    try:
-        if indices.ndim == 2:
-            dense[tuple(indices.T)] = values
-        else:
-            dense.reshape(-1)[indices] = values
-    except (IndexError, ValueError):
-        raise GraphError(f"{what}: indices do not fit {list(sparse.dims)}; export the model again") from None
-    return dense
-
-
-def _constant_node(node: onnx.NodeProto) -> Array | None:
-    """The value of a Constant operator, None for any other."""
-    if node.op_type != "Constant" or node.domain not in ("", "ai.onnx") or len(node.output) != 1:
-        return None
-    if len(node.attribute) != 1 or node.attribute[0].ref_attr_name:
-        return None
-    attribute = node.attribute[0]
-    if attribute.name == "value":
-        return files.to_array(attribute.t)
-    if attribute.name == "sparse_value":
-        return _dense(attribute.sparse_tensor)
-    if attribute.name not in VALUE_OF_CONSTANT:
-        return None
-    return np.array(onnx.helper.get_attribute_value(attribute), VALUE_OF_CONSTANT[attribute.name])
+    return tensors.to_array(proto) if found is None else found
 
 
 def _attribute(proto: onnx.AttributeProto, outer: dict[str, gs.Tensor], opsets: Any) -> object:
+    if not isinstance(proto.name, str):  # protobuf hands out text that is not UTF-8 as bytes
+        raise GraphError(f"an attribute has the name {proto.name!r}, the model is damaged; export it again")
     if proto.type == AttributeType.GRAPH:
         return _graph(proto.g, {}, outer, opsets)
     if proto.type == AttributeType.TENSOR:
-        return gs.Constant(proto.t.name, files.to_array(proto.t))
+        return gs.Constant(proto.t.name, tensors.to_array(proto.t))
     if proto.type == AttributeType.STRING:
         return _text(proto.s, proto)
     if proto.type in (AttributeType.FLOAT, AttributeType.INT):
@@ -201,8 +198,10 @@ def _dim(dim: Any) -> Dim:
 
 def _dtype(number: int) -> np.dtype[Any] | int:
     try:
-        return files.PLAIN.get(number) or np.dtype(onnx.helper.tensor_dtype_to_np_dtype(number))
+        return tensors.PLAIN.get(number) or np.dtype(onnx.helper.tensor_dtype_to_np_dtype(number))
     except (KeyError, TypeError, ValueError):
+        if number not in onnx.TensorProto.DataType.values():
+            raise GraphError(f"element type {number} is not known; update onnx or export the model again") from None
         return number
 
 
@@ -251,14 +250,21 @@ def _own_constants(graph: gs.Graph) -> list[gs.Tensor]:
     """
     found = {id(t): t for t in _direct_constants(graph)}
     inner = [t for node in graph.nodes for sub in node.subgraphs() for t in all_constants(sub)]
-    shared = {id(t) for i, t in enumerate(inner) if any(t is other for other in inner[:i])}
-    names: dict[str, set[int]] = {}
-    for tensor in [*found.values(), *inner]:
-        names.setdefault(tensor.name, set()).add(id(tensor))
+    uses = Counter(id(t) for t in inner)
+    meanings: dict[str, set[int]] = {}
+    for tensor in [*found.values(), *inner, *_variables(graph)]:
+        meanings.setdefault(tensor.name, set()).add(id(tensor))
     for tensor in inner:
-        if len(names[tensor.name]) == 1 and (id(tensor) in shared or tensor.values.nbytes >= files.LARGE):
+        wanted = uses[id(tensor)] > 1 or tensor.values.nbytes >= tensors.LARGE
+        if wanted and len(meanings[tensor.name]) == 1:
             found[id(tensor)] = tensor
     return list(found.values())
+
+
+def _variables(graph: gs.Graph) -> list[gs.Tensor]:
+    """What nodes compute and inputs bring, in subgraphs too."""
+    graphs = [graph, *graph.subgraphs(recursive=True)]
+    return [t for one in graphs for t in [*one.inputs, *(y for node in one.nodes for y in node.outputs)]]
 
 
 def _direct_constants(graph: gs.Graph) -> list[gs.Tensor]:
@@ -275,22 +281,14 @@ def all_constants(graph: gs.Graph) -> list[gs.Tensor]:
 
 def _initializer(proto: onnx.GraphProto, tensor: gs.Constant, export: Export, top: bool) -> None:
     values: Array = tensor.values
-    plain = values.dtype in files.ELEMENT_TYPE
+    plain = values.dtype in tensors.ELEMENT_TYPE
     if top and plain and export.aside is not None and values.nbytes >= export.aside:
         export.weights[tensor.name] = values
         if export.declared:
-            kind = files.element_type(values.dtype)
-            proto.initializer.append(files.declared(tensor.name, kind, values.shape))
+            kind = tensors.element_type(values.dtype)
+            proto.initializer.append(tensors.declared(tensor.name, kind, values.shape))
         return
-    proto.initializer.append(_tensor(tensor.name, values))
-
-
-def _tensor(name: str, values: Array) -> onnx.TensorProto:
-    if values.dtype in files.ELEMENT_TYPE:
-        proto = files.header(name, values)
-        proto.raw_data = bytes(files.raw_bytes(values))
-        return proto
-    return onnx.numpy_helper.from_array(values, name)
+    proto.initializer.append(tensors.message(tensor.name, values))
 
 
 def _node(node: gs.Node, graph: gs.Graph, export: Export, known: frozenset[int]) -> onnx.NodeProto:
@@ -316,11 +314,11 @@ def _export_attribute(
     if isinstance(value, gs.Graph):
         return onnx.helper.make_attribute(name, export_graph(value, export, known))
     if isinstance(value, gs.Tensor):
-        return onnx.helper.make_attribute(name, _tensor(value.name, value.values))
+        return onnx.helper.make_attribute(name, tensors.message(value.name, value.values))
     if isinstance(value, np.ndarray):
-        return onnx.helper.make_attribute(name, _tensor("", value))
+        return onnx.helper.make_attribute(name, tensors.message("", value))
     if isinstance(value, (np.dtype, type)):
-        value = files.element_type(np.dtype(value))
+        value = tensors.element_type(np.dtype(value))
     kind = _declared_type(node, graph, name)
     if kind == AttributeType.FLOAT and isinstance(value, (int, np.integer)):
         value = float(value)  # alpha=1 would be written as an integer, which runtimes refuse
@@ -336,13 +334,11 @@ def _declared_type(node: gs.Node, graph: gs.Graph, name: str) -> int | None:
     except onnx.defs.SchemaError:
         return None
     attribute = schema.attributes.get(name)
-    return None if attribute is None else int(attribute.type.value)  # type: ignore[attr-defined]
+    return None if attribute is None else _number(attribute.type)
 
 
 def _annotated(tensor: gs.Tensor) -> bool:
-    return isinstance(tensor, gs.Variable) and (
-        tensor.dtype is not None or tensor.type not in (None, "tensor_type")
-    )
+    return isinstance(tensor, gs.Variable) and (tensor.dtype is not None or tensor.type not in (None, "tensor_type"))
 
 
 def _info(tensor: gs.Tensor) -> onnx.ValueInfoProto:
@@ -352,7 +348,7 @@ def _info(tensor: gs.Tensor) -> onnx.ValueInfoProto:
     if tensor.dtype is None:
         return onnx.ValueInfoProto(name=tensor.name)
     info = onnx.ValueInfoProto(name=tensor.name)
-    info.type.tensor_type.elem_type = files.element_type(tensor.dtype)
+    info.type.tensor_type.elem_type = tensors.element_type(tensor.dtype)
     if tensor.shape is not None:
         info.type.tensor_type.shape.SetInParent()
         for dim in tensor.shape:

@@ -14,7 +14,8 @@ import onnxruntime as ort
 
 from nmcompile.errors import GraphError
 from nmcompile.graph_edit import extract
-from nmcompile.onnx_file import element_type
+from nmcompile.graph_model import weightless
+from nmcompile.graph_tensor import element_type
 from nmcompile.tensorinfo import TensorInfo
 
 LARGEST = 1 << 30  # elements of a made-up input
@@ -67,8 +68,6 @@ def runner(
 
 def _session(graph: gs.Graph, optimise: bool) -> tuple[Any, list[Any]]:
     """A session on the graph and the values that it must be outlived by."""
-    from nmcompile.graph import weightless  # graph re-exports this module
-
     options = ort.SessionOptions()
     options.log_severity_level = 4
     level = ort.GraphOptimizationLevel
@@ -99,9 +98,7 @@ def _reason(error: Exception) -> str:
     return text[:400] or type(error).__name__
 
 
-def random_feeds(
-    infos: Sequence[TensorInfo], seed: int = 0, dims: Mapping[str, int] | None = None
-) -> dict[str, Array]:
+def random_feeds(infos: Sequence[TensorInfo], seed: int = 0, dims: Mapping[str, int] | None = None) -> dict[str, Array]:
     """Made-up inputs that a Transformer accepts, the same for the same seed.
 
     Free dimensions are those of `dims`, else 2 for the first and 8 for others. Names tell the content: *mask*
@@ -115,9 +112,7 @@ def random_feeds(
 def _feed(info: TensorInfo, rng: np.random.Generator, dims: Mapping[str, int]) -> Array:
     shape = tuple(_size(dim, index, dims) for index, dim in enumerate(info.shape))
     if math.prod(shape) > LARGEST:
-        raise GraphError(
-            f"input '{info.name}' is of {math.prod(shape)} elements, too many to make up; give inputs"
-        )
+        raise GraphError(f"input '{info.name}' is of {math.prod(shape)} elements, too many to make up; give inputs")
     name = info.name.lower()
     if info.dtype.kind in "OSUT":
         return np.full(shape, "text", object)

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import onnx
 import onnx_graphsurgeon as gs
 
-from nmcompile.onnx_file import element_type, raw_bytes
+from nmcompile.graph_tensor import element_type, raw_bytes
 
 SHORT = {"float": "f", "bfloat": "bf", "int": "i", "uint": "u", "complex": "c"}
 FEW = 8  # elements up to which a constant is printed by value
@@ -29,7 +29,8 @@ def to_text(graph: gs.Graph) -> str:
     few.
     """
     known: dict[int, str] = {}
-    others = [item for item in graph.import_domains or () if item.domain not in ("", "ai.onnx")]
+    used = {node.domain for inner in [graph, *graph.subgraphs(recursive=True)] for node in inner.nodes}
+    others = [item for item in graph.import_domains or () if item.domain in used - {None, "", "ai.onnx"}]
     domains = sorted(f", {item.domain} {item.version}" for item in others)
     return "\n".join([f"opset {graph.opset}{''.join(domains)}", *_lines(graph, known, ""), ""])
 
@@ -42,11 +43,7 @@ def _lines(graph: gs.Graph, known: dict[int, str], indent: str) -> Iterator[str]
         ins = ", ".join(_read(t, known) for t in node.inputs)
         op = f"{node.domain}.{node.op}" if node.domain not in (None, "", "ai.onnx") else node.op
         plain = {name: value for name, value in sorted(node.attrs.items()) if not isinstance(value, gs.Graph)}
-        attrs = (
-            f"<{', '.join(f'{name}={_attribute(value, known)}' for name, value in plain.items())}>"
-            if plain
-            else ""
-        )
+        attrs = f"<{', '.join(f'{name}={_attribute(value, known)}' for name, value in plain.items())}>" if plain else ""
         yield f"{indent}{outs} = {op}{attrs}({ins})  # {node.name}"
         for name, value in sorted(node.attrs.items()):
             if isinstance(value, gs.Graph):
@@ -86,11 +83,7 @@ def type_name(dtype: Any) -> str:
 def _read(tensor: gs.Tensor, known: dict[int, str]) -> str:
     if not tensor.name:
         return "_"
-    return (
-        f"{tensor.name} {_constant(tensor.values, known)}"
-        if isinstance(tensor, gs.Constant)
-        else str(tensor.name)
-    )
+    return f"{tensor.name} {_constant(tensor.values, known)}" if isinstance(tensor, gs.Constant) else str(tensor.name)
 
 
 def _constant(values: npt.NDArray[Any], known: dict[int, str]) -> str:

@@ -34,12 +34,10 @@ def _structure(graph: gs.Graph, stage: str, outer: dict[str, gs.Tensor], named: 
         known[tensor.name] = tensor
     for node in graph.nodes:
         if not node.name:
-            raise GraphError(
-                f"{stage}: a node {node.op} of '{_first(node)}' has no name; name it by graph.fresh"
-            )
+            raise GraphError(f"{stage}: a node {node.op} of '{_first(node)}' has no name; name it by graph.fresh")
         if node.name in named:
             other = named[node.name].op
-            raise GraphError(f"{stage}: a {other} and a {node.op} are both named '{node.name}'; use graph.fresh")
+            raise GraphError(f"{stage}: {other} and {node.op} are both named '{node.name}'; use graph.fresh")
         named[node.name] = node
         for tensor in node.inputs:
             _check_read(tensor, node, stage, known, own)
@@ -51,14 +49,10 @@ def _structure(graph: gs.Graph, stage: str, outer: dict[str, gs.Tensor], named: 
         if isinstance(tensor, gs.Constant):
             known.setdefault(tensor.name, tensor)
         if known.get(tensor.name) is not tensor:
-            raise GraphError(
-                f"{stage}: output '{tensor.name}' is not computed by any node; rewire it or drop it"
-            )
+            raise GraphError(f"{stage}: output '{tensor.name}' is not computed by any node; rewire it or drop it")
 
 
-def _check_read(
-    tensor: gs.Tensor, node: gs.Node, stage: str, known: dict[str, gs.Tensor], own: set[int]
-) -> None:
+def _check_read(tensor: gs.Tensor, node: gs.Node, stage: str, known: dict[str, gs.Tensor], own: set[int]) -> None:
     if not tensor.name:
         return
     if isinstance(tensor, gs.Constant):
@@ -72,9 +66,7 @@ def _check_read(
     if not tensor.inputs:
         raise GraphError(f"{where} is neither computed, an input, nor a weight; rewire the node")
     if id(tensor.inputs[0]) not in own:
-        raise GraphError(
-            f"{where} is computed by '{tensor.inputs[0].name}', which is not in the graph; add it"
-        )
+        raise GraphError(f"{where} is computed by '{tensor.inputs[0].name}', which is not in the graph; add it")
     raise GraphError(f"{where} is computed later, by '{tensor.inputs[0].name}': a cycle, or not sorted; "
                      "call graph.cleanup after editing")  # fmt: skip
 
@@ -86,9 +78,7 @@ def _check_made(tensor: gs.Tensor, node: gs.Node, stage: str, known: dict[str, g
     if isinstance(tensor, gs.Constant):
         raise GraphError(f"{where} is a constant; clear its producers first")
     if len(tensor.inputs) > 1:
-        raise GraphError(
-            f"{where} is also produced by '{tensor.inputs[0].name}'; give each result a name of its own"
-        )
+        raise GraphError(f"{where} is also produced by '{tensor.inputs[0].name}'; give each result a name of its own")
     if tensor.name in known:
         raise GraphError(f"{where} shares its name with another tensor; name the new one by graph.fresh")
     known[tensor.name] = tensor
@@ -104,9 +94,7 @@ def _quantization(graph: gs.Graph, stage: str, node: gs.Node) -> None:
     if scale is not None:
         values = scale.astype(np.float32)
         if not np.isfinite(values).all() or not (values > 0).all():
-            raise GraphError(
-                f"{where}: scale {_worst(values)} is not finite and > 0; calibrate again on other samples"
-            )
+            raise GraphError(f"{where}: scale {_worst(values)} is not finite and > 0; calibrate again on other samples")
         if scale.ndim == 1 and scale.size > 1:
             _check_channels(node, where, scale.size)
     if node.op == "QuantizeLinear" and node.outputs[0].name not in {t.name for t in graph.outputs}:
@@ -120,9 +108,7 @@ def _check_channels(node: gs.Node, where: str, channels: int) -> None:
     if shape is None or node.attrs.get("block_size") or not -len(shape) <= axis < len(shape):
         return
     if isinstance(shape[axis], int) and shape[axis] != channels:
-        raise GraphError(
-            f"{where}: {channels} scales for {shape[axis]} channels on axis {axis}; correct the axis"
-        )
+        raise GraphError(f"{where}: {channels} scales for {shape[axis]} channels on axis {axis}; correct the axis")
 
 
 def _beyond(tensor: gs.Tensor) -> Iterator[gs.Node]:

@@ -44,6 +44,4 @@ class Timing:
         self.rows.append((spec(pass_), report.changed, seconds))
 
     def __str__(self) -> str:
-        return "\n".join(
-            f"{seconds:8.3f} s {changed:6d} changed  {name}" for name, changed, seconds in self.rows
-        )
+        return "\n".join(f"{seconds:8.3f} s {changed:6d} changed  {name}" for name, changed, seconds in self.rows)

@@ -203,7 +203,7 @@ def difference(expected: Any, found: Any) -> str:
     with np.errstate(invalid="ignore"):
         error = np.abs(wide - other)
         allowed = loose * (ATOL * scale + RTOL * np.abs(wide))
-        wrong = ~((error <= allowed) | (wide == other) | (np.isnan(wide) & np.isnan(other)))
+        wrong = ~((np.isfinite(error) & (error <= allowed)) | (wide == other) | (np.isnan(wide) & np.isnan(other)))
     if not wrong.any():
         return ""
     worst = float(np.max(error[wrong & np.isfinite(error)], initial=0.0))

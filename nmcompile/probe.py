@@ -42,7 +42,9 @@ def annotate(graph: gs.Graph) -> str | None:
     try:
         run = g.runner(graph, names)
         sizes = [free_sizes(infos, draw) for draw in (0, 1)]
-        shapes = [{n: np.shape(v) for n, v in run(g.random_feeds(infos, seed=i, dims=sizes[i])).items()} for i in (0, 1)]
+        shapes = [
+            {n: np.shape(v) for n, v in run(g.random_feeds(infos, seed=i, dims=sizes[i])).items()} for i in (0, 1)
+        ]
     except NmcompileError as error:
         return str(error)
     tensors = graph.tensors()
@@ -71,7 +73,7 @@ def concrete(shape: Sequence[int | str | None] | None, sizes: Mapping[str, int])
 
 
 def binary_feeds(graph: gs.Graph, draw: int) -> Feeds:
-    """Seeded values for the graph's inputs in which every integer or boolean [batch, tokens] input holds zeros and ones.
+    """Seeded values for the graph's inputs in which integer and boolean [batch, tokens] inputs hold 0 and 1.
 
     That is in range for token ids and tells apart masks wherever they come from; column 0 is 1, so no row is empty.
     """
@@ -86,7 +88,9 @@ def binary_feeds(graph: gs.Graph, draw: int) -> Feeds:
     return feeds
 
 
-def evaluate(graph: gs.Graph, outputs: Sequence[str], feeds: Mapping[str, np.ndarray], cut: Sequence[str] = ()) -> Feeds:
+def evaluate(
+    graph: gs.Graph, outputs: Sequence[str], feeds: Mapping[str, np.ndarray], cut: Sequence[str] = ()
+) -> Feeds:
     """Values of `outputs`, computed from the graph's inputs and the tensors at which it is `cut`."""
     inputs = [*cut, *(info.name for info in g.inputs(graph) if info.name not in cut)] if cut else None
     part = g.extract(graph, outputs, inputs)

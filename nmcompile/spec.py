@@ -65,15 +65,11 @@ def parse_spec(text: str) -> list[Pass]:
     while at < len(text):
         match = NAME.match(text, at)
         if match is None:
-            raise PassError(
-                f"'{text[at : at + 20]}' is not the name of a pass; write for example fold-constants"
-            )
+            raise PassError(f"'{text[at : at + 20]}' is not the name of a pass; write for example fold-constants")
         options, at = _options(text, match.end(), match.group())
         passes.append(_build(match.group(), options))
         if at < len(text) and text[at] != ",":
-            raise PassError(
-                f"a comma is missing before '{text[at : at + 20]}'; write pass, pass(option=value), ..."
-            )
+            raise PassError(f"a comma is missing before '{text[at : at + 20]}'; write pass, pass(option=value), ...")
         at = _space(text, at + 1)
     return passes
 
@@ -92,10 +88,10 @@ def _options(text: str, at: int, name: str) -> tuple[dict[str, list[str]], int]:
         return options, at
     at = _space(text, at + 1)
     while at < len(text) and text[at] != ")":
-        match = NAME.match(text, at)
+        match, first = NAME.match(text, at), at
         at = _space(text, match.end()) if match else at
         if match is None or at >= len(text) or text[at] != "=":
-            raise PassError(f"{name}: '{text[at : at + 20]}' is not option=value")
+            raise PassError(f"{name}: '{text[first : first + 20]}' is not option=value")
         if match.group() in options:
             raise PassError(f"{name}: option '{match.group()}' is given twice; give it once")
         options[match.group()], at = _items(text, _space(text, at + 1), f"{name}({match.group()}=...)")
@@ -114,9 +110,7 @@ def _items(text: str, at: int, where: str) -> tuple[list[str], int]:
         quoted = QUOTED.match(text, at)
         match = quoted or PLAIN.match(text, at)
         if match is None:
-            raise PassError(
-                f"{where}: '{text[at : at + 20]}' is not a value; quote text with special characters"
-            )
+            raise PassError(f"{where}: '{text[at : at + 20]}' is not a value; quote text with special characters")
         items.append(match.group())
         at = _space(text, match.end())
         if at >= len(text) or text[at] != "|":
@@ -132,9 +126,7 @@ def _build(name: str, options: Mapping[str, list[str]]) -> Pass:
     for option in options:
         if option not in fields:
             raise PassError(f"{name} has no option '{option}'{_nearest(option, fields)}")
-    values = {
-        option: _value(items, fields[option], f"{name}({option}=...)") for option, items in options.items()
-    }
+    values = {option: _value(items, fields[option], f"{name}({option}=...)") for option, items in options.items()}
     required = [f.name for f in dataclasses.fields(known[name])  # type: ignore[arg-type]
                 if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING]  # fmt: skip
     for option in required:
@@ -174,9 +166,7 @@ def _value(items: list[str], kind: str, where: str) -> Any:
         pass
     wanted = {"bool": "true or false", "int": "a whole number", "float": "a number"}.get(kind)
     if wanted is None:
-        raise TypeError(
-            f"{where}: fields of type {kind} have no spelling; use str, int, float, bool or {TUPLE}"
-        )
+        raise TypeError(f"{where}: fields of type {kind} have no spelling; use str, int, float, bool or {TUPLE}")
     raise PassError(f"{where}: '{item}' is not {wanted}")
 
 
@@ -201,8 +191,6 @@ def registry(name: str | None = None) -> dict[str, type[Pass]]:
         try:
             loaded = entry.load()
         except Exception as error:  # code of others: anything may happen
-            raise PassError(
-                f"the passes of '{entry.value}' cannot be imported: {error}; mend or remove it"
-            ) from None
+            raise PassError(f"the passes of '{entry.value}' cannot be imported: {error}; mend or remove it") from None
         found.setdefault(loaded.name, loaded)
     return found

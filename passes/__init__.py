@@ -37,4 +37,21 @@ BUILTIN: tuple[type[Pass], ...] = (
     InsertQdq,
 )
 
-__all__ = [*(item.__name__ for item in BUILTIN), "BUILTIN"]
+__all__ = [
+    "BUILTIN",
+    "BlockPrune",
+    "CanonicaliseEmbeddings",
+    "CanonicaliseLinear",
+    "ExpandFused",
+    "FoldConstants",
+    "FuseAttention",
+    "FuseGelu",
+    "FuseLayerNorm",
+    "InsertQdq",
+    "MagnitudePrune",
+    "NMPrune",
+    "RaiseOpset",
+    "SimplifyShapes",
+    "SmoothActivations",
+    "WidenFloats",
+]

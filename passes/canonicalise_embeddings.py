@@ -76,7 +76,8 @@ def _slice(graph: gs.Graph, node: gs.Node) -> int:
     for draw in DRAWS:
         feeds = probe.binary_feeds(graph, draw)
         value = probe.evaluate(graph, [y.name], feeds)[y.name]
-        source = next((t for t in graph.inputs if feeds[t.name].ndim == 2 and feeds[t.name].shape[1] == len(value)), None)
+        tokens = [t for t in graph.inputs if feeds[t.name].ndim == 2]
+        source = next((t for t in tokens if feeds[t.name].shape[1] == len(value)), None)
         if source is None or not _equal(value, table.values[: len(value)]):
             return 0
     b = Builder(graph, node.name)
@@ -105,7 +106,8 @@ def _canonicalise(graph: gs.Graph, node: gs.Node, notes: list[str]) -> int:
     if found is None or not sources or (found.ids is None and not added):
         notes.append(f"{node.name}: embedding not matched, its ids are neither an input nor positions")
         return 0
-    node.inputs[1] = build_positions(Builder(graph, node.name), found, found.ids if found.ids is not None else sources[0])
+    like = found.ids if found.ids is not None else sources[0]
+    node.inputs[1] = build_positions(Builder(graph, node.name), found, like)
     node.outputs[0].shape = None
     return 1
 
@@ -114,7 +116,9 @@ def _equal(a: np.ndarray, b: np.ndarray) -> bool:
     return a.shape == b.shape and bool((a == b).all())
 
 
-def _positions(values: Sequence[np.ndarray], feeds: Sequence[probe.Feeds], sources: Sequence[gs.Tensor]) -> Positions | None:
+def _positions(
+    values: Sequence[np.ndarray], feeds: Sequence[probe.Feeds], sources: Sequence[gs.Tensor]
+) -> Positions | None:
     first = int(values[0].reshape(-1)[0])
     if all(_equal(v, np.broadcast_to(np.arange(v.shape[-1]) + first, v.shape)) for v in values):
         lengths = {f[sources[0].name].shape[1] for f in feeds} if sources else set()

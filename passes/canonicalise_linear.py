@@ -48,10 +48,12 @@ def _gemm(graph: gs.Graph, node: gs.Node, notes: list[str]) -> int:
     bias = g.constant(node.inputs[2]) if len(node.inputs) > 2 and not node.inputs[2].is_empty() else np.zeros(0)
     alpha, beta = float(node.attrs.get("alpha", 1.0)), float(node.attrs.get("beta", 1.0))
     if weight is None or bias is None or node.attrs.get("transA", 0):
-        if g.producer(node.inputs[1]) is None or g.producer(node.inputs[1]).op != "DequantizeLinear":
+        maker = g.producer(node.inputs[1])
+        if maker is None or maker.op != "DequantizeLinear":
             notes.append(f"{node.name}: Gemm kept, its weight or bias is not constant or A is transposed")
         return 0
-    if bias.size and bias.size not in (1, weight.shape[0 if node.attrs.get("transB", 0) else 1]):
+    outputs = weight.shape[0 if node.attrs.get("transB", 0) else 1]
+    if bias.size > 1 and (bias.size != outputs or bias.shape[-1] != outputs):
         notes.append(f"{node.name}: Gemm kept, its bias of shape {list(bias.shape)} is not one value per output")
         return 0
     matrix = weight.T if node.attrs.get("transB", 0) else weight

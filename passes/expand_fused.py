@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -24,8 +24,8 @@ class Keep(Exception):
 class ExpandFused(Pass):
     """Decompose fused nodes, so that the matching passes see one set of operators.
 
-    com.microsoft.SkipLayerNormalization(x, skip, gamma, beta, bias)  ->  LayerNormalization(x + bias + skip, gamma, beta)
-    Attention(q, k, v, mask)                                          ->  Softmax(q k^T * scale + mask) v
+    com.microsoft.SkipLayerNormalization(x, skip, gamma, beta)  ->  LayerNormalization(x + skip, gamma, beta)
+    Attention(q, k, v, mask)                                    ->  Softmax(q k^T * scale + mask) v
     """
 
     preserves: ClassVar[bool] = True
@@ -39,9 +39,11 @@ class ExpandFused(Pass):
                 if node.domain == MICROSOFT:
                     notes.append(f"{node.name}: {MICROSOFT}.{node.op} kept, it runs on onnxruntime")
                 continue
+            count = len(graph.nodes)
             try:
                 outputs = expand(Builder(graph, node.name), node)
             except Keep as reason:
+                _undo(graph, count)
                 notes.append(f"{node.name}: {node.op} kept, {reason}")
                 continue
             for old, new in zip(list(node.outputs), outputs, strict=False):
@@ -53,18 +55,31 @@ class ExpandFused(Pass):
         return Report(changed=changed, notes=tuple(notes))
 
 
+def _undo(graph: gs.Graph, count: int) -> None:
+    """Take back the nodes that were built before the reason to keep a node was found."""
+    for built in graph.nodes[count:]:
+        built.inputs.clear()
+        built.outputs.clear()
+    del graph.nodes[count:]
+
+
 def _input(node: gs.Node, index: int) -> gs.Tensor | None:
     if index >= len(node.inputs) or node.inputs[index].is_empty():
         return None
     return node.inputs[index]
 
 
-def _unused(node: gs.Node, first: int) -> None:
-    if any(g.consumers(y) for y in node.outputs[first:] if not y.is_empty()):
-        raise Keep(f"its output {first} or a later one is used")
+def _used(graph: gs.Graph, y: gs.Tensor) -> bool:
+    return bool(g.consumers(y)) or g.is_output(graph, y)
 
 
-def _like(x: gs.Tensor) -> dict[str, object]:
+def _unused(b: Builder, node: gs.Node, first: int, end: int | None = None) -> None:
+    for index, y in enumerate(node.outputs[first:end]):
+        if not y.is_empty() and _used(b.graph, y):
+            raise Keep(f"its output {first + index} is used")
+
+
+def _like(x: gs.Tensor) -> dict[str, Any]:
     return {"dtype": x.dtype or np.float32}
 
 
@@ -112,7 +127,7 @@ def _quick_gelu(b: Builder, node: gs.Node) -> list[gs.Tensor | None]:
 
 
 def _skip_layer_norm(b: Builder, node: gs.Node) -> list[gs.Tensor | None]:
-    _unused(node, 1) if len(node.outputs) < 4 else None
+    _unused(b, node, 1, 3)
     rms = "Simplified" in node.op
     x, skip, gamma = node.inputs[:3]
     beta = None if rms else _input(node, 3)
@@ -125,6 +140,9 @@ def _skip_layer_norm(b: Builder, node: gs.Node) -> list[gs.Tensor | None]:
 
 
 def _norm(b: Builder, x: gs.Tensor, gamma: gs.Tensor, beta: gs.Tensor | None, eps: float, rms: bool) -> gs.Tensor:
+    op, needed = ("RMSNormalization", 23) if rms else ("LayerNormalization", 17)
+    if b.graph.opset < needed:
+        raise Keep(f"{op} needs opset {needed}, the graph has {b.graph.opset}")
     if rms:
         return b("RMSNormalization", x, gamma, axis=-1, epsilon=eps, **_like(x))
     if beta is None:
@@ -139,20 +157,24 @@ def _embed(b: Builder, node: gs.Node) -> list[gs.Tensor | None]:
     ids, types, words, positions, segments, gamma, beta = (_input(node, i) for i in range(7))
     if ids is None or words is None or positions is None or gamma is None:
         raise Keep("an embedding table is missing")
-    given = _input(node, 8)
+    given, mask = _input(node, 8), _input(node, 7)
+    index = node.outputs[1] if len(node.outputs) > 1 and not node.outputs[1].is_empty() else None
+    if index is not None and _used(b.graph, index):
+        readers = [user.op for user in g.consumers(index)]
+        if mask is None or g.is_output(b.graph, index) or set(readers) != {"Attention"}:
+            raise Keep("its count of tokens is used")
     shape = b("Shape", ids, dtype=np.int64)
     length = b("Gather", shape, b.scalar(1, np.int64), dtype=np.int64, axis=0)
     where = given or b("Range", b.scalar(0, np.int64), length, b.scalar(1, np.int64), dtype=np.int64)
     total = b("Add", b("Gather", words, ids, axis=0), b("Gather", positions, where, axis=0))
     if segments is not None and types is not None:
         total = b("Add", total, b("Gather", segments, types, axis=0))
-    mask = _input(node, 7)
     # onnxruntime hands on the number of real tokens; for tokens padded on the right the mask itself says the same
     return [_norm(b, total, gamma, beta, float(node.attrs.get("epsilon", 1e-12)), False), mask, total]
 
 
 def _microsoft_attention(b: Builder, node: gs.Node) -> list[gs.Tensor | None]:
-    _unused(node, 1)
+    _unused(b, node, 1)
     if any(_input(node, i) is not None for i in (4, 6)) or node.attrs.get("do_rotary", 0):
         raise Keep("it uses past keys or rotary embeddings")
     x, weight, bias, mask = node.inputs[0], g.constant(node.inputs[1]), _input(node, 2), _input(node, 3)
@@ -174,7 +196,7 @@ def _microsoft_attention(b: Builder, node: gs.Node) -> list[gs.Tensor | None]:
 
 
 def _multi_head(b: Builder, node: gs.Node) -> list[gs.Tensor | None]:
-    _unused(node, 1)
+    _unused(b, node, 1)
     if any(_input(node, i) is not None for i in (6, 7, 8, 9)):
         raise Keep("it uses past keys")
     q, k, v = (_input(node, i) for i in range(3))
@@ -203,7 +225,7 @@ def _padding(mask: gs.Tensor | None) -> Mask:
 
 
 def _onnx_attention(b: Builder, node: gs.Node) -> list[gs.Tensor | None]:
-    _unused(node, 1)
+    _unused(b, node, 1)
     if any(_input(node, i) is not None for i in (4, 5, 6)) or float(node.attrs.get("softcap", 0.0)):
         raise Keep("it uses past keys or a soft cap")
     q, k, v = node.inputs[:3]

@@ -47,9 +47,14 @@ class FoldConstants(Pass):
         except GraphError as error:
             return Report(notes=(f"nothing folded: {error}",))
         for y in wanted:
-            if y.name in values:
-                y.inputs.clear()
-                y.to_constant(np.asarray(values[y.name]))
+            if y.name not in values:
+                continue
+            for maker in list(y.inputs):
+                place = next(index for index, made in enumerate(maker.outputs) if made is y)
+                # the node may stay for another of its outputs, which must keep its place
+                left = gs.Variable(g.fresh(graph, f"{y.name}/folded"), y.dtype, y.shape)
+                maker.outputs[place] = left if len(maker.outputs) > 1 else gs.Variable.empty()
+            y.to_constant(np.asarray(values[y.name]))
         g.cleanup(graph)
         return Report(changed=len(wanted))
 
@@ -78,4 +83,4 @@ def _size(tensor: gs.Tensor) -> int | None:
         item = np.dtype(tensor.dtype).itemsize
     except TypeError:
         item = 4
-    return int(np.prod(tensor.shape, dtype=np.int64)) * item
+    return int(np.prod(tensor.shape, dtype=np.int64)) * int(item)

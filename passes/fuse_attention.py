@@ -29,7 +29,7 @@ class Miss(Exception):
 
 @dataclass(frozen=True)
 class Operand:
-    """q, k or v as [batch, heads, tokens, size]: `scale * source[..., features]`, features one index per (head, size)."""
+    """q, k or v, [batch, heads, tokens, size]: `scale * source[..., features]`, one feature per (head, size)."""
 
     source: gs.Tensor
     features: np.ndarray  # [heads, size]
@@ -128,7 +128,7 @@ def _find(graph: gs.Graph, root: gs.Node) -> _Found:
         if scale is not None and not np.isclose(factor, scale, rtol=1e-3):
             raise Miss("its scale changes with the sequence")
         scale = factor if scale is None else scale
-        ys = _agreeing(ys, values, _reference(feeds, q, k, v, factor, keep), keep)
+        ys = _agreeing(ys, values, _reference(feeds, q, k, v, factor, keep))
         if not ys:
             raise Miss("what follows the softmax is not softmax(q k) v merged by heads")
     assert scale is not None and mask is not None
@@ -284,28 +284,27 @@ def _merged_below(context: gs.Node, width: int) -> list[gs.Tensor]:
 
 def _reference(feeds: probe.Feeds, q: Operand, k: Operand, v: Operand, factor: float, keep: np.ndarray) -> np.ndarray:
     """softmax(q k^T) v in numpy, merged by heads: [batch, tokens, width]."""
-    parts = [feeds[t.source.name].astype(np.float64)[..., t.features] for t in (q, k, v)]  # [batch, tokens, heads, size]
+    parts = [feeds[t.source.name].astype(np.float64)[..., t.features] for t in (q, k, v)]  # [b, t, heads, size]
     scores = np.einsum("bqhd,bkhd->bhqk", parts[0], parts[1]) * factor * q.scale * k.scale
     scores = np.where(keep, scores, -np.inf)
     share = np.exp(scores - scores.max(-1, keepdims=True))
     share /= share.sum(-1, keepdims=True)
     y = np.einsum("bhqk,bkhd->bqhd", share, parts[2])
-    return y.reshape(*y.shape[:2], -1)
+    return np.asarray(y.reshape(*y.shape[:2], -1))
 
 
-def _agreeing(ys: Sequence[gs.Tensor], values: probe.Feeds, reference: np.ndarray, keep: np.ndarray) -> list[gs.Tensor]:
+def _agreeing(ys: Sequence[gs.Tensor], values: probe.Feeds, reference: np.ndarray) -> list[gs.Tensor]:
     return [y for y in ys if np.allclose(values[y.name].reshape(reference.shape), reference, atol=1e-3)]
 
 
 def _replace(graph: gs.Graph, root: gs.Node, found: _Found, masks: dict[str, gs.Tensor | None]) -> None:
     stem = root.name.rsplit("/", 1)[0] or root.name
     b = Builder(graph, stem)
-    projections = [_project(graph, operand, stem, part) for operand, part in zip(
-        (found.q, found.k, found.v), "qkv", strict=True)]  # fmt: skip
+    q, k, v = (_project(graph, getattr(found, part), stem, part) for part in "qkv")
     key = str(found.mask)
     if key not in masks:
         masks[key] = build_mask(Builder(graph, "mask"), found.mask, found.q.source)
-    y = build_attention(b, *projections, found.q.features.shape[0], found.scale, masks[key])
+    y = build_attention(b, q, k, v, found.q.features.shape[0], found.scale, masks[key])
     if len(found.y.shape) == 2:
         y = b("Reshape", y, b.ints(-1, int(found.y.shape[-1])), shape=found.y.shape)
     g.rewire(graph, found.y, y)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from math import erf
 from typing import ClassVar
@@ -57,9 +57,10 @@ class FuseGelu(Pass):
         if graph.opset < 20:
             return Report(notes=(f"Gelu needs opset 20, the graph has {graph.opset}",))
         notes: list[str] = []
+        own = {id(node) for node in graph.nodes}
         fused = total = 0
         for anchor in [node for node in graph.nodes if node.op in ("Erf", "Tanh")]:
-            match = _match(anchor)
+            match = _match(anchor, own)
             if match is None:
                 if anchor.op == "Erf":
                     total += 1
@@ -76,11 +77,13 @@ class FuseGelu(Pass):
         return Report(changed=fused, detail={"matched": f"{fused + already}/{total + already}"}, notes=tuple(notes))
 
 
-def _match(anchor: gs.Node) -> tuple[gs.Tensor, gs.Tensor, str] | None:
+def _match(anchor: gs.Node, own: Collection[int]) -> tuple[gs.Tensor, gs.Tensor, str] | None:
     sources = _upwards(anchor.inputs[0])
-    tops = _downwards(anchor.outputs[0])
+    tops = _downwards(anchor.outputs[0], own)
     for y in tops:
         for x in sources:
+            if x.shape is not None and y.shape is not None and len(x.shape) != len(y.shape):
+                continue  # a constant of higher rank, which Gelu would lose
             values = _evaluate(y, x, 24)
             if values is None:
                 continue
@@ -102,11 +105,11 @@ def _upwards(tensor: gs.Tensor) -> list[gs.Tensor]:
     return found
 
 
-def _downwards(tensor: gs.Tensor) -> list[gs.Tensor]:
+def _downwards(tensor: gs.Tensor, own: Collection[int]) -> list[gs.Tensor]:
     """Results of the elementwise chain after this tensor, nearest first."""
     found: list[gs.Tensor] = []
     while len(found) < 6:
-        users = [node for node in g.consumers(tensor) if node.op in ELEMENTWISE]
+        users = [node for node in g.consumers(tensor) if node.op in ELEMENTWISE and id(node) in own]
         if len(users) != 1:
             break
         tensor = users[0].outputs[0]
@@ -120,7 +123,7 @@ def _evaluate(y: gs.Tensor, x: gs.Tensor, depth: int) -> Array | None:
         return PROBE
     value = g.constant(y)
     if value is not None:
-        return np.float64(value.item()) if value.size == 1 else None
+        return np.asarray(value.item(), np.float64) if value.size == 1 else None
     node = g.producer(y)
     if node is None or node.op not in ELEMENTWISE or depth == 0:
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -26,18 +27,20 @@ class FuseLayerNorm(Pass):
     def run(self, graph: gs.Graph) -> Report:
         g.infer_shapes(graph)
         notes: list[str] = []
+        own = {id(node) for node in graph.nodes}
         already = sum(_tidy(node) for node in graph.nodes)
         total = fused = 0
         for root in [node for node in graph.nodes if node.op == "Sqrt"]:
-            match = _match(root)
+            match = _match(graph, own, root)
             if isinstance(match, str):
                 if match:
                     notes.append(f"{root.name}: normalisation not matched, {match}")
                     total += 1
                 continue
             total += 1
-            if match.rms and graph.opset < 23:
-                notes.append(f"{root.name}: RMSNormalization needs opset 23, the graph has {graph.opset}")
+            op, needed = ("RMSNormalization", 23) if match.rms else ("LayerNormalization", 17)
+            if graph.opset < needed:
+                notes.append(f"{root.name}: {op} needs opset {needed}, the graph has {graph.opset}")
                 continue
             _replace(graph, root.name, match)
             fused += 1
@@ -66,7 +69,7 @@ def _tidy(node: gs.Node) -> bool:
     return True
 
 
-def _match(root: gs.Node) -> _Match | str:
+def _match(graph: gs.Graph, own: Collection[int], root: gs.Node) -> _Match | str:
     """The normalisation around its Sqrt node; "" when it is no normalisation at all, else why it is none of ours."""
     plus = g.producer(root.inputs[0])
     if plus is None or plus.op != "Add":
@@ -81,21 +84,21 @@ def _match(root: gs.Node) -> _Match | str:
     centred = _squared(square) if square is not None else None
     if centred is None:
         return "what is averaged is not a square"
-    scaled = _divide(root, centred)
+    scaled = _divide(root, centred, own)
     if scaled is None:
         return "no division by the standard deviation follows"
     sub = g.producer(centred)
     x, rms = centred, True
     if sub is not None and sub.op == "Sub":
-        average = g.producer(sub.inputs[1])
-        if average is not None and average.op == "ReduceMean" and average.inputs[0] is sub.inputs[0]:
-            x, rms = sub.inputs[0], not _over_last_axis(average)
+        if _is_mean(sub.inputs[1], sub.inputs[0]):
+            x, rms = sub.inputs[0], False
     width = x.shape[-1] if x.shape else None
     if not isinstance(width, (int, np.integer)):
         return "the width is not known"
-    gamma, y = _next(scaled, "Mul", int(width))
-    beta, y = (None, y) if rms else _next(y, "Add", int(width))
-    ones = np.ones(int(width), np.float32)
+    sizes = (int(width), len(x.shape))
+    gamma, y = _next(graph, own, scaled, "Mul", *sizes)
+    beta, y = (None, y) if rms else _next(graph, own, y, "Add", *sizes)
+    ones = np.ones(int(width), np.float32 if x.dtype is None else x.dtype)
     return _Match(x, y, ones if gamma is None else gamma, beta, float(eps.item()), rms)
 
 
@@ -116,6 +119,11 @@ def _over_last_axis(node: gs.Node) -> bool:
     return list(axes or []) in ([-1], [rank - 1 if rank else -1]) and bool(node.attrs.get("keepdims", 1))
 
 
+def _is_mean(mean: gs.Tensor, x: gs.Tensor) -> bool:
+    node = g.producer(mean)
+    return node is not None and node.op == "ReduceMean" and node.inputs[0] is x and _over_last_axis(node)
+
+
 def _squared(node: gs.Node) -> gs.Tensor | None:
     if node.op == "Mul" and node.inputs[0].name == node.inputs[1].name:
         return node.inputs[0]
@@ -127,10 +135,12 @@ def _squared(node: gs.Node) -> gs.Tensor | None:
     return None
 
 
-def _divide(root: gs.Node, centred: gs.Tensor) -> gs.Tensor | None:
+def _divide(root: gs.Node, centred: gs.Tensor, own: Collection[int]) -> gs.Tensor | None:
     """centred / sqrt(...) or centred * (1 / sqrt(...)), also with an equal Sub computed a second time."""
     deviation = root.outputs[0]
     for user in g.consumers(deviation):
+        if id(user) not in own:
+            continue  # inside an If, Loop or Scan body
         if user.op == "Div" and user.inputs[1] is deviation and _alike(user.inputs[0], centred):
             return user.outputs[0]
         inverse = None
@@ -141,7 +151,7 @@ def _divide(root: gs.Node, centred: gs.Tensor) -> gs.Tensor | None:
             inverse = user.outputs[0] if one is not None and one.size == 1 and float(one.item()) == 1.0 else None
         for product in g.consumers(inverse) if inverse is not None else []:
             other = product.inputs[0] if product.inputs[1] is inverse else product.inputs[1]
-            if product.op == "Mul" and _alike(other, centred):
+            if product.op == "Mul" and id(product) in own and _alike(other, centred):
                 return product.outputs[0]
     return None
 
@@ -152,16 +162,21 @@ def _alike(a: gs.Tensor, b: gs.Tensor) -> bool:
     left, right = g.producer(a), g.producer(b)
     if left is None or right is None or left.op != "Sub" or right.op != "Sub":
         return False
-    return left.inputs[0] is right.inputs[0]
+    x = left.inputs[0]
+    if x is not right.inputs[0]:
+        return False
+    return left.inputs[1] is right.inputs[1] or all(_is_mean(node.inputs[1], x) for node in (left, right))
 
 
-def _next(tensor: gs.Tensor, op: str, width: int) -> tuple[np.ndarray | None, gs.Tensor]:
+def _next(
+    graph: gs.Graph, own: Collection[int], tensor: gs.Tensor, op: str, width: int, rank: int
+) -> tuple[np.ndarray | None, gs.Tensor]:
     """The per-feature constant that the only consumer multiplies or adds, and that consumer's output."""
     users = g.consumers(tensor)
-    if len(users) != 1 or users[0].op != op:
+    if len(users) != 1 or users[0].op != op or id(users[0]) not in own or g.is_output(graph, tensor):
         return None, tensor
     _, value = _with_constant(users[0])
-    if value is None or value.size not in (1, width) or (value.ndim and value.shape[-1] not in (1, width)):
+    if value is None or value.ndim > rank or (value.size > 1 and not value.size == value.shape[-1] == width):
         return None, tensor
     return np.broadcast_to(value.reshape(-1), (width,)).copy(), users[0].outputs[0]
 

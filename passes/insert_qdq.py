@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast, get_args
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
 from nmcompile import graph as g
 from nmcompile import quantize as q8
+from nmcompile.calibrate.statistics import Method
 from nmcompile.canonical import attentions, role
 from nmcompile.errors import PassError
 from nmcompile.pipeline import CalibratedPass, Report
@@ -25,7 +26,7 @@ class Site:
     """One activation to quantize once, and everything that then reads the quantized value."""
 
     tensor: gs.Tensor
-    dtype: str  # "uint8" asymmetric or "int8" symmetric
+    dtype: q8.QuantType  # "uint8" asymmetric or "int8" symmetric
     readers: list[tuple[gs.Node, int]] = field(default_factory=list)
 
 
@@ -66,6 +67,9 @@ class InsertQdq(CalibratedPass):
         """Decide what to quantize; changes nothing."""
         if self.activations not in ("uint8", "int8"):
             raise PassError(f"activations={self.activations} is not known; choose uint8 (CPU) or int8 (TensorRT)")
+        if self.clip not in get_args(Method):
+            raise PassError(f"clip={self.clip} is not known; choose one of {', '.join(get_args(Method))}")
+        activations = cast("q8.QuantType", self.activations)
         sites: dict[tuple[str, str], Site] = {}
         layers, kept = [], {}
         for layer in g.linear_layers(graph):
@@ -74,9 +78,11 @@ class InsertQdq(CalibratedPass):
                 kept[layer.name] = reason
                 continue
             layers.append(layer)
-            _site(sites, layer.x, self.activations).readers.append((layer.node, 0))
+            _site(sites, layer.x, activations).readers.append((layer.node, 0))
         for found in attentions(graph) if self.attention else []:
-            for tensor, dtype in ((found.q, self.activations), (found.k, "int8"), (found.v, "int8")):
+            quantities: tuple[tuple[gs.Tensor, q8.QuantType], ...]
+            quantities = ((found.q, activations), (found.k, "int8"), (found.v, "int8"))
+            for tensor, dtype in quantities:
                 if any(node.op == "DequantizeLinear" for node in [g.producer(tensor)] if node is not None):
                     continue
                 reader = next(n for n in found.nodes if n.op == "Reshape" and n.inputs[0] is tensor)
@@ -102,7 +108,7 @@ class InsertQdq(CalibratedPass):
         ranges: dict[str, str] = {}
         for site in placement.sites.values():
             assert statistics is not None
-            low, high = statistics.clip(site.tensor.name, method=self.clip, percentile=self.percentile, dtype=site.dtype)
+            low, high = statistics.clip(site.tensor.name, cast("Method", self.clip), self.percentile, site.dtype)
             params = q8.activation_params(low, high, site.dtype)
             _quantize_activation(graph, site, params)
             ranges[site.tensor.name] = f"{params.dtype} scale {params.scale:.6g} zero {params.zero_point}"
@@ -116,7 +122,7 @@ class InsertQdq(CalibratedPass):
         return Report(changed=changed, detail=detail, notes=notes)
 
 
-def _site(sites: dict[tuple[str, str], Site], tensor: gs.Tensor, dtype: str) -> Site:
+def _site(sites: dict[tuple[str, str], Site], tensor: gs.Tensor, dtype: q8.QuantType) -> Site:
     return sites.setdefault((tensor.name, dtype), Site(tensor, dtype))
 
 

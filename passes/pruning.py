@@ -22,7 +22,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Criterion:
-    """How much a weight matters: `score(weight [N, K], statistics of its inputs)` -> [N, K]; `needs` names the statistics."""
+    """How much a weight matters: `score(weight [N, K], statistics of its inputs)` -> [N, K].
+
+    `needs` names the statistics of the layer's input that the score is made of.
+    """
 
     needs: tuple[str, ...]
     score: Callable[[np.ndarray, np.ndarray | None], np.ndarray]
@@ -92,7 +95,7 @@ def prune(
     threshold = None
     if ranking == "global" and not isinstance(pattern, sp.NM) and scores:
         units = [sp.unit_scores(score, pattern) for score in scores.values()]
-        sizes = [score.size / unit.size for score, unit in zip(scores.values(), units, strict=True)]
+        sizes = [score.size // unit.size for score, unit in zip(scores.values(), units, strict=True)]
         threshold = sp.global_threshold(units, sizes, sparsity)
     layers: dict[str, object] = {}
     changed, done = 0, set()

@@ -33,26 +33,27 @@ class WidenFloats(Pass):
                     user.inputs = [wide if x is tensor else x for x in user.inputs]
                 changed += 1
         for node in graph.nodes:
-            if node.op == "Cast" and node.attrs.get("to") in (FLOAT16, BFLOAT16):
+            if node.op == "Cast" and node.attrs.get("to") in (FLOAT16, BFLOAT16) and not _narrows_output(graph, node):
                 node.attrs["to"] = FLOAT
                 changed += 1
-            for key in ("dtype", "to"):
-                if node.op in ("RandomNormal", "EyeLike") and node.attrs.get(key) in (FLOAT16, BFLOAT16):
+            for key in ("dtype", "output_dtype"):  # EyeLike and the random ones; QuantizeLinear and its inverse
+                if node.attrs.get(key) in (FLOAT16, BFLOAT16):
                     node.attrs[key] = FLOAT
             value = node.attrs.get("value")
             if isinstance(value, gs.Constant) and _narrow(value.dtype):
                 node.attrs["value"] = _widened(value)
-        edges = [t for t in [*graph.inputs, *graph.outputs] if _narrow(t.dtype)]
-        if not changed and not edges:
+        inputs = [t for t in graph.inputs if _narrow(t.dtype) and not all(map(_widens, g.consumers(t)))]
+        outputs = [t for t in graph.outputs if _narrow(t.dtype) and not any(_narrows_output(graph, n) for n in t.inputs)]
+        if not changed and not inputs and not outputs:
             return Report()
-        for tensor in [t for t in graph.inputs if _narrow(t.dtype)]:
+        for tensor in inputs:
             wide = gs.Variable(g.fresh(graph, f"{tensor.name}/float32"), np.dtype(np.float32), tensor.shape)
             for user in g.consumers(tensor):
                 user.inputs = [wide if x is tensor else x for x in user.inputs]
             name = g.fresh(graph, f"{tensor.name}/widen")
             graph.nodes.insert(0, gs.Node("Cast", name, {"to": FLOAT}, [tensor], [wide]))
         for index, tensor in enumerate(list(graph.outputs)):
-            if _narrow(tensor.dtype):
+            if any(tensor is output for output in outputs):
                 graph.outputs[index] = _narrow_output(graph, tensor)
         for tensor in graph.tensors().values():
             if isinstance(tensor, gs.Variable) and _narrow(tensor.dtype) and not _edge(graph, tensor):
@@ -71,6 +72,17 @@ def _narrow(dtype: object) -> bool:
 
 def _narrow_inside(graph: gs.Graph) -> bool:
     return any(_narrow(t.dtype) for t in graph.tensors().values())
+
+
+def _widens(node: gs.Node) -> bool:
+    return bool(node.op == "Cast" and node.attrs.get("to") == FLOAT)
+
+
+def _narrows_output(graph: gs.Graph, node: gs.Node) -> bool:
+    """A Cast from float32 that does nothing but make a graph output of half precision."""
+    if node.op != "Cast" or _narrow(node.inputs[0].dtype) or not _narrow(node.outputs[0].dtype):
+        return False
+    return g.is_output(graph, node.outputs[0]) and not g.consumers(node.outputs[0])
 
 
 def _edge(graph: gs.Graph, tensor: gs.Tensor) -> bool:

@@ -121,9 +121,7 @@ def test_extremes_do_not_saturate(isa: str, value: int) -> None:
 @pytest.mark.parametrize("layout", ["f32", "u8"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("shape", [(4, 40), (1, 90)])
-def test_every_isa_and_thread_count_gives_the_same_bits(
-    layout: str, activation: str, shape: tuple[int, int]
-) -> None:
+def test_every_isa_and_thread_count_gives_the_same_bits(layout: str, activation: str, shape: tuple[int, int]) -> None:
     rng = np.random.default_rng(5)
     w = sparse(rng, 130, 96, 4, 0.5)
     x = rng.standard_normal((*shape, 96)).astype(np.float32) * 3

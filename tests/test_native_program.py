@@ -162,9 +162,7 @@ HOSTILE: dict[str, dict[str, Any]] = {
     "columns range": {"weight": changed(columns=np.full_like(block_weight(GOOD, 2)["columns"], 3))},
     "columns missing": {"weight": {"format": "blocks", "rows": 2, "values": np.zeros((0, 2, 4), np.int8)}},
     "starts length": {"weight": changed(starts=np.zeros(4, np.uint32))},
-    "starts fall": {
-        "weight": changed(starts=np.array([0, 9, 1, 2, len(block_weight(GOOD, 2)["columns"])], np.uint32))
-    },
+    "starts fall": {"weight": changed(starts=np.array([0, 9, 1, 2, len(block_weight(GOOD, 2)["columns"])], np.uint32))},
     "starts end": {"weight": changed(starts=np.array([0, 1, 2, 3, 4000], np.uint32))},
     "dense shape": {"weight": {"format": "dense", "values": np.zeros((2, 3, 4, 5), np.int8)}},
     "dense text": {"weight": {"format": "dense", "values": "abc"}},

@@ -15,9 +15,7 @@ def floats(rng: np.random.Generator, *shape: int) -> np.ndarray:
     return np.asarray(rng.standard_normal(shape), np.float32)
 
 
-def normalised(
-    x: np.ndarray, gamma: np.ndarray, beta: np.ndarray | None, eps: float, rms: bool
-) -> np.ndarray:
+def normalised(x: np.ndarray, gamma: np.ndarray, beta: np.ndarray | None, eps: float, rms: bool) -> np.ndarray:
     x = x.astype(float)
     x = x if rms else x - x.mean(-1, keepdims=True)
     y = x / np.sqrt((x**2).mean(-1, keepdims=True) + eps) * gamma
@@ -33,9 +31,7 @@ def test_layer_norm(isa: str, rms: bool, rows: int, length: int) -> None:
     x, gamma, beta = floats(rng, 1, length, rows), floats(rng, rows), None if rms else floats(rng, rows)
     net = Net(isa)
     a, q = net.enter(rows), net.program.buffer(rows, "u8")
-    net.program.layer_norm(
-        x=a, gamma=gamma, beta=beta, eps=1e-5, rms=rms, y=a, q=q, scale=0.02, zero_point=100
-    )
+    net.program.layer_norm(x=a, gamma=gamma, beta=beta, eps=1e-5, rms=rms, y=a, q=q, scale=0.02, zero_point=100)
     net.program.leave(x=net.float_of(q, rows), slot=1)
     net.program.leave(x=a, slot=0)
     net.program.prepare()
@@ -43,6 +39,26 @@ def test_layer_norm(isa: str, rms: bool, rows: int, length: int) -> None:
     want = normalised(x, gamma, beta, 1e-5, rms)
     np.testing.assert_allclose(y, want, atol=2e-5, rtol=2e-5)
     np.testing.assert_array_equal(bytes_, quantize(y, 0.02, 100))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("parts", ["mul", "add", "both"])
+def test_layer_norm_scales_what_it_quantizes(isa: str, parts: str) -> None:
+    rng = np.random.default_rng(1)
+    x, gamma, mul, add = floats(rng, 2, 40, 10), floats(rng, 10), floats(rng, 10), floats(rng, 10)
+    q_mul, q_add = None if parts == "add" else mul, None if parts == "mul" else add
+    net = Net(isa)
+    a, q = net.enter(10), net.program.buffer(10, "u8")
+    net.program.layer_norm(
+        x=a, gamma=gamma, beta=None, eps=1e-5, y=a, q=q, scale=0.03, zero_point=120, q_mul=q_mul, q_add=q_add
+    )
+    net.program.leave(x=net.float_of(q, 10), slot=1)
+    net.program.leave(x=a, slot=0)
+    net.program.prepare()
+    y, bytes_ = net.program.run([x])
+    np.testing.assert_allclose(y, normalised(x, gamma, None, 1e-5, False), atol=2e-5, rtol=2e-5)
+    scaled = y.astype(float) * (1 if q_mul is None else q_mul) + (0 if q_add is None else q_add)
+    np.testing.assert_array_equal(bytes_, quantize(scaled, 0.03, 120))
 
 
 @pytest.mark.parametrize("isa", ISAS)

@@ -85,7 +85,8 @@ const Kernels& choose_kernels(const std::string& isa) {
   for (const Kernels& k : kTable) {
     if (wanted.empty() ? k.supported() : wanted == k.isa) {
       if (k.supported()) return k;
-      throw std::invalid_argument(from + ": this CPU cannot run '" + wanted + "'; leave it empty to use the best it can");
+      throw std::invalid_argument(from + ": this CPU cannot run '" + wanted +
+                                  "'; leave it empty to use the best it can");
     }
     known += known.empty() ? k.isa : std::string(", ") + k.isa;
   }

@@ -97,7 +97,8 @@ void Program::binary(int a, int b, int y, const std::string& op) {
   const Buffer& left = input("binary: a", a, {Layout::kF32});
   check_same("binary: b", input("binary: b", b, {Layout::kF32}), left);
   check_same("binary: y", output("binary: y", y, {Layout::kF32}), left);
-  check(op == "add" || op == "sub" || op == "mul", "binary: op", "'" + op + "' is unknown; choose one of add, sub, mul");
+  check(op == "add" || op == "sub" || op == "mul", "binary: op",
+        "'" + op + "' is unknown; choose one of add, sub, mul");
   const int number = op == "add" ? kAdd : op == "sub" ? kSub : kMul;
   const size_t rows = left.rows;
   add("binary", op + " " + std::to_string(rows), {a, b}, {y}, [=](Run& run) {

@@ -1,4 +1,4 @@
-// Vectors of 16 lanes for AVX512 with VNNI. Every simd/<isa>.h offers the same names; see simd/scalar.h for their meaning.
+// Vectors of 16 lanes for AVX512 with VNNI. Every simd/<isa>.h offers the same names; simd/scalar.h says what they mean.
 #pragma once
 #include <immintrin.h>
 

@@ -13,6 +13,7 @@ from nmcompile import sparsity as sp
 from nmcompile.backends.cpu.match import FLOAT, Form, Op
 from nmcompile.backends.cpu.pack import pack
 from nmcompile.backends.cpu.partition import Segment, partition
+from nmcompile.plan import DTYPES
 
 Json = dict[str, object]
 
@@ -40,12 +41,7 @@ def lower(graph: gs.Graph) -> Lowered:
             segments.append(emitter.emit())
             layers += emitter.layers
         else:
-            name = f"segment{index}.onnx"
-            part = g.extract(graph, segment.outputs, segment.inputs)
-            blobs[name] = g.to_model(part).SerializeToString(deterministic=True)
-            kinds = sorted({node.op for node in segment.nodes})
-            segments.append({"kind": "onnxruntime", "model": name, "inputs": segment.inputs, "outputs": segment.outputs,
-                             "nodes": len(segment.nodes), "operators": kinds})  # fmt: skip
+            segments.append(_onnx_segment(graph, segment, f"segment{index}", arrays, blobs))
     header: Json = {
         "inputs": [_info(info) for info in g.inputs(graph)],
         "outputs": [_info(info) for info in g.outputs(graph)],
@@ -53,6 +49,30 @@ def lower(graph: gs.Graph) -> Lowered:
         "layers": layers,
     }
     return Lowered(header, arrays, blobs, parts.reasons)
+
+
+def _onnx_segment(
+    graph: gs.Graph, segment: Segment, name: str, arrays: dict[str, np.ndarray], blobs: dict[str, bytes]
+) -> Json:
+    """Part of the graph as ONNX; its large weights are arrays of the plan, mapped like all others."""
+    part = g.extract(graph, segment.outputs, segment.inputs)
+    model, weights = g.weightless(part)
+    if any(values.dtype.name not in DTYPES for values in weights.values()):  # bfloat16, which .npy does not know
+        model, weights = g.to_model(part), {}
+    blobs[name] = model.SerializeToString(deterministic=True)
+    stored: Json = {}
+    for index, (tensor, values) in enumerate(weights.items()):
+        arrays[f"{name}/{index:04d}.weight"] = values
+        stored[tensor] = {"array": f"{name}/{index:04d}.weight"}
+    return {
+        "kind": "onnxruntime",
+        "model": name,
+        "weights": stored,
+        "inputs": segment.inputs,
+        "outputs": segment.outputs,
+        "nodes": len(segment.nodes),
+        "operators": sorted({node.op for node in segment.nodes}),
+    }
 
 
 def _info(info: g.TensorInfo) -> Json:
@@ -192,7 +212,7 @@ class Emitter:
         return self.slots.setdefault(name, len(self.slots))
 
     def _enter(self, name: str, op: Op) -> None:
-        rows = op.rows if op.kind not in ("linear", "linear_float") else int(np.shape(op.data["weight"])[1])
+        rows = op.rows if op.kind not in ("linear", "linear_float") else np.asarray(op.data["weight"]).shape[1]
         target = self.buffer(rows, "f32", op)
         self.step("enter", y=target, slot=self.slot(name))
         self.values[(name, FLOAT)] = target
@@ -288,13 +308,15 @@ class Emitter:
 
     def _layer_norm(self, op: Op) -> None:
         factor = next((item for item in self.smoothed.values() if item.reads[0].tensor == op.y), None)
-        forms = {form for user, form in self.users[op.y] if user is not factor} | ({FLOAT} if op.y in self.leaving else set())
+        forms = {form for user, form in self.users[op.y] if user is not factor} | (
+            {FLOAT} if op.y in self.leaving else set()
+        )
         small = sorted((f for f in forms if f.layout == "u8"), key=lambda f: (f.scale, f.zero_point))
         fused = small[0] if small else None
         name = op.y
         if factor is not None:
             name, fused = factor.y, self.users[factor.y][0][1]
-        rest = sorted(forms - {FLOAT, fused}, key=lambda f: (f.layout, f.scale, f.zero_point))  # type: ignore[arg-type]
+        rest = sorted(forms - {FLOAT, fused}, key=lambda f: (f.layout, f.scale, f.zero_point))
         y = q = -1
         if FLOAT in forms or rest:
             y = self.values[(op.y, FLOAT)] = self.buffer(op.rows, "f32", op)
@@ -327,7 +349,9 @@ class Emitter:
         self._float_step(op, "affine", x=self._x(op), mul=self._row(op, "mul"), add=self._row(op, "add"))
 
     def _add_positions(self, op: Op) -> None:
-        self._float_step(op, "add_positions", x=self._x(op), table=self.array(np.asarray(op.data["table"]), "positions"))
+        self._float_step(
+            op, "add_positions", x=self._x(op), table=self.array(np.asarray(op.data["table"]), "positions")
+        )
 
     def _first(self, op: Op) -> None:
         self._float_step(op, "first", x=self._x(op))
@@ -359,6 +383,6 @@ class Emitter:
         pixels, patches = len(self.buffers) - 2, len(self.buffers) - 1
         self.step("patches", y=pixels, slot=self.slot(str(data["input"])), channels=data["channels"], patch_h=patch[0],
                   patch_w=patch[1])  # fmt: skip
-        self.step("linear_float", x=pixels, y=patches, weight=self.array(weight, "weight"), activation="none", residual=-1,
-                  bias=self.array(bias if isinstance(bias, np.ndarray) else None, "bias"))  # fmt: skip
+        self.step("linear_float", x=pixels, y=patches, weight=self.array(weight, "weight"), activation="none",
+                  residual=-1, bias=self.array(bias if isinstance(bias, np.ndarray) else None, "bias"))  # fmt: skip
         self._float_step(op, "prepend", x=patches, row=self.array(np.asarray(data["row"]), "row"))

@@ -80,11 +80,12 @@ class Matcher:
         table: dict[str, Callable[[gs.Node], Op | str | None]] = {
             "MatMul": self._linear, "Softmax": self._attention, "LayerNormalization": self._norm,
             "RMSNormalization": self._norm, "Gelu": self._gelu, "Relu": self._unary, "Tanh": self._unary,
-            "Sigmoid": self._unary, "Add": self._binary, "Sub": self._binary, "Mul": self._binary, "Gather": self._gather,
-            "Conv": self._patches, "Squeeze": self._view, "Cast": self._view,
+            "Sigmoid": self._unary, "Add": self._binary, "Sub": self._binary, "Mul": self._binary,
+            "Gather": self._gather, "Conv": self._patches, "Squeeze": self._view, "Cast": self._view,
         }  # fmt: skip
         attention = {id(n) for node in graph.nodes for n in self._attention_nodes(node)}
-        for node in graph.nodes:
+        last = [node for node in graph.nodes if node.op == "Softmax"]  # they ask how their operands are made
+        for node in [*(node for node in graph.nodes if node.op != "Softmax"), *last]:
             match = table.get(node.op)
             if match is None or id(node) in self.covered or (id(node) in attention and node.op != "Softmax"):
                 continue
@@ -145,7 +146,7 @@ class Matcher:
         return value if value is not None and value.size == 1 and value.dtype in (np.int8, np.uint8) else None
 
     def _source(self, tensor: gs.Tensor) -> gs.Tensor:
-        """The float tensor behind a quantize/dequantize pair: where the engine computes in float it skips the rounding."""
+        """The float tensor behind a quantize/dequantize pair: a step in float skips the rounding."""
         return self._tensor(self.read(tensor).tensor)
 
     # ---- operations ----
@@ -153,7 +154,11 @@ class Matcher:
     def _linear(self, node: gs.Node) -> Op | str | None:
         weight = self._weight(node.inputs[1])
         if weight is None:
-            return "both of its operands are computed" if g.constant(node.inputs[0]) is None else "its first operand is constant"
+            return (
+                "both of its operands are computed"
+                if g.constant(node.inputs[0]) is None
+                else "its first operand is constant"
+            )
         matrix, scale = weight
         n, k = matrix.shape
         read = self.read(node.inputs[0])
@@ -214,7 +219,12 @@ class Matcher:
         if not quantized:
             reads = tuple(Read(read.tensor) for read in reads)
         padding = found.mask.padding.name if found.mask.padding is not None else None
-        data: dict[str, object] = {"heads": found.heads, "scale": found.scale, "causal": found.mask.causal, "mask": padding}
+        data: dict[str, object] = {
+            "heads": found.heads,
+            "scale": found.scale,
+            "causal": found.mask.causal,
+            "mask": padding,
+        }
         kind = "attention" if quantized else "attention_float"
         return Op(kind, reads, found.y.name, width, spaces[0], found.nodes, data, node.name)
 
@@ -229,8 +239,12 @@ class Matcher:
             return "its scale or bias is not one constant per feature"
         beta = values[1].astype(np.float32) if len(values) > 1 and values[1] is not None else None
         assert values[0] is not None
-        data: dict[str, object] = {"gamma": values[0].astype(np.float32), "beta": beta,
-                                   "eps": float(node.attrs.get("epsilon", 1e-5)), "rms": node.op == "RMSNormalization"}  # fmt: skip
+        data: dict[str, object] = {
+            "gamma": values[0].astype(np.float32),
+            "beta": beta,
+            "eps": float(node.attrs.get("epsilon", 1e-5)),
+            "rms": node.op == "RMSNormalization",
+        }
         return Op("layer_norm", (Read(x.name),), node.outputs[0].name, rows, space, (node,), data, node.name)
 
     def _elementwise(self, node: gs.Node, x: gs.Tensor, op: str, nodes: tuple[gs.Node, ...]) -> Op | None:
@@ -271,8 +285,11 @@ class Matcher:
                 data = {"mul": row if node.op == "Mul" else None,
                         "add": {"Add": row, "Sub": -row, "Mul": None}[node.op]}  # fmt: skip
                 return Op("affine", (Read(x.name),), y, rows, space, (node,), dict(data), node.name)
-            table = value.reshape(value.shape[-2:]) if value.ndim >= 2 and value.size == np.prod(value.shape[-2:]) else None
-            if node.op == "Add" and table is not None and not space.first and table.shape == (space.tokens, rows):
+            table = (
+                value.reshape(value.shape[-2:]) if value.ndim >= 2 and value.size == np.prod(value.shape[-2:]) else None
+            )
+            fits = node.op == "Add" and table is not None and not space.first
+            if fits and table is not None and list(table.shape) == [space.tokens, rows]:
                 return Op("add_positions", (Read(x.name),), y, rows, space, (node,),
                           {"table": table.astype(np.float32)}, node.name)  # fmt: skip
         space, rows = self.space(a), _last(a)
@@ -290,9 +307,9 @@ class Matcher:
                 return self._elementwise(node, x, "silu", (node, sigmoid))
             factor = g.producer(sigmoid.inputs[0])
             value = g.constant(factor.inputs[1]) if factor is not None and factor.op == "Mul" else None
-            if factor is not None and value is not None and value.size == 1 and factor.inputs[0] is x:
-                if abs(float(value.item()) - 1.702) < 1e-6:
-                    return self._elementwise(node, x, "quick_gelu", (node, sigmoid))
+            scaled = factor is not None and value is not None and value.size == 1 and factor.inputs[0] is x
+            if scaled and value is not None and abs(float(value.item()) - 1.702) < 1e-6:
+                return self._elementwise(node, x, "quick_gelu", (node, sigmoid))
         return None
 
     def _gather(self, node: gs.Node) -> Op | None:
@@ -339,7 +356,9 @@ class Matcher:
         rows = int(sources[0][1].shape[-1])
         space = Space(ids.shape[0], ids.shape[1])
         data: dict[str, object] = {"sources": [s[0] for s in sources], "tables": [s[1] for s in sources]}
-        return Op("embed", (), node.outputs[0].name, rows, space, tuple({id(n): n for n in nodes}.values()), data, node.name)
+        return Op(
+            "embed", (), node.outputs[0].name, rows, space, tuple({id(n): n for n in nodes}.values()), data, node.name
+        )
 
     def _lookups(self, tensor: gs.Tensor) -> list[tuple[tuple[object, ...], np.ndarray, list[gs.Node]]] | None:
         """(source, table, nodes) of each term of a sum of look-ups; None when a term is something else."""
@@ -378,8 +397,16 @@ class Matcher:
         shape, kernel = x.shape, list(node.attrs.get("kernel_shape", []))
         if x.name not in self.inputs or weight is None or shape is None or len(shape) != 4 or x.dtype != np.float32:
             return "convolutions run on onnxruntime"
-        plain = node.attrs.get("group", 1) == 1 and not any(node.attrs.get("pads", [])) and kernel == node.attrs.get("strides")
-        if not plain or any(not isinstance(d, int) for d in shape[1:]) or any(d != 1 for d in node.attrs.get("dilations", [1])):
+        plain = (
+            node.attrs.get("group", 1) == 1
+            and not any(node.attrs.get("pads", []))
+            and kernel == node.attrs.get("strides")
+        )
+        if (
+            not plain
+            or any(not isinstance(d, int) for d in shape[1:])
+            or any(d != 1 for d in node.attrs.get("dilations", [1]))
+        ):
             return "convolutions run on onnxruntime"
         nodes, tensor = [node], node.outputs[0]
         for op in ("Reshape", "Transpose", "Concat"):
@@ -392,7 +419,12 @@ class Matcher:
         row = g.constant(expand.inputs[0]) if expand is not None and expand.op == "Expand" else None
         width = weight.shape[0]
         count = (shape[2] // kernel[0]) * (shape[3] // kernel[1])
-        if row is None or row.size != width or nodes[3].attrs.get("axis") != 1 or nodes[2].attrs.get("perm") != [0, 2, 1]:
+        if (
+            row is None
+            or row.size != width
+            or nodes[3].attrs.get("axis") != 1
+            or nodes[2].attrs.get("perm") != [0, 2, 1]
+        ):
             return "no class token is put before its patches"
         if shape[2] % kernel[0] or shape[3] % kernel[1] or shape[0] is None or len(nodes[3].inputs) != 2:
             return "its image is not a whole number of patches"

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import onnx_graphsurgeon as gs
 
-from nmcompile import graph as g
-from nmcompile.backends.cpu.match import Matcher, Op, Space
+from nmcompile.backends.cpu.match import Matcher, Op
 
 # A native segment pays for moving its activations into the engine's layout from this many layers on.
 MIN_LAYERS = 2
@@ -28,7 +28,7 @@ class Segment:
     mask: str | None = None
 
 
-Item = Op | gs.Node
+Item: TypeAlias = "Op | gs.Node"
 
 
 @dataclass(frozen=True)
@@ -134,9 +134,7 @@ def _order(graph: gs.Graph, ops: Sequence[Op], covered: set[int], needed: set[in
 def _connect(graph: gs.Graph, segments: list[Segment]) -> None:
     """Fill in what each segment takes and gives."""
     outputs = [t.name for t in graph.outputs]
-    made = [
-        {op.y for op in s.ops} | {y.name for node in s.nodes for y in node.outputs if y.name} for s in segments
-    ]
+    made = [{op.y for op in s.ops} | {y.name for node in s.nodes for y in node.outputs if y.name} for s in segments]
     for index, segment in enumerate(segments):
         read = [name for item in [*segment.ops, *segment.nodes] for name in _reads(item)]
         segment.inputs = [name for name in dict.fromkeys(read) if name not in made[index]]
@@ -173,5 +171,3 @@ def _refuse(segment: Segment, graph: gs.Graph) -> list[tuple[Op, str]]:
         refused += [(op, "patches and masks or other tokens do not mix") for op in patched]
     return refused
 
-
-__all__ = ["Partition", "Segment", "Space", "node_reads", "partition"]

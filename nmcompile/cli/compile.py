@@ -1,0 +1,169 @@
+"""nmcompile MODEL -o PLAN"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from nmcompile.cli import nearest_command, recipe, terminal
+from nmcompile.errors import NmcompileError
+
+if TYPE_CHECKING:
+    from nmcompile.compiler import Result
+
+NOTES = 10  # that the summary shows
+KINDS = {
+    "fuse-layer-norm": "normalizations",
+    "fuse-gelu": "GELU",
+    "fuse-attention": "attention",
+    "canonicalise-embeddings": "embeddings",
+}
+
+HELP = """Compile an ONNX model to a plan.
+
+\b
+  nmcompile model.onnx -o model.plan --calibration samples.npz
+  nmcompile model.onnx -o model.plan --calibration texts.jsonl --tokenizer tokenizer.json
+  nmcompile model.onnx -o model.plan --sparsity 0.8 --pattern 2x4 --calibration samples.npz
+  nmcompile model.onnx -o model.plan --passes "block-prune(block=4x4, sparsity=0.9, exclude=*pooler*)"
+  nmcompile model.onnx -o model.plan --recipe recipe.toml --report report.json
+
+Without --sparsity, --pattern and --passes nothing is pruned; zeros that the model has already are used all the same.
+Pruning without training costs accuracy: the summary says how much. Calibration data are samples of the model's real
+inputs: .npz with one array per input, a folder of such, or .jsonl with {"input_ids": [...]} or {"text": "..."} per
+line. A recipe holds these options by their long names:
+
+\b
+  sparsity = 0.8
+  pattern = "2x4"
+  calibration = "samples.npz"      # relative to the recipe
+"""
+
+
+@click.command("compile", help=HELP, short_help="Compile an ONNX model to a plan (the default command).")
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("-o", "--output", type=click.Path(path_type=Path), metavar="PLAN", help="The plan to write.")
+@click.option("--target", type=click.Choice(["cpu", "tensorrt"]), default="cpu", show_default=True,
+              help="What the plan runs on.")  # fmt: skip
+@click.option("--preset", type=click.Choice(["default", "fast"]), default="default", show_default=True,
+              help="fast: fewer samples, ranges without search.")  # fmt: skip
+@click.option("--passes", metavar="SPEC", help="Passes between canonical form and quantization; see passes.")
+@click.option("--sparsity", type=float, metavar="S", help="Share of weights to zero, for example 0.8.")
+@click.option("--pattern", metavar="PATTERN", help="Shape of the zeros: 2x4 (outputs x inputs), 2:4, unstructured.")
+@click.option("--criterion", type=click.Choice(["magnitude", "wanda"]), default="magnitude", show_default=True,
+              help="wanda weighs with the activations; it needs calibration.")  # fmt: skip
+@click.option("--calibration", type=click.Path(path_type=Path), metavar="DATA", help="Samples: .npz, .jsonl, folder.")
+@click.option("--tokenizer", type=click.Path(path_type=Path), metavar="PATH", help="tokenizer.json, for texts.")
+@click.option("--max-length", type=int, default=128, show_default=True, metavar="N", help="Tokens of a sample at most.")
+@click.option("--recipe", "recipe_", type=click.Path(path_type=Path), metavar="FILE", is_eager=True,
+              callback=recipe.as_defaults, help="Options from a .toml file; the command line wins.")  # fmt: skip
+@click.option("--emit-onnx", type=click.Path(path_type=Path), metavar="OUT", help="Write the quantized model as ONNX.")
+@click.option("--verify", is_flag=True, help="Run the model before and after each pass that must not change it.")
+@click.option("--require", type=click.Choice(["native"]), help="Fail unless all of the model runs on the engine.")
+@click.option("--report", type=click.Path(path_type=Path), metavar="OUT", help="Write everything known as JSON.")
+@click.option("--dump-text", type=click.Path(path_type=Path), metavar="DIR", help="Write the graph as text by pass.")
+@click.option("--measure/--no-measure", default=True, help="Compare the plan with the model (on by default).")
+def command(model: Path, output: Path | None, emit_onnx: Path | None, report: Path | None, dump_text: Path | None,
+            calibration: Path | None, **options: Any) -> None:  # fmt: skip
+    check_model(model)
+    if output is None and emit_onnx is None and report is None and dump_text is None:
+        raise click.UsageError("say what to write: -o PLAN (or --emit-onnx, --report, --dump-text)")
+    for path in (output, emit_onnx, report):
+        terminal.check_writable(path, model, calibration)
+    if output is not None and emit_onnx is not None and output.absolute() == emit_onnx.absolute():
+        raise NmcompileError(f"-o and --emit-onnx are both {output}; give two names")
+    with terminal.Progress() as progress:
+        progress("starting", 0, 1)
+        import nmcompile
+        from nmcompile.observers import dump_text as dumper
+
+        del options["recipe_"]
+        result = nmcompile.compile(
+            model, output, emit_onnx=emit_onnx, report=report, progress=progress, calibration=calibration,
+            observers=[] if dump_text is None else [dumper(dump_text)], **options)  # fmt: skip
+    if result.synthetic:
+        terminal.warn(
+            "NO CALIBRATION DATA: activation ranges come from made-up inputs and are not to be trusted; "
+            "give samples of the model's real inputs with --calibration"
+        )
+    click.echo("\n".join(summary(model, result)))
+
+
+def check_model(model: Path) -> None:
+    if not model.exists():
+        near = nearest_command(str(model))
+        hint = f"; for the command: nmcompile {near}" if near else "; see nmcompile --help"
+        raise NmcompileError(f"there is no model {model}{hint}")
+    if model.is_file() and model.open("rb").read(2) == b"PK":
+        raise NmcompileError(f"{model} is a plan or another zip archive, not an ONNX model; "
+                             f"to look into a plan: nmcompile inspect {model}")  # fmt: skip
+
+
+def summary(model: Path, result: Result) -> Iterator[str]:
+    """What the compiler did, for people."""
+    yield f"{model} -> {result.plan or 'no plan'}, {result.seconds:.1f} s"
+    matched = {KINDS.get(name, name): report.detail["matched"]
+               for name, report, _ in result.passes if "matched" in report.detail}  # fmt: skip
+    if matched:
+        yield f"  matched   {', '.join(f'{kind} {share}' for kind, share in matched.items())}"
+    yield from _titled("layers", _layers(result))
+    yield from _titled("segments", _segments(result))
+    if "plan" in result.sizes:
+        before, after = model_bytes(model), result.sizes["plan"]
+        yield f"  size      {terminal.size(after)}, {after / before:.0%} of the model's {terminal.size(before)}"
+    if result.loss:
+        samples = "MADE-UP SAMPLES, not real ones" if result.synthetic else "samples that calibration did not see"
+        yield f"  loss      plan against model, on {samples}"
+        yield from (f"            {line}" for line in terminal.differences(result.loss).splitlines())
+    notes = [note for note in result.notes if not note.startswith("no calibration data")]
+    shown = [note if len(note) <= 160 else f"{note[:157]}..." for note in notes[:NOTES]]
+    if len(notes) > NOTES:
+        shown.append(f"... and {len(notes) - NOTES} more; --report writes all of them")
+    yield from _titled("notes", shown)
+
+
+def _titled(title: str, lines: list[str]) -> Iterator[str]:
+    for index, line in enumerate(lines):
+        yield f"  {title if index == 0 else '':10}{line}"
+
+
+def _layers(result: Result) -> list[str]:
+    groups: dict[tuple[str, str, str], list[float]] = {}
+    for layer in result.layers:
+        key = (str(layer["precision"]), str(layer["kernel"]), str(layer["pattern"]))
+        groups.setdefault(key, []).append(float(layer["density"]))
+    lines = []
+    for (precision, kernel, pattern), shares in groups.items():
+        density = terminal.percent(sum(shares) / len(shares))
+        zeros = "dense weights" if pattern == "dense" else f"pattern {pattern}, density {density}"
+        lines.append(f"{len(shares)} x {precision}, kernel {kernel}, {zeros}")
+    return lines or ["none on the engine"]
+
+
+def _segments(result: Result) -> list[str]:
+    if result.native:
+        return ["1 native: the whole model runs on the engine"]
+    kinds = Counter(str(segment["kind"]) for segment in result.segments)
+    lines = [", ".join(f"{count} {kind}" for kind, count in kinds.items()) or "none"]
+    for segment in result.segments:
+        if segment["kind"] != "native":
+            lines.append(f"onnxruntime: {segment['nodes']} nodes ({', '.join(segment['operators'])})")
+    return [*lines[: NOTES + 1], *([f"... and {len(lines) - NOTES - 1} more"] if len(lines) > NOTES + 1 else [])]
+
+
+def model_bytes(path: Path) -> int:
+    """Size of an ONNX model with its external data."""
+    import onnx
+    from onnx.external_data_helper import uses_external_data
+
+    total: int = path.stat().st_size
+    if total > 100_000_000:  # weights are inside
+        return total
+    graph = onnx.load(str(path), load_external_data=False).graph
+    files = {entry.value for tensor in graph.initializer if uses_external_data(tensor)
+             for entry in tensor.external_data if entry.key == "location"}  # fmt: skip
+    return total + sum((path.parent / name).stat().st_size for name in map(str, files))

@@ -1,0 +1,94 @@
+"""nmcompile doctor"""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+
+import click
+
+import nmcompile
+from nmcompile.cli import terminal
+from nmcompile.errors import NmcompileError
+
+PACKAGES = ("numpy", "onnx", "onnxruntime", "onnx-graphsurgeon", "ml_dtypes", "tokenizers")
+
+HELP = """Show what nmcompile finds on this machine: versions, what the CPU can do, which kernels are chosen, and
+whether TensorRT is there. It fails when the engine cannot run; put its output into bug reports.
+
+\b
+  nmcompile doctor
+  NMCOMPILE_ISA=avx2 nmcompile doctor      # are these kernels available here?
+"""
+
+
+@click.command("doctor", help=HELP, short_help="Show versions, CPU features, kernels, threads.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def command(as_json: bool) -> None:
+    facts: dict[str, object] = {
+        "nmcompile": nmcompile.__version__,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        **{name: _version(name) for name in PACKAGES},
+        "cpu": _cpu(),
+    }
+    problem = _engine(facts)
+    facts["tensorrt"] = tensorrt()
+    if as_json:
+        terminal.say_json(facts)
+    else:
+        rows = [[key, ", ".join(value) if isinstance(value, list) else str(value)] for key, value in facts.items()]
+        width = max(len(key) for key, _ in rows)
+        click.echo("\n".join(f"{key.ljust(width)}  {value}" for key, value in rows))
+    if problem is not None:
+        raise NmcompileError(problem)
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or "unknown"
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0]}, {len(names)} logical" if names else platform.processor() or "unknown"
+
+
+def _engine(facts: dict[str, object]) -> str | None:
+    """Adds what the engine says of itself; why it cannot run, or None."""
+    try:
+        from nmcompile import _native
+    except ImportError as error:
+        facts["engine"] = "cannot be loaded"
+        return f"the engine cannot be loaded ({error}); install nmcompile again"
+    facts["cpu features"] = _native.cpu_features()
+    facts["kernels available"] = _native.available_isas()
+    facts["threads"] = _native.default_threads()
+    try:
+        facts["kernels chosen"] = _native.Program().isa
+    except ValueError as error:
+        facts["kernels chosen"] = "none"
+        return f"NMCOMPILE_ISA={os.environ.get('NMCOMPILE_ISA', '')} does not work here: {error}"
+    if "NMCOMPILE_ISA" in os.environ:
+        facts["kernels chosen"] = f"{facts['kernels chosen']} (by NMCOMPILE_ISA)"
+    return None
+
+
+def tensorrt() -> str:
+    """Whether the TensorRT package can be imported, and why not."""
+    if find_spec("tensorrt") is None:
+        return "not found: the Python package tensorrt is not installed (pip install nmcompile[tensorrt])"
+    try:
+        import tensorrt
+    except Exception as error:  # loading its libraries may fail in any way
+        return f"found, but cannot be loaded: {' '.join(str(error).split())[:200]}"
+    return f"{tensorrt.__version__} (plans for TensorRT are not built yet; --emit-onnx writes its Q/DQ graph)"

@@ -1,0 +1,125 @@
+"""nmcompile inspect FILE"""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import click
+
+from nmcompile.cli import terminal
+
+HELP = """Show what is in an ONNX model or a plan: inputs, outputs, segments, and each linear layer with its shape
+(outputs x inputs), density, pattern of zeros, precision and kernel.
+
+\b
+  nmcompile inspect model.onnx          # is it sparse already, and in which pattern?
+  nmcompile inspect model.plan
+  nmcompile inspect model.plan --json
+"""
+
+
+@click.command("inspect", help=HELP, short_help="Show what is in an ONNX model or a plan.")
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def command(file: Path, as_json: bool) -> None:
+    from nmcompile.bench import is_plan
+
+    found = plan_facts(file) if is_plan(file) else model_facts(file)
+    if as_json:
+        terminal.say_json(found)
+    else:
+        show(found)
+
+
+def plan_facts(path: Path) -> dict[str, Any]:
+    """What a plan's header says."""
+    from nmcompile.errors import PlanError
+    from nmcompile.plan import read_plan
+
+    with read_plan(path) as plan:
+        header = plan.header
+    try:
+        segments = []
+        for item in header["segments"]:
+            facts = {"kind": item["kind"], "inputs": item["inputs"], "outputs": item["outputs"]}
+            if item["kind"] == "native":
+                facts["steps"] = dict(Counter(step["step"] for step in item["steps"]))
+            else:
+                facts |= {"nodes": item["nodes"], "operators": item["operators"]}
+            segments.append(facts)
+        return {
+            "file": str(path), "kind": "plan", "bytes": path.stat().st_size, "target": header["target"],
+            "nmcompile": header.get("nmcompile"), "passes": header.get("passes", []),
+            "inputs": header["inputs"], "outputs": header["outputs"], "segments": segments, "layers": header["layers"],
+        }  # fmt: skip
+    except (KeyError, TypeError) as error:
+        why = f"{type(error).__name__}: {error}"
+        raise PlanError(f"the description in {path} is damaged ({why}); compile it again") from None
+
+
+def model_facts(path: Path) -> dict[str, Any]:
+    """What an ONNX model holds."""
+    from nmcompile import graph as g
+    from nmcompile import sparsity as sp
+    from nmcompile.cli.compile import model_bytes
+    from nmcompile.graph_text import type_name
+
+    graph = g.load(path)
+    layers = []
+    for layer in g.linear_layers(graph):
+        found = sp.detect(layer.weight)
+        stored = g.constant(layer.node.inputs[1])
+        layers.append({
+            "name": layer.name, "outputs": layer.weight.shape[0], "inputs": layer.weight.shape[1],
+            "density": round(float(sp.density(layer.weight)), 4),
+            "pattern": "dense" if found is None else str(found.pattern),
+            "orientation": None if found is None else found.orientation,
+            "precision": "int8" if layer.quantized else "?" if stored is None else type_name(stored.dtype),
+        })  # fmt: skip
+    return {
+        "file": str(path), "kind": "onnx", "bytes": model_bytes(path), "opset": graph.opset,
+        "nodes": len(graph.nodes), "operators": dict(Counter(node.op for node in graph.nodes).most_common()),
+        "inputs": [_info(info) for info in g.inputs(graph)], "outputs": [_info(info) for info in g.outputs(graph)],
+        "layers": layers,
+    }  # fmt: skip
+
+
+def _info(info: Any) -> dict[str, Any]:
+    return {"name": info.name, "dtype": info.dtype.name, "shape": list(info.shape)}
+
+
+def show(found: dict[str, Any]) -> None:
+    """The facts for people."""
+    if found["kind"] == "plan":
+        head = f"plan for {found['target']}, made by nmcompile {found['nmcompile']}"
+    else:
+        head = f"ONNX model, opset {found['opset']}, {found['nodes']} nodes"
+    click.echo(f"{found['file']}: {head}, {terminal.size(found['bytes'])}")
+    for title in ("inputs", "outputs"):
+        for index, item in enumerate(found[title]):
+            shape = ", ".join("?" if dim is None else str(dim) for dim in item["shape"])
+            click.echo(f"  {title if index == 0 else '':10}{item['name']}: {item['dtype']}[{shape}]")
+    if "operators" in found:
+        click.echo(f"  operators {', '.join(f'{op} {count}' for op, count in found['operators'].items())}")
+    for index, item in enumerate(found.get("segments", ())):
+        what = (f"native, {sum(item['steps'].values())} steps" if item["kind"] == "native"
+                else f"{item['kind']}, {item['nodes']} nodes ({', '.join(item['operators'])})")  # fmt: skip
+        click.echo(f"  {'segments' if index == 0 else '':10}{what}")
+    if found.get("passes"):
+        click.echo(f"  passes    {', '.join(found['passes'])}")
+    if not found["layers"]:
+        click.echo("  no linear layers" + (" on the engine" if found["kind"] == "plan" else ""))
+        return
+    click.echo()
+    rows = []
+    for item in found["layers"]:
+        pattern = item["pattern"]
+        if item.get("orientation") == "outputs":
+            pattern += " along outputs"
+        rows.append([item["name"], f"{item['outputs']}x{item['inputs']}", terminal.percent(item["density"]), pattern,
+                     item["precision"], item.get("kernel", "")])  # fmt: skip
+    header = ["layer", "shape", "density", "pattern", "precision", "kernel"]
+    columns = 6 if found["kind"] == "plan" else 5
+    click.echo(terminal.table(header[:columns], [row[:columns] for row in rows], right="12"))

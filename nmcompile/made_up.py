@@ -1,0 +1,84 @@
+"""Made-up inputs for a model, known only by what its inputs are called and shaped like; numpy only."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from nmcompile.errors import InputError
+from nmcompile.tensorinfo import TensorInfo
+
+Arrays = dict[str, np.ndarray]
+FEW_IDS = 20  # ids when the vocabulary is not known
+
+
+def made_up(
+    infos: Sequence[TensorInfo],
+    batch: int,
+    tokens: int,
+    *,
+    seed: int = 0,
+    vocabulary: Mapping[str, int] | None = None,
+    ragged: bool = False,
+) -> Arrays:
+    """Seeded inputs for a model: the first free dimension is `batch`, the others `tokens`.
+
+    Each input depends on its name and the seed alone. Ids lie within `vocabulary` (input name -> rows of its
+    table); masks are full, or with `ragged` a prefix of each row, the first one full.
+    """
+    sizes = [(batch if axis == 0 else tokens) for axis in range(8)]
+    feeds = {}
+    for info in infos:
+        shape = tuple(dim if isinstance(dim, int) else sizes[axis] for axis, dim in enumerate(info.shape))
+        rng = np.random.default_rng([seed, zlib.crc32(info.name.encode())])
+        feeds[info.name] = _content(info, shape, rng, (vocabulary or {}).get(info.name), ragged)
+    return feeds
+
+
+def _content(
+    info: TensorInfo, shape: tuple[int, ...], rng: np.random.Generator, rows: int | None, ragged: bool
+) -> np.ndarray:
+    name = info.name.lower()
+    if "mask" in name:
+        if len(shape) == 2 and ragged:
+            lengths = np.random.default_rng(shape).integers(1, shape[1] + 1, shape[0])  # all masks alike
+            lengths[:1] = shape[1]
+            return (np.arange(shape[1]) < lengths[:, None]).astype(info.dtype)
+        added = info.dtype.kind == "f" and len(shape) != 2  # such a mask is added to the scores
+        return np.zeros(shape, info.dtype) if added else np.ones(shape, info.dtype)
+    if info.dtype.kind in "iu":
+        if "position" in name and shape:
+            return np.broadcast_to(np.arange(shape[-1]), shape).astype(info.dtype)
+        if "token_type" in name or "segment" in name:
+            return np.zeros(shape, info.dtype)
+        high = rows or FEW_IDS
+        low = 3 if high > 2 * 3 else 0  # 0, 1 and 2 are padding in one model or another
+        return rng.integers(low, high, shape).astype(info.dtype)
+    if info.dtype.kind == "b":
+        return rng.integers(0, 2, shape).astype(bool)
+    if info.dtype.kind not in "fV":
+        raise InputError(f"input {info} cannot be made up; only numbers can")
+    return rng.standard_normal(shape).astype(info.dtype)
+
+
+def limits(header: Mapping[str, Any], rows: Callable[[str], int]) -> tuple[dict[str, int], int | None]:
+    """(rows of the table each input of a plan looks up, most tokens its positions allow); `rows` of an array."""
+    vocabulary: dict[str, int] = {}
+    longest: int | None = None
+    for segment in header["segments"]:
+        for step in segment.get("steps", ()):
+            if step["step"] != "embed":
+                continue
+            for source, table in zip(step["sources"], step["tables"], strict=True):
+                count = rows(table["array"])
+                kind = source[0]
+                if kind == "input":
+                    name = segment["inputs"][source[1]]
+                    vocabulary[name] = min(count, vocabulary.get(name, count))
+                elif kind in ("position", "cumulative"):
+                    room = count - int(source[1]) if kind == "position" else count - int(source[2]) - 1
+                    longest = min(room, longest) if longest is not None else room
+    return vocabulary, longest

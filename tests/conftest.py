@@ -1,0 +1,35 @@
+"""Flags and fixtures of the whole test suite."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from onnx_text import read_golden
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-golden", action="store_true", help="rewrite the golden files with what is found")
+    parser.addoption("--big", action="store_true", help="run tests marked big: gigabytes of disk, a minute or more")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "big: needs gigabytes of disk or memory; runs with --big only")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--big"):
+        return
+    for item in items:
+        if "big" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="runs with --big only"))
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest) -> Callable[[str], str]:
+    """`assert text == golden("fuse_gelu/exact")` compares with tests/golden/fuse_gelu/exact.txt."""
+    update = bool(request.config.getoption("--update-golden"))
+    return lambda name: read_golden(GOLDEN / f"{name}.txt", update)

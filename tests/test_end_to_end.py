@@ -1,0 +1,110 @@
+"""From every committed model to a plan: the same outputs as its Q/DQ graph, on every ISA, at any thread count."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from compiled import MODELS, NAMES, NATIVE, compiled, feeds
+
+import nmcompile
+from nmcompile import _native
+from nmcompile import graph as g
+from nmcompile.compare import Comparison, real_tokens
+
+# The bound between a plan and the Q/DQ graph it was lowered from, per output over ragged batches. The engine rounds the
+# softmax's shares to 8 bits, which the graph does not; everything else is the same integer arithmetic.
+LEAST_COSINE = 0.998
+LEAST_SQNR = 25.0  # dB
+
+ISAS = _native.available_isas()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_plan_agrees_with_its_qdq_graph(name: str) -> None:
+    made = compiled(name)
+    graph = g.load(made.qdq)
+    reference, session = g.runner(graph), nmcompile.load(made.plan)
+    comparison = Comparison(g.outputs(graph))
+    for batch in feeds(made.source):
+        comparison.add(reference(batch), session.run(batch), real_tokens(batch))
+    found = comparison.differences()
+    assert set(found) == {info.name for info in g.outputs(graph)}
+    for output, difference in found.items():
+        assert difference.sqnr > LEAST_SQNR, (output, difference)
+        assert not difference.cosine < LEAST_COSINE, (output, difference)
+
+
+@pytest.mark.parametrize("name", NATIVE)
+def test_known_architectures_are_one_native_segment(name: str) -> None:
+    assert compiled(name).result.native, compiled(name).result.notes
+
+
+@pytest.mark.parametrize("name", NATIVE)
+def test_bits_do_not_depend_on_threads_or_isa(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = compiled(name)
+    expected: list[dict[str, np.ndarray]] | None = None
+    for isa in ISAS:
+        monkeypatch.setenv("NMCOMPILE_ISA", isa)
+        for threads in (1, 2):
+            session = nmcompile.load(made.plan, threads=threads)
+            assert session.isa == isa and session.threads == threads
+            found = [session.run(batch) for batch in feeds(made.source)]
+            if expected is None:
+                expected = found
+            for one, other in zip(expected, found, strict=True):
+                for output, values in one.items():
+                    np.testing.assert_array_equal(values, other[output], err_msg=f"{isa}, {threads} threads, {output}")
+
+
+@pytest.mark.parametrize("pattern", ["2x4", "1x4", "4x1", "16x4", "3x5", "2:4", "unstructured"])
+def test_pruned_plans_agree_with_their_qdq_graph(pattern: str) -> None:
+    options = {} if ":" in pattern else {"sparsity": 0.7}
+    made = compiled("bert-torchscript", pattern=pattern, **options)
+    reference, session = g.runner(g.load(made.qdq)), nmcompile.load(made.plan)
+    comparison = Comparison()
+    for batch in feeds(made.source):
+        comparison.add(reference(batch), session.run(batch), real_tokens(batch))
+    assert comparison.differences()["last_hidden_state"].sqnr > LEAST_SQNR
+    pruned = [layer for layer in made.result.layers if layer["precision"] == "int8"]
+    assert pruned and all(layer["density"] <= (0.5 if ":" in pattern else 0.45) for layer in pruned)
+
+
+def test_the_qdq_graph_is_close_to_the_float_model() -> None:
+    made = compiled("bert-torchscript")
+    source, graph = g.runner(g.load(made.source)), g.runner(g.load(made.qdq))
+    comparison = Comparison()
+    for batch in feeds(made.source):
+        comparison.add(source(batch), graph(batch), real_tokens(batch))
+    assert comparison.differences()["last_hidden_state"].cosine > 0.995
+
+
+def test_padding_rows_are_zero_and_do_not_change_the_others() -> None:
+    made = compiled("bert-torchscript")
+    session = nmcompile.load(made.plan)
+    ids = np.arange(5, 17, dtype=np.int64).reshape(2, 6)
+    mask = np.array([[1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0]], np.int64)
+    types = np.zeros_like(ids)
+    both = session.run({"input_ids": ids, "attention_mask": mask, "token_type_ids": types})["last_hidden_state"]
+    alone = session.run({"input_ids": ids[1:, :3], "attention_mask": mask[1:, :3], "token_type_ids": types[1:, :3]})
+    assert not both[1, 3:].any()
+    np.testing.assert_array_equal(both[1, :3], alone["last_hidden_state"][0])
+
+
+def test_the_same_model_gives_the_same_bytes(tmp_path: object) -> None:
+    made = compiled("distilbert-dynamo")
+    again = made.plan.with_name("again.plan")
+    nmcompile.compile(made.source, again, preset="fast", measure=False)
+    assert again.read_bytes() == made.plan.read_bytes()
+
+
+def test_without_native_code_everything_still_runs() -> None:
+    for name in ("cnn", "lstm", "control-flow"):
+        kinds = [segment["kind"] for segment in compiled(name).result.segments]
+        assert kinds == ["onnxruntime"], name
+    mixed = {segment["kind"] for segment in compiled("t5-torchscript").result.segments}
+    assert mixed == {"native", "onnxruntime"}
+
+
+def test_require_native_names_what_fell_out() -> None:
+    with pytest.raises(nmcompile.NmcompileError, match=r"not one native segment: /0/Conv"):
+        nmcompile.compile(MODELS / "cnn.onnx", None, preset="fast", require="native")
