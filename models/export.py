@@ -52,6 +52,7 @@ class Model:
 # torchscript + eager attention and dynamo + sdpa attention, so that both forms of attention occur.
 MODELS: dict[str, Model] = {
     "bert-torchscript": Model("bert", "torchscript", 17),
+    "bert-torchscript-opset11": Model("bert", "torchscript", 11, note="the oldest; Softmax flattens its input"),
     "bert-torchscript-opset13": Model(
         "bert", "torchscript", 13, note="LayerNormalization in plain operators"
     ),

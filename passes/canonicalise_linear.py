@@ -26,7 +26,8 @@ class CanonicaliseLinear(Pass):
     def run(self, graph: gs.Graph) -> Report:
         g.infer_shapes(graph)
         notes: list[str] = []
-        gemms = [_gemm(graph, node, notes) for node in list(graph.nodes) if node.op == "Gemm"]
+        stored: dict[tuple[str, bool, float], gs.Constant] = {}
+        gemms = [_gemm(graph, node, notes, stored) for node in list(graph.nodes) if node.op == "Gemm"]
         for node in graph.nodes:
             if node.op == "Add" and g.constant(node.inputs[0]) is not None and g.constant(node.inputs[1]) is None:
                 node.inputs = [node.inputs[1], node.inputs[0]]  # the constant second, one form for readers
@@ -42,7 +43,9 @@ class CanonicaliseLinear(Pass):
                       notes=tuple(notes))  # fmt: skip
 
 
-def _gemm(graph: gs.Graph, node: gs.Node, notes: list[str]) -> int:
+def _gemm(
+    graph: gs.Graph, node: gs.Node, notes: list[str], known: dict[tuple[str, bool, float], gs.Constant]
+) -> int:
     x, y = node.inputs[0], node.outputs[0]
     weight = g.constant(node.inputs[1])
     bias = g.constant(node.inputs[2]) if len(node.inputs) > 2 and not node.inputs[2].is_empty() else np.zeros(0)
@@ -60,8 +63,12 @@ def _gemm(graph: gs.Graph, node: gs.Node, notes: list[str]) -> int:
     if alpha != 1.0:
         matrix = matrix * weight.dtype.type(alpha)
     b = Builder(graph, node.name)
-    users = [] if matrix is not weight else [node.inputs[1]]
-    stored = users[0] if users else b.constant(np.ascontiguousarray(matrix), "weight")
+    key = (node.inputs[1].name, bool(node.attrs.get("transB", 0)), alpha)
+    if matrix is weight:
+        known.setdefault(key, node.inputs[1])
+    elif key not in known:  # layers that share a weight go on sharing it
+        known[key] = b.constant(np.ascontiguousarray(matrix), "weight")
+    stored = known[key]
     product = gs.Variable(g.fresh(graph, f"{y.name}/product"), y.dtype, y.shape)
     graph.nodes.append(gs.Node("MatMul", node.name, inputs=[x, stored], outputs=[product]))
     node.name = g.fresh(graph, f"{node.name}/bias")
@@ -77,7 +84,8 @@ def _gemm(graph: gs.Graph, node: gs.Node, notes: list[str]) -> int:
 
 def _unflatten(graph: gs.Graph, node: gs.Node) -> int:
     """Reshape [b, s, k] -> [b*s, k], MatMul (+ Add), Reshape -> [b, s, n] becomes a product in three dimensions."""
-    if g.constant(node.inputs[1]) is None or len(node.inputs[1].shape) != 2:
+    weight = g.constant(node.inputs[1])
+    if weight is None or weight.ndim != 2:
         return 0
     before = g.producer(node.inputs[0])
     if before is None or before.op != "Reshape":
@@ -91,13 +99,13 @@ def _unflatten(graph: gs.Graph, node: gs.Node) -> int:
     if source.shape is None or len(source.shape) < 3 or not users or g.is_output(graph, last.outputs[0]):
         return 0
     lead = list(source.shape[:-1])
-    if source.shape[-1] != node.inputs[1].shape[0] or None in lead:
+    if source.shape[-1] != weight.shape[0] or None in lead:
         return 0
     for user in users:
         shape = user.outputs[0].shape if user.op == "Reshape" else None
         if shape is None or list(shape[: len(lead)]) != lead:
             return 0
-    full = [*lead, int(node.inputs[1].shape[1])]
+    full = [*lead, int(weight.shape[1])]
     node.inputs[0] = source
     node.outputs[0].shape = last.outputs[0].shape = full
     for user in users:
@@ -122,7 +130,8 @@ def _split(graph: gs.Graph, node: gs.Node) -> int:
     if sum(sizes) != total:
         return 0
     start = 0
-    stored = layer.node.inputs[1].values
+    stored = g.constant(layer.node.inputs[1])
+    assert stored is not None
     for index, (size, part) in enumerate(zip(sizes, outputs, strict=True)):
         b = Builder(graph, f"{layer.name}/part{index}")
         weight = b.constant(np.ascontiguousarray(stored[:, start : start + size]), "weight")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -19,7 +19,7 @@ from nmcompile.pipeline import Pass, Report
 CARRY = {"Reshape", "Transpose", "Mul", "Div", "Unsqueeze", "Squeeze", "Identity", "Cast", "Split", "Slice", "Gather",
          "Expand", "Tile"}  # fmt: skip
 BETWEEN = {"Add", "Mul", "Div", "Where", "Cast", "Identity", "Sub"}
-MASKED = -1e4  # an additive bias below this hides its key
+MASKED = -5e3  # a score below this hides its key: exporters add -10000 or the lowest float
 DRAWS = (0, 1)
 
 
@@ -132,6 +132,10 @@ def _find(graph: gs.Graph, root: gs.Node) -> _Found:
         if not ys:
             raise Miss("what follows the softmax is not softmax(q k) v merged by heads")
     assert scale is not None and mask is not None
+    inputs = {t.name for t in graph.inputs}
+    others = (_read(root.inputs[0], set(cut)) & inputs) - {mask.padding.name if mask.padding is not None else ""}
+    if others:  # in the runs it looked like `mask`, with other values it may not
+        raise Miss(f"its mask is computed from {', '.join(sorted(others))}, and not as padding over [batch, tokens]")
     return _Found(q, k, v, ys[0], scale * q.scale * k.scale, mask)
 
 
@@ -263,6 +267,20 @@ def _explain(graph: gs.Graph, keep: np.ndarray, feeds: probe.Feeds, known: Mask 
     raise Miss("its mask is neither causal nor the padding given by an input of shape [batch, tokens]")
 
 
+def _read(tensor: gs.Tensor, cut: Collection[str]) -> set[str]:
+    """Names of all tensors whose values, not just whose shapes, this one is computed from; no further than `cut`."""
+    found = {tensor.name}
+    todo = [tensor]
+    while todo:
+        node = g.producer(todo.pop())
+        if node is None or node.op in ("Shape", "Size"):
+            continue
+        new = {t.name: t for t in node.inputs if t.name not in found and t.name not in cut}
+        found |= set(new)
+        todo += new.values()
+    return found
+
+
 def _same(a: Mask, b: Mask) -> bool:
     return a.causal == b.causal and (a.padding.name if a.padding else "") == (b.padding.name if b.padding else "")
 
@@ -320,7 +338,8 @@ def _project(graph: gs.Graph, operand: Operand, stem: str, part: str) -> gs.Tens
     shape = [*operand.source.shape[:2], len(order)]
     if layer is None or layer.quantized:
         return b("Gather", operand.source, b.constant(order, "features"), axis=-1, shape=shape)
-    stored = layer.node.inputs[1].values
+    stored = g.constant(layer.node.inputs[1])
+    assert stored is not None
     y = b("MatMul", layer.x, b.constant(np.ascontiguousarray(stored[:, order]), "weight"), shape=shape)
     if layer.bias is None:
         return y

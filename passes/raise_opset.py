@@ -9,7 +9,11 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from nmcompile import graph as g
+from nmcompile import probe
 from nmcompile.pipeline import Pass, Report
+
+
+ASIDE = "nmcompile.aside"  # a domain that the converter does not know and so leaves alone
 
 
 @dataclass(frozen=True)
@@ -40,9 +44,23 @@ class RaiseOpset(Pass):
         return Report(changed=1, detail={"from": before, "to": self.version})
 
 
+def _set_aside_softmax(graph: gs.Graph) -> None:
+    """Hide Softmax over the last axis from the converter: before opset 13 it flattened its input, which over the last
+    axis is the same, but the converter wraps it in Flatten and Reshape all the same."""
+    old = [node for node in graph.nodes if node.op in ("Softmax", "LogSoftmax")] if graph.opset < 13 else []
+    if old:
+        probe.annotate(graph)  # for the ranks
+    for node in old:
+        rank = len(node.inputs[0].shape) if node.inputs and node.inputs[0].shape is not None else None
+        if rank and node.attrs.get("axis", 1) in (-1, rank - 1):
+            node.attrs["axis"] = -1
+            node.domain = ASIDE
+
+
 def _convert(graph: gs.Graph, version: int) -> gs.Graph:
     """onnx's own converter on a copy whose large weights stand aside as inputs, so that size does not matter."""
     bare = g.copy(graph)
+    _set_aside_softmax(bare)
     weights = {t.name: t.values for t in bare.tensors().values() if isinstance(t, gs.Constant) and t.values.size > 64}
     used_inside = {t.name for sub in bare.subgraphs(recursive=True) for t in sub.tensors().values()}
     tensors = bare.tensors()
@@ -57,6 +75,10 @@ def _convert(graph: gs.Graph, version: int) -> gs.Graph:
         bare.inputs.append(stand_in)
     model = onnx.version_converter.convert_version(g.to_model(bare), version)
     raised = g.load(model)
+    for node in raised.nodes:
+        if node.domain == ASIDE:
+            node.domain = None
+    raised.import_domains = [item for item in raised.import_domains if item.domain != ASIDE]
     by_name = raised.tensors()
     for name, values in weights.items():
         if name in by_name:

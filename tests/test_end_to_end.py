@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import onnx
 import pytest
 from compiled import MODELS, NAMES, NATIVE, compiled, feeds
 
@@ -67,6 +68,11 @@ def test_pruned_plans_agree_with_their_qdq_graph(pattern: str) -> None:
     assert comparison.differences()["last_hidden_state"].sqnr > LEAST_SQNR
     pruned = [layer for layer in made.result.layers if layer["precision"] == "int8"]
     assert pruned and all(layer["density"] <= (0.5 if ":" in pattern else 0.45) for layer in pruned)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_qdq_graph_is_valid_onnx(name: str) -> None:
+    onnx.checker.check_model(str(compiled(name).qdq), full_check=True)
 
 
 def test_the_qdq_graph_is_close_to_the_float_model() -> None:

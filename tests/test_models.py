@@ -21,6 +21,7 @@ FILES = sorted(export.FOLDER.glob("*.onnx"))
 VOCABULARY = 256
 # float32 graphs of the same seeded BERT, each by another exporter
 SAME_BERT = [
+    "bert-torchscript-opset11",
     "bert-torchscript-opset13",
     "bert-dynamo",
     "bert-dynamo-attention",

@@ -125,9 +125,9 @@ def test_where_the_scale_stands(scale: str, factor: float) -> None:
     fused(attention(scale=scale), scale=factor)
 
 
-def test_scale_between_projection_and_heads() -> None:
+def test_a_scale_before_the_heads_stays_there() -> None:
     project = "q0 = MatMul(x, wq)  q = Mul(q0, half)  k = MatMul(x, wk)  v = MatMul(x, wv)"
-    fused(attention(project=project, scale="s = MatMul(qh, kt)"))
+    fused(attention(project=project, scale="s = MatMul(qh, kt)"), scale=1.0)
 
 
 MERGED = "qkv = MatMul(x, w)  a = Add(qkv, b)  "
@@ -255,12 +255,18 @@ def test_cross_attention_does_not_match() -> None:
         ({"merge": "t = Transpose <perm = [0, 2, 3, 1]> (c)  y = Reshape(t, flat)",
           "inputs": "float[B,8,8] x, int64[B,8] mask", "outputs": "float[B,8,8] y"}, "merged by heads"),
         ({"merge": "y = Identity(c)", "outputs": "float[B,2,S,4] y"}, "not merged by heads"),
-        ({"mask": "f = Cast <to = 1> (mask)  f4 = Unsqueeze(f, a12)  a12_ = Mul(f4, low)  m = Add(s, a12_)",
-          "inputs": "float[B,S,8] x, int64[B,S,S] mask",
-          "scale": SCALE + "  a12 = Constant <value_ints = [1]> ()"}, "neither causal nor the padding"),
+        ({"mask": MASKS["additive lowest"][0].replace("middle", "a1"),
+          "inputs": "float[B,S,8] x, int64[B,S,S] mask"}, "its mask is computed from mask, and not as padding"),
+        ({"mask": "m = Add(s, mask)",
+          "inputs": "float[B,S,8] x, float[B,1,S,S] mask"}, "its mask is computed from mask, and not as padding"),
+        ({"mask": "drop = Equal(mask, i2)  d4 = Unsqueeze(drop, middle)  m = Where(d4, low, s)"},
+         "its mask is computed from mask, and not as padding"),
+        ({"mask": "ones = Equal(mask, i1)  d4 = Unsqueeze(ones, middle)  m = Where(d4, low, s)"},
+         "neither causal nor the padding"),
         ({"mask": TRIANGLE + "upper = Not(below)  m = Where(upper, s, low)"}, "neither causal nor the padding"),
     ],
-    ids=["relu", "two readers", "scaled values", "wrong merge", "no merge", "3-D mask", "upper triangle"],
+    ids=["relu", "two readers", "scaled values", "wrong merge", "no merge", "3-D mask", "4-D mask",
+         "padded by 2", "padded by 1", "upper triangle"],
 )  # fmt: skip
 def test_near_misses_say_why(change: dict[str, str], reason: str) -> None:
     missed(attention(**change), reason)

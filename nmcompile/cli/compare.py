@@ -155,8 +155,11 @@ def made_up_batches(infos: Sequence[TensorInfo]) -> Iterator[Arrays]:
 def below(found: Mapping[str, Difference], min_cosine: float | None, min_sqnr: float | None) -> Iterator[str]:
     """One sentence for each output that is worse than asked for; what is not a number is worse than anything."""
     for name, item in found.items():
-        single = np.isnan(item.cosine) and not np.isnan(item.sqnr)  # no vectors, so there is no cosine
-        if min_cosine is not None and not single and not item.cosine >= min_cosine:
+        if (min_cosine is not None or min_sqnr is not None) and np.isnan(item.sqnr):
+            yield f"{name} holds values that are not numbers"
+            continue
+        # an output without vectors has no cosine
+        if min_cosine is not None and item.cosine < min_cosine:
             yield f"{name}: cosine {terminal.cosine(item.cosine)} is below {min_cosine:g}"
-        if min_sqnr is not None and not item.sqnr >= min_sqnr:
+        if min_sqnr is not None and item.sqnr < min_sqnr:
             yield f"{name}: SQNR {terminal.decibel(item.sqnr)} is below {min_sqnr:g} dB"

@@ -16,7 +16,7 @@ def options(command: click.Command) -> dict[str, tuple[click.Option, bool]]:
     """Options of a command by long name without its dashes, and whether that name switches a flag on."""
     found: dict[str, tuple[click.Option, bool]] = {}
     for param in command.params:
-        if isinstance(param, click.Option) and param.name not in ("recipe", "help"):
+        if isinstance(param, click.Option) and "--recipe" not in param.opts and param.name != "help":
             found |= {name[2:]: (param, True) for name in param.opts if name.startswith("--")}
             found |= {name[2:]: (param, False) for name in param.secondary_opts if name.startswith("--")}
     return found

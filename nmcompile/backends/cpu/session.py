@@ -47,6 +47,7 @@ class Session:
             raise PlanError(
                 f"the plan's description is damaged ({type(error).__name__}: {error}); compile it again"
             ) from None
+        self._check_names()
         natives = [segment for segment in self._segments if isinstance(segment, NativeSegment)]
         self.isa = natives[0].program.isa if natives else "onnxruntime"
 
@@ -58,6 +59,18 @@ class Session:
         raise PlanError(
             f"the plan has a segment of unknown kind {segment['kind']!r}; it is damaged or from a newer nmcompile"
         )
+
+    def _check_names(self) -> None:
+        """Every segment must find its inputs ready and every output must be made."""
+        ready = {info.name for info in self.inputs}
+        for segment in self._segments:
+            for name in segment.reads:
+                if name not in ready:
+                    raise PlanError(f"the plan reads {name!r} before it is made; compile it again")
+            ready.update(segment.outputs)
+        for info in self.outputs:
+            if info.name not in ready:
+                raise PlanError(f"the plan does not make its output {info.name!r}; compile it again")
 
     def run(self, feeds: Mapping[str, np.ndarray], outputs: Sequence[str] | None = None) -> Arrays:
         """Outputs by name for inputs by name; `outputs` picks some. Rows of padding tokens hold zeros.
@@ -96,7 +109,11 @@ class NativeSegment:
         self.inputs = [str(name) for name in segment["inputs"]]
         self.outputs = [str(name) for name in segment["outputs"]]
         self.mask = segment["mask"]
+        self.reads = [*self.inputs, *([] if self.mask is None else [str(self.mask)])]
         self.views = {str(name): str(view) for name, view in segment["views"].items()}
+        leaves = sorted(step["slot"] for step in segment["steps"] if step["step"] == "leave")
+        if leaves != list(range(len(self.outputs))) or not set(self.views) <= set(self.outputs):
+            raise PlanError("the plan's outputs do not fit its steps; compile it again")
         try:
             self.program = _native.Program(isa=isa, threads=threads)
         except ValueError as error:
@@ -151,6 +168,7 @@ class OrtSegment:
     def __init__(self, segment: Mapping[str, Any], plan: Plan, threads: int) -> None:
         self.inputs = [str(name) for name in segment["inputs"]]
         self.outputs = [str(name) for name in segment["outputs"]]
+        self.reads = self.inputs
         self.model = str(segment["model"])
         self.weights: Arrays = {str(k): _resolve(v, plan) for k, v in segment["weights"].items()}
         self.plan = plan
