@@ -3,7 +3,7 @@
 `python -m nmcompile.bench` is the worker. It reads one JSON object per line and answers each with one:
 
 {"do": "open", "model": path, "threads": n}   ->  {"inputs": [...], "load_seconds": s, "vocabulary": {...}, ...}
-{"do": "feed", "batch": b, "tokens": t, ...}  ->  {"batch": b}
+{"do": "feed", "batch": b, "tokens": t, ...}  ->  {"batch": b, "tokens": t or null}
 {"do": "run", "seconds": s}                   ->  {"nanoseconds": [...]}      one number per run
 {"do": "memory"}                              ->  {"peak_bytes": n}
 
@@ -139,12 +139,20 @@ def worker() -> None:
                 _check_shape(runner.inputs, request["batch"], request["tokens"])
                 tokens = request["tokens"] or request["default_tokens"]
                 feeds = made_up(runner.inputs, request["batch"], tokens, vocabulary=request["vocabulary"])
-                answer = {"batch": max((len(array) for array in feeds.values() if array.ndim), default=1)}
+                answer = {"batch": max((len(array) for array in feeds.values() if array.ndim), default=1),
+                          "tokens": _tokens(runner.inputs, feeds)}  # fmt: skip
             else:
                 answer = {"nanoseconds": _timed(runner.run, feeds, request["seconds"], request["least"])}
         except NmcompileError as error:
             answer = {"error": str(error)}
         answers.write(json.dumps(answer) + "\n")
+
+
+def _tokens(infos: Sequence[TensorInfo], feeds: Arrays) -> int | None:
+    """Length of the sequences, None where there are none, as in images."""
+    lengths = (feeds[info.name].shape[1] for info in infos
+               if len(info.shape) == 2 or (len(info.shape) == 3 and not isinstance(info.shape[1], int)))  # fmt: skip
+    return next(lengths, None)
 
 
 def _timed(run: Callable[[Arrays], object], feeds: Arrays, seconds: float, least: int) -> list[int]:
@@ -230,13 +238,18 @@ class Latency:
     """Of one model at one shape: milliseconds per run, sequences per second."""
 
     batch: int
-    tokens: int
+    tokens: int | None  # None where the model takes no sequences
     runs: int
     p50: float
     p90: float
     p99: float
     sequences: float
     rounds: tuple[float, ...]  # the median of each round
+
+    @property
+    def shape(self) -> str:
+        """As --shape takes it."""
+        return str(self.batch) if self.tokens is None else f"{self.batch}x{self.tokens}"
 
 
 @dataclass(frozen=True)
@@ -303,8 +316,8 @@ def bench(
                 told[0] += 1
                 tell("measuring", index * ROUNDS + told[0], len(shapes) * ROUNDS)
 
-            for found, (batch, rounds) in zip(latencies, _turns(workers, feed, seconds, step), strict=True):
-                found.append(_latency(rounds, batch, shape[1] or default))
+            for found, (fed, rounds) in zip(latencies, _turns(workers, feed, seconds, step), strict=True):
+                found.append(_latency(rounds, fed["batch"], fed["tokens"]))
         return [_contender(item, tuple(rows)) for item, rows in zip(workers, latencies, strict=True)]
     finally:
         for item in workers:
@@ -323,9 +336,9 @@ def _check_same(workers: Sequence[Worker]) -> None:
 
 def _turns(
     workers: Sequence[Worker], feed: Json, seconds: float, step: Callable[[], None]
-) -> list[tuple[int, list[list[int]]]]:
-    """(batch, rounds of nanoseconds) of each worker; A, B, A, B, ... so that both meet the same weather."""
-    batches = [int(worker.ask(do="feed", **feed)["batch"]) for worker in workers]
+) -> list[tuple[Json, list[list[int]]]]:
+    """(what it was fed, rounds of nanoseconds) of each worker; A, B, A, B, ... so that both meet the same weather."""
+    fed = [worker.ask(do="feed", **feed) for worker in workers]
     length = max(SHORTEST, seconds / ROUNDS)
     for worker in workers:
         worker.ask(do="run", seconds=min(0.2, length), least=2)  # caches, thread pools, clock
@@ -335,10 +348,10 @@ def _turns(
             time.sleep(REST)
             found.append(worker.ask(do="run", seconds=length, least=1)["nanoseconds"])
         step()
-    return list(zip(batches, rounds, strict=True))
+    return list(zip(fed, rounds, strict=True))
 
 
-def _latency(rounds: Sequence[Sequence[int]], batch: int, tokens: int) -> Latency:
+def _latency(rounds: Sequence[Sequence[int]], batch: int, tokens: int | None) -> Latency:
     spent = np.array([run for item in rounds for run in item]) / 1e6
     p50, p90, p99 = (round(float(value), 4) for value in np.percentile(spent, [50, 90, 99]))
     medians = tuple(round(float(np.median(item)) / 1e6, 4) for item in rounds)

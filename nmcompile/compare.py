@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
+from nmcompile.errors import InputError
 from nmcompile.tensorinfo import TensorInfo
 
 Arrays = Mapping[str, np.ndarray]
@@ -48,7 +49,7 @@ class Comparison:
                 continue
             a, b = (np.asarray(values[name]).astype(np.float64) for values in (reference, other))
             if a.shape != b.shape:
-                raise ValueError(f"output {name!r} has shape {list(a.shape)} in one and {list(b.shape)} in the other")
+                raise InputError(f"output {name!r} has shape {list(a.shape)} in one and {list(b.shape)} in the other")
             if real is not None and a.shape[:2] == real.shape and name not in self._whole:
                 a, b = a[real], b[real]
             if not a.size:
@@ -60,9 +61,9 @@ class Comparison:
                 norms = np.linalg.norm(rows[0], axis=1) * np.linalg.norm(rows[1], axis=1)
                 dots = (rows[0] * rows[1]).sum(axis=1)
                 cosines = np.where(norms > 0, dots / np.maximum(norms, 1e-300), (rows[0] == rows[1]).all(axis=1))
-                sums[4:] = cosines.sum(), (rows[0].argmax(1) == rows[1].argmax(1)).sum(), len(rows[0])
+                sums[4:] = cosines.sum(), _same_top(*rows), len(rows[0])
             self._sums[name] = self._sums.get(name, 0) + sums
-            self._max[name] = max(self._max.get(name, 0.0), float(error.max()))
+            self._max[name] = float(np.maximum(self._max.get(name, 0.0), error.max()))  # NaN stays NaN
 
     def differences(self) -> dict[str, Difference]:
         found = {}
@@ -77,6 +78,12 @@ class Comparison:
                 values=int(count),
             )
         return found
+
+
+def _same_top(a: np.ndarray, b: np.ndarray) -> int:
+    """Rows whose largest element is the same; one that holds NaN has none."""
+    known = np.isfinite(a).all(axis=1) & np.isfinite(b).all(axis=1)
+    return int(((a.argmax(1) == b.argmax(1)) & known).sum())
 
 
 def real_tokens(feeds: Arrays) -> np.ndarray | None:

@@ -7,6 +7,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -191,19 +192,9 @@ def compile(
     held-out samples against the model. Raises NmcompileError; a failed compile leaves no file behind.
     """
     start = time.perf_counter()
-    if target not in TARGETS:
-        raise UnsupportedError(f"target {target!r} is not known; choose one of {', '.join(TARGETS)}")
-    if target == "tensorrt" and output is not None:
-        raise UnsupportedError(
-            "target tensorrt is not built yet; --emit-onnx writes its Q/DQ graph, --target cpu a plan"
-        )
-    if preset not in PRESETS:
-        raise UnsupportedError(f"preset {preset!r} is not known; choose one of {', '.join(PRESETS)}")
-    if require not in (None, "native"):
-        raise UnsupportedError(f"require {require!r} is not known; the only requirement is native")
-    chosen = PRESETS[preset]
+    chosen = _check_options(target, preset, require, output)
     for path in (output, emit_onnx, report):
-        _check_target(path)
+        _check_path(path, model)
     tell = progress or (lambda *_: None)
     tell("reading the model", 0, 1)
     source = g.load(model)
@@ -226,39 +217,59 @@ def compile(
     pipeline = Pipeline(recipe, observers=[record, *observers], verify=verify, calibration=collector)
     graph, reports = pipeline.run(source)
     g.infer_shapes(graph)
-    notes = [note for result in reports for note in result.notes]
     lowered = lower(graph)
-    segments = lowered.header["segments"]
-    layers = lowered.header["layers"]
-    assert isinstance(segments, list) and isinstance(layers, list)
-    notes += lowered.notes
+    notes = [note for result in reports for note in result.notes] + list(lowered.notes)
     if data.synthetic:
         notes.insert(0, "no calibration data: activation ranges come from made-up inputs and are not to be trusted; "
                         "give samples of the model's real inputs with --calibration")  # fmt: skip
-    if require == "native" and not (len(segments) == 1 and segments[0]["kind"] == "native"):
-        raise UnsupportedError(
-            f"not one native segment: {next(iter(lowered.notes), notes[-1] if notes else 'no layers')}"
-        )
+    if require == "native" and not lowered.native:
+        raise UnsupportedError(f"not one native segment: {next(iter(lowered.notes or notes), 'no layers')}")
     sizes: dict[str, int] = {}
     loss: Mapping[str, Difference] = {}
-    if emit_onnx is not None:
-        g.save(graph, Path(emit_onnx))
-        sizes["qdq_onnx"] = Path(emit_onnx).stat().st_size
-    if output is not None:
-        header = {"nmcompile": nmcompile.__version__, "target": target, "source": fingerprint(source),
-                  "passes": [name for name, _, _ in log], **lowered.header}  # fmt: skip
-        tell("writing the plan", 0, 1)
-        write_plan(Path(output), header, lowered.arrays, lowered.blobs)
-        sizes["plan"] = Path(output).stat().st_size
-        if measure:
-            loss = _loss(source, Path(output), held_out, tell)
-    shown = [{key: value for key, value in item.items() if key not in ("steps", "buffers", "weights")} for item in segments]
-    plan = None if output is None else Path(output)
-    result = Result(plan, tuple(log), tuple(layers), tuple(shown), tuple(notes), loss,
-                    data.synthetic, time.perf_counter() - start, sizes)  # fmt: skip
-    if report is not None:
-        _write_text(Path(report), json.dumps(result.to_json(), indent=1) + "\n")
+    with ExitStack() as unfinished:  # what it holds is removed unless everything was written
+        partial = None if output is None else Path(output).with_name(f".{Path(output).name}.partial")
+        if partial is not None:
+            unfinished.callback(partial.unlink, missing_ok=True)
+            tell("writing the plan", 0, 1)
+            header = {"nmcompile": nmcompile.__version__, "target": target, "source": fingerprint(source),
+                      "passes": [name for name, _, _ in log], **lowered.header}  # fmt: skip
+            write_plan(partial, header, lowered.arrays, lowered.blobs)
+            sizes["plan"] = partial.stat().st_size
+            if measure:
+                loss = _loss(source, partial, held_out, tell)
+        if emit_onnx is not None:
+            g.save(graph, Path(emit_onnx))
+            sizes["qdq_onnx"] = Path(emit_onnx).stat().st_size
+        result = Result(
+            plan=None if output is None else Path(output),
+            passes=tuple(log),
+            layers=lowered.layers,
+            segments=lowered.segments,
+            notes=tuple(notes),
+            loss=loss,
+            synthetic=data.synthetic,
+            seconds=time.perf_counter() - start,
+            sizes=sizes,
+        )
+        if report is not None:
+            _write_text(Path(report), json.dumps(result.to_json(), indent=1) + "\n")
+        if partial is not None and output is not None:
+            os.replace(partial, output)
     return result
+
+
+def _check_options(target: str, preset: str, require: str | None, output: object) -> Preset:
+    if target not in TARGETS:
+        raise UnsupportedError(f"target {target!r} is not known; choose one of {', '.join(TARGETS)}")
+    if target == "tensorrt" and output is not None:
+        raise UnsupportedError(
+            "target tensorrt is not built yet; --emit-onnx writes its Q/DQ graph, --target cpu a plan"
+        )
+    if preset not in PRESETS:
+        raise UnsupportedError(f"preset {preset!r} is not known; choose one of {', '.join(PRESETS)}")
+    if require not in (None, "native"):
+        raise UnsupportedError(f"require {require!r} is not known; the only requirement is native")
+    return PRESETS[preset]
 
 
 def _passes(passes: str | Iterable[Pass]) -> list[Pass]:
@@ -311,10 +322,12 @@ def _loss(source: gs.Graph, plan: Path, data: Data, tell: Progress) -> Mapping[s
     return comparison.differences()
 
 
-def _check_target(path: str | os.PathLike[str] | None) -> None:
+def _check_path(path: str | os.PathLike[str] | None, model: Model) -> None:
     """Refuse early what could not be written at the end."""
     if path is None:
         return
+    if isinstance(model, (str, os.PathLike)) and Path(path).resolve() == Path(model).resolve():
+        raise NmcompileError(f"{path} is the model itself; give another name for what is written")
     folder = Path(path).resolve().parent
     if Path(path).is_dir():
         raise NmcompileError(f"{path} is a folder; give the name of a file to write")

@@ -16,6 +16,7 @@ from nmcompile.errors import NmcompileError
 from nmcompile.pipeline import Pass, Report
 
 DRAWS = (0, 1)
+LARGEST = 500  # token id of a further run, for ids and what is clipped or compared agree on zeros and ones
 
 
 @dataclass(frozen=True)
@@ -89,8 +90,8 @@ def _slice(graph: gs.Graph, node: gs.Node) -> int:
 def _canonicalise(graph: gs.Graph, node: gs.Node, notes: list[str]) -> int:
     table, ids = node.inputs
     values, feeds = [], []
-    for draw in DRAWS:
-        feeds.append(probe.binary_feeds(graph, draw))
+    for draw, largest in (*((draw, 1) for draw in DRAWS), (0, LARGEST)):
+        feeds.append(probe.binary_feeds(graph, draw, largest))
         values.append(probe.evaluate(graph, [ids.name], feeds[-1])[ids.name])
     sources = [t for t in graph.inputs if t.name in feeds[0] and feeds[0][t.name].ndim == 2]
     for source in sources:
@@ -98,12 +99,13 @@ def _canonicalise(graph: gs.Graph, node: gs.Node, notes: list[str]) -> int:
             node.inputs[1] = source
             return 1
     added = all(user.op == "Add" for user in g.consumers(node.outputs[0])) and not g.is_output(graph, node.outputs[0])
-    if all(np.ptp(v) == 0 for v in values) and values[0].flat[0] == values[1].flat[0] and added:
+    fixed = not probe.read(graph, ids)  # by no input's values, whatever the runs show
+    if fixed and added and all(np.ptp(v) == 0 for v in values) and values[0].flat[0] == values[1].flat[0]:
         row = Builder(graph, node.name).constant(table.values[int(values[0].flat[0])].copy(), "row")
         g.rewire(graph, node.outputs[0], row)
         return 1
     found = _positions(values, feeds, sources)
-    if found is None or not sources or (found.ids is None and not added):
+    if found is None or not sources or (found.ids is None and not (added and fixed)):
         notes.append(f"{node.name}: embedding not matched, its ids are neither an input nor positions")
         return 0
     like = found.ids if found.ids is not None else sources[0]

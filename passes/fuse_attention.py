@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -132,8 +132,7 @@ def _find(graph: gs.Graph, root: gs.Node) -> _Found:
         if not ys:
             raise Miss("what follows the softmax is not softmax(q k) v merged by heads")
     assert scale is not None and mask is not None
-    inputs = {t.name for t in graph.inputs}
-    others = (_read(root.inputs[0], set(cut)) & inputs) - {mask.padding.name if mask.padding is not None else ""}
+    others = probe.read(graph, root.inputs[0], cut) - {mask.padding.name if mask.padding is not None else ""}
     if others:  # in the runs it looked like `mask`, with other values it may not
         raise Miss(f"its mask is computed from {', '.join(sorted(others))}, and not as padding over [batch, tokens]")
     return _Found(q, k, v, ys[0], scale * q.scale * k.scale, mask)
@@ -265,20 +264,6 @@ def _explain(graph: gs.Graph, keep: np.ndarray, feeds: probe.Feeds, known: Mask 
         if (seen == keep).all() and (known is None or _same(mask, known)):
             return mask
     raise Miss("its mask is neither causal nor the padding given by an input of shape [batch, tokens]")
-
-
-def _read(tensor: gs.Tensor, cut: Collection[str]) -> set[str]:
-    """Names of all tensors whose values, not just whose shapes, this one is computed from; no further than `cut`."""
-    found = {tensor.name}
-    todo = [tensor]
-    while todo:
-        node = g.producer(todo.pop())
-        if node is None or node.op in ("Shape", "Size"):
-            continue
-        new = {t.name: t for t in node.inputs if t.name not in found and t.name not in cut}
-        found |= set(new)
-        todo += new.values()
-    return found
 
 
 def _same(a: Mask, b: Mask) -> bool:

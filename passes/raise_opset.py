@@ -12,7 +12,6 @@ from nmcompile import graph as g
 from nmcompile import probe
 from nmcompile.pipeline import Pass, Report
 
-
 ASIDE = "nmcompile.aside"  # a domain that the converter does not know and so leaves alone
 
 

@@ -39,9 +39,11 @@ class WidenFloats(Pass):
             for key in ("dtype", "output_dtype"):  # EyeLike and the random ones; QuantizeLinear and its inverse
                 if node.attrs.get(key) in (FLOAT16, BFLOAT16):
                     node.attrs[key] = FLOAT
+                    changed += 1
             value = node.attrs.get("value")
             if isinstance(value, gs.Constant) and _narrow(value.dtype):
                 node.attrs["value"] = _widened(value)
+                changed += 1
         inputs = [t for t in graph.inputs if _narrow(t.dtype) and not all(map(_widens, g.consumers(t)))]
         outputs = [t for t in graph.outputs if _narrow(t.dtype) and not any(_narrows_output(graph, n) for n in t.inputs)]
         if not changed and not inputs and not outputs:

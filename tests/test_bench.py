@@ -79,7 +79,7 @@ def test_two_models_take_turns_on_the_same_inputs(plan: Path) -> None:
     )
     assert a.runtime == "nmcompile" and b.runtime.startswith("onnxruntime") and a.threads == b.threads == 1
     for contender in (a, b):
-        assert [(item.batch, item.tokens) for item in contender.latencies][0] == (1, 8)
+        assert (contender.latencies[0].batch, contender.latencies[0].tokens) == (1, 8)
         for item in contender.latencies:
             assert 0 < item.p50 <= item.p90 <= item.p99 and item.sequences > 0 and len(item.rounds) == 10
         assert contender.load_seconds > 0 and 10e6 < contender.peak_bytes < 2e9
@@ -104,7 +104,10 @@ def test_the_worker_of_a_plan_imports_only_numpy_and_the_session(plan: Path) -> 
     done = subprocess.run([sys.executable, "-c", code], input=text, capture_output=True, text=True, check=True)
     opened, fed, ran, memory = map(json.loads, done.stdout.splitlines())
     assert (
-        opened["threads"] == 1 and fed == {"batch": 1} and len(ran["nanoseconds"]) == 2 and memory["peak_bytes"] > 1e6
+        opened["threads"] == 1
+        and fed == {"batch": 1, "tokens": 4}
+        and len(ran["nanoseconds"]) == 2
+        and memory["peak_bytes"] > 1e6
     )
     modules = set(done.stderr.partition("MODULES")[2].split())
     assert not modules & {"onnx", "onnx_graphsurgeon", "onnxruntime", "click", "rich", "nmcompile.compiler"}
@@ -140,3 +143,8 @@ def test_the_command_prints_a_table_and_json(plan: Path) -> None:
     assert [item["threads"] for item in content["contenders"]] == [1, 1] and content["ratios"][0]["median"] > 0
     alone = CliRunner().invoke(cli, ["bench", str(plan), "--seconds", "0.1"]).stdout
     assert "as fast as" not in alone
+
+
+def test_images_have_no_tokens() -> None:
+    (found,) = bench([MODELS / "vit-dynamo.onnx"], shapes=[(2, None)], seconds=0.05)
+    assert found.latencies[0].shape == "2" and found.latencies[0].tokens is None

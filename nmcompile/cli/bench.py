@@ -73,7 +73,7 @@ def command(
     click.echo(_latencies(found))
     for latency, (ratio, low, high) in zip(found[0].latencies, speedups, strict=False):
         other = Path(found[1].model).name
-        click.echo(f"{latency.batch}x{latency.tokens}: {plan.name} is {ratio:.2f}x as fast as {other} "
+        click.echo(f"{latency.shape}: {plan.name} is {ratio:.2f}x as fast as {other} "
                    f"(median; {low:.2f} to {high:.2f} over rounds)")  # fmt: skip
     click.echo()
     click.echo(_processes(found))
@@ -84,7 +84,7 @@ def _latencies(found: Sequence[Contender]) -> str:
     for at in range(len(found[0].latencies)):
         for item in found:
             one = item.latencies[at]
-            rows.append([f"{one.batch}x{one.tokens}", Path(item.model).name, f"{one.p50:.3f}", f"{one.p90:.3f}",
+            rows.append([one.shape, Path(item.model).name, f"{one.p50:.3f}", f"{one.p90:.3f}",
                          f"{one.p99:.3f}", f"{one.sequences:.1f}", str(one.runs)])  # fmt: skip
     header = ["shape", "model", "p50 ms", "p90 ms", "p99 ms", "sequences/s", "runs"]
     return terminal.table(header, rows, right="23456")

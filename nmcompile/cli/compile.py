@@ -115,6 +115,8 @@ def summary(model: Path, result: Result) -> Iterator[str]:
     if "plan" in result.sizes:
         before, after = model_bytes(model), result.sizes["plan"]
         yield f"  size      {terminal.size(after)}, {after / before:.0%} of the model's {terminal.size(before)}"
+    if "qdq_onnx" in result.sizes:
+        yield f"  onnx      {terminal.size(result.sizes['qdq_onnx'])}, quantized"
     if result.loss:
         samples = "MADE-UP SAMPLES, not real ones" if result.synthetic else "samples that calibration did not see"
         yield f"  loss      plan against model, on {samples}"

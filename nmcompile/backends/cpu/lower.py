@@ -10,7 +10,7 @@ import onnx_graphsurgeon as gs
 
 from nmcompile import graph as g
 from nmcompile import sparsity as sp
-from nmcompile.backends.cpu.match import FLOAT, Form, Op
+from nmcompile.backends.cpu.ops import FLOAT, Form, Op
 from nmcompile.backends.cpu.pack import pack
 from nmcompile.backends.cpu.partition import Segment, partition
 from nmcompile.plan import DTYPES
@@ -25,7 +25,14 @@ class Lowered:
     header: Json
     arrays: dict[str, np.ndarray]
     blobs: dict[str, bytes]
+    segments: tuple[Json, ...]  # each without its steps, buffers and weights
+    layers: tuple[Json, ...]
     notes: tuple[str, ...] = ()
+
+    @property
+    def native(self) -> bool:
+        """One native segment and nothing else."""
+        return [segment["kind"] for segment in self.segments] == ["native"]
 
 
 def lower(graph: gs.Graph) -> Lowered:
@@ -48,7 +55,8 @@ def lower(graph: gs.Graph) -> Lowered:
         "segments": segments,
         "layers": layers,
     }
-    return Lowered(header, arrays, blobs, parts.reasons)
+    shown = tuple({k: v for k, v in item.items() if k not in ("steps", "buffers", "weights")} for item in segments)
+    return Lowered(header, arrays, blobs, shown, tuple(layers), parts.reasons)
 
 
 def _onnx_segment(

@@ -7,60 +7,14 @@ pairs are not operations of their own; they say in which form an operation reads
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
 from nmcompile import graph as g
+from nmcompile.backends.cpu.ops import FLOAT, Form, Op, Read, Space
 from nmcompile.backends.cpu.pack import MAX_INPUTS
 from nmcompile.canonical import match_attention, match_positions
-
-
-@dataclass(frozen=True)
-class Space:
-    """Whose tokens: the free sizes [batch, tokens] they come from; `first` when only one token of each is left."""
-
-    batch: int | str
-    tokens: int | str
-    first: bool = False
-
-    @property
-    def key(self) -> str:
-        return f"{self.batch}x{self.tokens}"
-
-
-@dataclass(frozen=True)
-class Form:
-    """How a value lies in memory: "f32", or "u8"/"s8"/"s8rows" with its scale and zero point."""
-
-    layout: str = "f32"
-    scale: float = 1.0
-    zero_point: int = 0
-
-
-FLOAT = Form()
-
-
-@dataclass(frozen=True)
-class Read:
-    tensor: str
-    form: Form = FLOAT
-
-
-@dataclass(frozen=True)
-class Op:
-    """One operation of the engine: what it reads, the tensor it makes, and the graph nodes it stands for."""
-
-    kind: str
-    reads: tuple[Read, ...]
-    y: str
-    rows: int
-    space: Space
-    nodes: tuple[gs.Node, ...]
-    data: dict[str, object] = field(default_factory=dict)
-    name: str = ""
-
 
 UNARY = {"Relu": "relu", "Tanh": "tanh", "Sigmoid": "sigmoid"}
 BINARY = {"Add": "add", "Sub": "sub", "Mul": "mul"}

@@ -9,7 +9,8 @@ from typing import TypeAlias
 
 import onnx_graphsurgeon as gs
 
-from nmcompile.backends.cpu.match import Matcher, Op
+from nmcompile.backends.cpu.match import Matcher
+from nmcompile.backends.cpu.ops import Op
 
 # A native segment pays for moving its activations into the engine's layout from this many layers on.
 MIN_LAYERS = 2

@@ -159,6 +159,8 @@ class NativeSegment:
 
     def _named(self, text: str) -> str:
         """The engine speaks of slots; users know names."""
+        if text.startswith("position "):
+            return f"{text}: the inputs have more tokens than the model's position table; shorten them"
         return re.sub(r"input slot (\d+)", lambda m: f"input {self.inputs[int(m[1])]!r}", text)
 
 
