@@ -35,7 +35,10 @@ class Mask:
 
 @dataclass(frozen=True)
 class Attention:
-    """One multi-head attention: q, k, v and y are [batch, tokens, heads * size], `nodes` all that is between."""
+    """One multi-head attention: q, k, v and y are [batch, tokens, heads * size], `nodes` all that is between.
+
+    `operands` are q, k and v as the products read them: by heads, behind a quantize/dequantize pair if there is one.
+    """
 
     name: str
     q: gs.Tensor
@@ -46,6 +49,13 @@ class Attention:
     scale: float
     mask: Mask
     nodes: tuple[gs.Node, ...]
+    operands: tuple[gs.Tensor, gs.Tensor, gs.Tensor]
+
+    @property
+    def readers(self) -> tuple[tuple[gs.Node, int], ...]:
+        """The product and the input of it that reads each operand."""
+        first, second = (node for node in self.nodes if node.op == "MatMul")
+        return (first, 0), (first, 1), (second, 1)
 
 
 @dataclass(frozen=True)
@@ -251,7 +261,10 @@ def match_attention(softmax: gs.Node) -> Attention | None:
     if q is None or k is None or v is None or not q[1] == k[1] == v[1]:
         return None
     nodes += [masked, product, context, merged, flat, *q[2], *k[2], *v[2]]
-    return Attention(softmax.name, q[0], k[0], v[0], flat.outputs[0], q[1], float(scale.item()), mask, tuple(nodes))
+    operands = (product.inputs[0], product.inputs[1], context.inputs[1])
+    return Attention(
+        softmax.name, q[0], k[0], v[0], flat.outputs[0], q[1], float(scale.item()), mask, tuple(nodes), operands
+    )
 
 
 def attentions(graph: gs.Graph) -> list[Attention]:
@@ -262,6 +275,9 @@ def attentions(graph: gs.Graph) -> list[Attention]:
 
 def _heads(tensor: gs.Tensor, perm: list[int]) -> tuple[gs.Tensor, int, list[gs.Node]] | None:
     transpose = g.producer(tensor)
+    if transpose is not None and transpose.op == "DequantizeLinear":
+        quantize = g.producer(transpose.inputs[0])
+        transpose = g.producer(quantize.inputs[0]) if quantize is not None else None
     if transpose is None or transpose.op != "Transpose" or list(transpose.attrs.get("perm", [])) != perm:
         return None
     reshape = g.producer(transpose.inputs[0])

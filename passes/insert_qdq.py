@@ -23,9 +23,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Site:
-    """One activation to quantize once, and everything that then reads the quantized value."""
+    """One activation to quantize once, and everything that then reads the quantized value.
+
+    `measured` holds the same values as `tensor` in the shape that calibration knows, [batch, tokens, features].
+    """
 
     tensor: gs.Tensor
+    measured: gs.Tensor
     dtype: q8.QuantType  # "uint8" asymmetric or "int8" symmetric
     readers: list[tuple[gs.Node, int]] = field(default_factory=list)
 
@@ -61,7 +65,7 @@ class InsertQdq(CalibratedPass):
 
     def needs(self, graph: gs.Graph) -> dict[str, tuple[str, ...]]:
         wanted = ("range",) if self.clip == "min-max" else ("range", "histogram")
-        return {site.tensor.name: wanted for site in self.place(graph).sites.values()}
+        return {site.measured.name: wanted for site in self.place(graph).sites.values()}
 
     def place(self, graph: gs.Graph) -> Placement:
         """Decide what to quantize; changes nothing."""
@@ -78,17 +82,15 @@ class InsertQdq(CalibratedPass):
                 kept[layer.name] = reason
                 continue
             layers.append(layer)
-            _site(sites, layer.x, activations).readers.append((layer.node, 0))
+            _site(sites, layer.x, layer.x, activations).readers.append((layer.node, 0))
         for found in attentions(graph) if self.attention else []:
-            quantities: tuple[tuple[gs.Tensor, q8.QuantType], ...]
-            quantities = ((found.q, activations), (found.k, "int8"), (found.v, "int8"))
-            for tensor, dtype in quantities:
-                if any(node.op == "DequantizeLinear" for node in [g.producer(tensor)] if node is not None):
-                    continue
-                reader = next(n for n in found.nodes if n.op == "Reshape" and n.inputs[0] is tensor)
-                site = _site(sites, tensor, dtype)
-                if all(node is not reader for node, _ in site.readers):
-                    site.readers.append((reader, 0))
+            # Right before the products: there onnxruntime and TensorRT find the pairs that they fuse.
+            kinds: tuple[q8.QuantType, ...] = (activations, "int8", "int8")
+            parts = zip(found.operands, (found.q, found.k, found.v), found.readers, kinds, strict=True)
+            for operand, measured, reader, dtype in parts:
+                maker = g.producer(operand)
+                if maker is not None and maker.op != "DequantizeLinear":
+                    _site(sites, operand, measured, dtype).readers.append(reader)
         return Placement(sites, tuple(layers), kept)
 
     def _reason(self, graph: gs.Graph, layer: g.Linear) -> str:
@@ -108,7 +110,7 @@ class InsertQdq(CalibratedPass):
         ranges: dict[str, str] = {}
         for site in placement.sites.values():
             assert statistics is not None
-            low, high = statistics.clip(site.tensor.name, cast("Method", self.clip), self.percentile, site.dtype)
+            low, high = statistics.clip(site.measured.name, cast("Method", self.clip), self.percentile, site.dtype)
             params = q8.activation_params(low, high, site.dtype)
             _quantize_activation(graph, site, params)
             ranges[site.tensor.name] = f"{params.dtype} scale {params.scale:.6g} zero {params.zero_point}"
@@ -122,8 +124,10 @@ class InsertQdq(CalibratedPass):
         return Report(changed=changed, detail=detail, notes=notes)
 
 
-def _site(sites: dict[tuple[str, str], Site], tensor: gs.Tensor, dtype: q8.QuantType) -> Site:
-    return sites.setdefault((tensor.name, dtype), Site(tensor, dtype))
+def _site(
+    sites: dict[tuple[str, str], Site], tensor: gs.Tensor, measured: gs.Tensor, dtype: q8.QuantType
+) -> Site:
+    return sites.setdefault((tensor.name, dtype), Site(tensor, measured, dtype))
 
 
 def _quantize_activation(graph: gs.Graph, site: Site, params: q8.QuantParams) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import onnx
 import pytest
@@ -73,6 +75,22 @@ def test_pruned_plans_agree_with_their_qdq_graph(pattern: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_the_qdq_graph_is_valid_onnx(name: str) -> None:
     onnx.checker.check_model(str(compiled(name).qdq), full_check=True)
+
+
+@pytest.mark.parametrize("target", ["cpu", "tensorrt"])
+@pytest.mark.parametrize("name", NAMES)
+def test_onnxruntime_runs_the_qdq_graph_with_all_its_optimizations(name: str, target: str, tmp_path: Path) -> None:
+    made = compiled(name)
+    path = made.qdq
+    if target == "tensorrt":
+        path = tmp_path / "qdq.onnx"
+        nmcompile.compile(made.source, None, preset="fast", target=target, emit_onnx=path)
+    graph = g.load(path)
+    plain, optimized = g.runner(graph), g.runner(graph, optimise=True)
+    comparison = Comparison(g.outputs(graph))
+    for batch in feeds(made.source, ((2, 9),)):
+        comparison.add(plain(batch), optimized(batch), real_tokens(batch))
+    assert all(difference.sqnr > LEAST_SQNR for difference in comparison.differences().values())
 
 
 def test_the_qdq_graph_is_close_to_the_float_model() -> None:

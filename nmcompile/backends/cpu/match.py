@@ -160,7 +160,8 @@ class Matcher:
             return "no self-attention that the engine knows"
         if found.mask.padding is not None and found.mask.padding.name not in self.inputs:
             return "its mask is not a graph input"
-        reads = tuple(self.read(t, layout) for t, layout in ((found.q, "u8"), (found.k, "s8"), (found.v, "s8rows")))
+        parts = zip(found.operands, (found.q, found.k, found.v), ("u8", "s8", "s8rows"), strict=True)
+        reads = tuple(self._operand(*part) for part in parts)
         spaces = [self.space(self._tensor(read.tensor)) for read in reads]
         width = found.q.shape[-1] if found.q.shape is not None else None
         if spaces[0] is None or spaces.count(spaces[0]) != 3 or not isinstance(width, int):
@@ -181,6 +182,11 @@ class Matcher:
         }
         kind = "attention" if quantized else "attention_float"
         return Op(kind, reads, found.y.name, width, spaces[0], found.nodes, data, node.name)
+
+    def _operand(self, operand: gs.Tensor, source: gs.Tensor, layout: str) -> Read:
+        """q, k or v: quantized right before the product, or already as it left its layer."""
+        form = self.read(operand, layout).form
+        return Read(source.name, form) if form != FLOAT else self.read(source, layout)
 
     def _norm(self, node: gs.Node) -> Op | str | None:
         x = self._source(node.inputs[0])

@@ -1,4 +1,4 @@
-"""The vocabulary between matching and lowering: operations over token tensors, and the forms their inputs are read in."""
+"""The vocabulary between matching and lowering: operations over token tensors, and how they read their inputs."""
 
 from __future__ import annotations
 
