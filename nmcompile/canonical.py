@@ -154,8 +154,9 @@ def _match_keep(keep: gs.Tensor) -> Mask | None:
         sides = [g.producer(side) for side in node.inputs]
         if all(side is not None and side.op == "Unsqueeze" for side in sides):
             axes = [_ints(side.inputs[1]) for side in sides if side is not None]
-            same = len({side.inputs[0].name for side in sides if side is not None}) == 1
-            if same and axes == [[0], [1]]:
+            index = [side.inputs[0] for side in sides if side is not None]
+            positions = match_positions(index[0]) if index[0] is index[1] else None
+            if positions is not None and positions.ids is None and axes == [[0], [1]]:
                 return Mask(causal=True)
         return None
     if node.op == "Unsqueeze" and _ints(node.inputs[1]) == [1, 2]:
@@ -189,23 +190,42 @@ def match_positions(ids: gs.Tensor) -> Positions | None:
     if node is None:
         return None
     if node.op == "Range":
-        first = g.constant(node.inputs[0])
-        return None if first is None else Positions(first=int(first.item()))
+        return _match_range(node)
     if node.op != "Add":
         return None
     pad, product = g.constant(node.inputs[1]), g.producer(node.inputs[0])
     if pad is None or pad.size != 1 or product is None or product.op != "Mul":
         return None
-    real = g.producer(product.inputs[1])
+    count, real = g.producer(product.inputs[0]), g.producer(product.inputs[1])
+    if count is None or count.op != "CumSum" or count.inputs[0] is not product.inputs[1]:
+        return None
+    if _ints(count.inputs[1]) != [1] or count.attrs.get("exclusive", 0) or count.attrs.get("reverse", 0):
+        return None
     unequal = g.producer(real.inputs[0]) if real is not None and real.op == "Cast" else None
     equal = g.producer(unequal.inputs[0]) if unequal is not None and unequal.op == "Not" else None
-    if equal is None or equal.op != "Equal":
+    if equal is None or equal.op != "Equal" or _ints(equal.inputs[1]) != [int(pad.item())]:
         return None
     source = equal.inputs[0]
     cast = g.producer(source)
     if cast is not None and cast.op == "Cast":
         source = cast.inputs[0]
     return Positions(ids=source, pad=int(pad.item()))
+
+
+def _match_range(node: gs.Node) -> Positions | None:
+    """Range(first, first + tokens, 1)."""
+    first, step = _ints(node.inputs[0]), _ints(node.inputs[2])
+    end = g.producer(node.inputs[1])
+    if first is None or step != [1] or end is None:
+        return None
+    if first != [0]:
+        if end.op != "Add" or _ints(end.inputs[1]) != first:
+            return None
+        end = g.producer(end.inputs[0])
+    shape = g.producer(end.inputs[0]) if end is not None and end.op == "Gather" else None
+    if end is None or shape is None or shape.op != "Shape" or "start" in shape.attrs or _ints(end.inputs[1]) != [1]:
+        return None
+    return Positions(first=first[0])
 
 
 # ---- attention -----------------------------------------------------------------------------------------------
@@ -234,7 +254,7 @@ def build_attention(
 
 def match_attention(softmax: gs.Node) -> Attention | None:
     """The canonical attention around a Softmax node, or None."""
-    if softmax.op != "Softmax":
+    if softmax.op != "Softmax" or softmax.attrs.get("axis", -1) not in (-1, 3):
         return None
     masked = g.producer(softmax.inputs[0])
     bias: gs.Tensor | None = None
@@ -254,6 +274,9 @@ def match_attention(softmax: gs.Node) -> Attention | None:
     if scale is None or scale.size != 1 or product is None or product.op != "MatMul" or context is None:
         return None
     if merged is None or flat is None or flat.op != "Reshape" or merged.attrs.get("perm") != [0, 2, 1, 3]:
+        return None
+    merged_shape = _ints(flat.inputs[1])
+    if merged_shape is None or len(merged_shape) != 3 or merged_shape[:2] != [0, 0]:
         return None
     q = _heads(product.inputs[0], [0, 2, 1, 3])
     k = _heads(product.inputs[1], [0, 2, 3, 1])

@@ -42,10 +42,7 @@ class FoldConstants(Pass):
                   if y.name in users_elsewhere and y.name not in outputs]  # fmt: skip
         if not wanted:
             return Report()
-        try:
-            values = g.run(g.extract(graph, [y.name for y in wanted]), {})
-        except GraphError as error:
-            return Report(notes=(f"nothing folded: {error}",))
+        values, notes = _values(graph, [y.name for y in wanted])
         for y in wanted:
             if y.name not in values:
                 continue
@@ -55,8 +52,9 @@ class FoldConstants(Pass):
                 left = gs.Variable(g.fresh(graph, f"{y.name}/folded"), y.dtype, y.shape)
                 maker.outputs[place] = left if len(maker.outputs) > 1 else gs.Variable.empty()
             y.to_constant(np.asarray(values[y.name]))
-        g.cleanup(graph)
-        return Report(changed=len(wanted))
+        if values:
+            g.cleanup(graph)
+        return Report(changed=len(values), notes=notes)
 
     def _folds(self, node: gs.Node, known: set[str]) -> bool:
         if node.op in KEPT or node.domain not in (None, "", "ai.onnx") or list(node.subgraphs()):
@@ -73,6 +71,20 @@ class FoldConstants(Pass):
             if size is not None and size > max(self.max_bytes, 2 * given):
                 return False
         return bool(node.outputs)
+
+
+def _values(graph: gs.Graph, names: list[str]) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
+    """All at once; one by one when that fails, so that a node onnxruntime refuses costs only itself."""
+    try:
+        return g.run(g.extract(graph, names), {}), ()
+    except GraphError:
+        values, notes = {}, []
+        for name in names:
+            try:
+                values.update(g.run(g.extract(graph, [name]), {}))
+            except GraphError as error:
+                notes.append(f"{name}: not folded, {error}")
+        return values, tuple(notes)
 
 
 def _size(tensor: gs.Tensor) -> int | None:

@@ -306,7 +306,8 @@ def _replace(graph: gs.Graph, root: gs.Node, found: _Found, masks: dict[str, gs.
     q, k, v = (_project(graph, getattr(found, part), stem, part) for part in "qkv")
     key = str(found.mask)
     if key not in masks:
-        masks[key] = build_mask(Builder(graph, "mask"), found.mask, found.q.source)
+        like = found.q.source if found.mask.padding is None else found.mask.padding  # an input, rather
+        masks[key] = build_mask(Builder(graph, "mask"), found.mask, like)
     y = build_attention(b, q, k, v, found.q.features.shape[0], found.scale, masks[key])
     if len(found.y.shape) == 2:
         y = b("Reshape", y, b.ints(-1, int(found.y.shape[-1])), shape=found.y.shape)

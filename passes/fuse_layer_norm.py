@@ -89,9 +89,8 @@ def _match(graph: gs.Graph, own: Collection[int], root: gs.Node) -> _Match | str
         return "no division by the standard deviation follows"
     sub = g.producer(centred)
     x, rms = centred, True
-    if sub is not None and sub.op == "Sub":
-        if _is_mean(sub.inputs[1], sub.inputs[0]):
-            x, rms = sub.inputs[0], False
+    if sub is not None and sub.op == "Sub" and _is_mean(sub.inputs[1], sub.inputs[0]):
+        x, rms = sub.inputs[0], False
     width = x.shape[-1] if x.shape else None
     if not isinstance(width, (int, np.integer)):
         return "the width is not known"

@@ -76,7 +76,11 @@ class InsertQdq(CalibratedPass):
         activations = cast("q8.QuantType", self.activations)
         sites: dict[tuple[str, str], Site] = {}
         layers, kept = [], {}
-        for layer in g.linear_layers(graph):
+        found_layers = g.linear_layers(graph)
+        for glob in self.include:
+            if not any(fnmatchcase(layer.name, glob) for layer in found_layers):
+                raise PassError(f"include={glob} matches no linear layer; nmcompile inspect lists their names")
+        for layer in found_layers:
             reason = self._reason(graph, layer)
             if reason:
                 kept[layer.name] = reason

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -75,12 +76,18 @@ def _reshape(graph: gs.Graph, node: gs.Node) -> int:
         else:
             target.append(int(dim) if isinstance(dim, (int, np.integer)) else -1)
     value = g.constant(node.inputs[1])
-    if target.count(-1) > 1 or 0 in y.shape or (value is not None and [int(v) for v in value.reshape(-1)] == target):
+    old = None if value is None else [int(v) for v in value.reshape(-1)]
+    if target.count(-1) > 1 or 0 in y.shape or (old is not None and _meant(old, given) == _meant(target, given)):
         return 0
     if value is not None and -1 in target and 0 not in target:
         return 0
     node.inputs[1] = gs.Constant(g.fresh(graph, f"{node.name}/shape"), np.array(target, np.int64))
     return 1
+
+
+def _meant(target: Sequence[int], given: Sequence[int | str | None]) -> list[int | str | None]:
+    """The shape a Reshape's target stands for: 0 copies the dimension of its input."""
+    return [given[axis] if dim == 0 and axis < len(given) else dim for axis, dim in enumerate(target)]
 
 
 def _input_sizes(graph: gs.Graph) -> dict[str, tuple[gs.Tensor, int]]:

@@ -45,7 +45,8 @@ class WidenFloats(Pass):
                 node.attrs["value"] = _widened(value)
                 changed += 1
         inputs = [t for t in graph.inputs if _narrow(t.dtype) and not all(map(_widens, g.consumers(t)))]
-        outputs = [t for t in graph.outputs if _narrow(t.dtype) and not any(_narrows_output(graph, n) for n in t.inputs)]
+        outputs = [t for t in graph.outputs if _narrow(t.dtype)]
+        outputs = [t for t in outputs if not any(_narrows_output(graph, node) for node in t.inputs)]
         if not changed and not inputs and not outputs:
             return Report()
         for tensor in inputs:

@@ -11,7 +11,10 @@ from nmcompile.calibrate import Calibration, open_data
 from nmcompile.pipeline import CalibratedPass, Pipeline, Report
 
 UP, DOWN, POOLER, HEAD = "MatMul_0", "MatMul_3", "MatMul_6", "MatMul_8"
-DENSE = (f"{POOLER}: kept dense, poolers are kept dense by default", f"{HEAD}: kept dense, heads are kept dense by default")
+DENSE = (
+    f"{POOLER}: kept dense, poolers are kept dense by default",
+    f"{HEAD}: kept dense, heads are kept dense by default",
+)
 MODEL = """(float[B,S,8] x) => (float[B,2] y)
     <float[8,16] up, float[16] bias, float[16,8] down, float[8,8] pool, float[8,2] classes> {
     h = MatMul(x, up)  a = Add(h, bias)  r = Relu(a)  d = MatMul(r, down)  n = Relu(d)

@@ -36,7 +36,8 @@ def test_activation_and_residual_go_into_the_linear_step() -> None:
 
 
 def test_a_value_that_is_an_output_too_is_not_fused_away() -> None:
-    graph = parse(FFN.replace("=> (float[batch,tokens,8] y)", "=> (float[batch,tokens,8] y, float[batch,tokens,16] hb)"))
+    outputs = "=> (float[batch,tokens,8] y, float[batch,tokens,16] hb)"
+    graph = parse(FFN.replace("=> (float[batch,tokens,8] y)", outputs))
     assert steps(graph) == [["enter", "linear_float", "unary", "linear_float", "layer_norm", "leave", "leave"]]
 
 
@@ -49,7 +50,8 @@ def test_one_layer_alone_does_not_pay() -> None:
 
 def test_segments_alternate_and_never_wait_for_each_other() -> None:
     middle = "s = Sin(hb)  a = Gelu(s)"
-    graph = parse(FFN.replace("a = Gelu(hb)", middle).replace("o = MatMul(a, w2)", "o2 = MatMul(a, w2)  o = MatMul(o2, w3)")
+    graph = parse(FFN.replace("a = Gelu(hb)", middle)
+                  .replace("o = MatMul(a, w2)", "o2 = MatMul(a, w2)  o = MatMul(o2, w3)")
                   .replace("float[8] gamma", "float[8,8] w3, float[8] gamma")
                   .replace("h = MatMul(x, w1)", "x2 = MatMul(x, w0)  h = MatMul(x2, w1)")
                   .replace("<float[8,16] w1", "<float[8,8] w0, float[8,16] w1"))  # fmt: skip
@@ -59,7 +61,7 @@ def test_segments_alternate_and_never_wait_for_each_other() -> None:
     for segment in found.segments:
         assert set(segment.inputs) <= ready, segment
         ready |= set(segment.outputs)
-    assert any("Sin" == node.op for node in found.segments[1].nodes)
+    assert any(node.op == "Sin" for node in found.segments[1].nodes)
 
 
 def test_what_only_fed_matched_nodes_is_gone() -> None:

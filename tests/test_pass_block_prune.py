@@ -7,7 +7,20 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 from onnx_text import apply, parse
-from pruning_cases import DENSE, DOWN, HEAD, MODEL, POOLER, SHARED, TO_OUTPUT, UP, prunes, same, weights, zeros
+from pruning_cases import (
+    DENSE,
+    DOWN,
+    HEAD,
+    MODEL,
+    POOLER,
+    SHARED,
+    TO_OUTPUT,
+    UP,
+    prunes,
+    same,
+    weights,
+    zeros,
+)
 
 from nmcompile import graph as g
 from nmcompile import sparsity as sp

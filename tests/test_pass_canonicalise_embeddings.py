@@ -60,7 +60,11 @@ def test_before_and_after(golden: Callable[[str], str]) -> None:
 
 @pytest.mark.parametrize(
     ("text", "changed", "first"),
-    [(RANGE, 0, 0), (SLICED, 1, 0), ("s0 = Range(i0, length, i1)  s1 = Add(s0, i3)  at = Unsqueeze(s1, a0)", 1, 3)],
+    [
+        (RANGE, 0, 0),
+        (SLICED, 1, 0),
+        ("s0 = Range(i0, length, i1)  s1 = Add(s0, i3)  at = Unsqueeze(s1, a0)", 1, 3),
+    ],
 )
 def test_positions(text: str, changed: int, first: int) -> None:
     found = match_positions(ids_of(canonical(embedding(text), changed)))
@@ -74,7 +78,9 @@ def test_positions_of_roberta(pad: int) -> None:
     assert (found.ids.name, found.pad) == ("ids", pad)
 
 
-@pytest.mark.parametrize("text", ["at = Identity(token_type)", "c = Cast <to = 6> (token_type)  at = Cast <to = 7> (c)"])
+@pytest.mark.parametrize(
+    "text", ["at = Identity(token_type)", "c = Cast <to = 6> (token_type)  at = Cast <to = 7> (c)"]
+)
 def test_ids_that_are_an_input_by_another_name(text: str) -> None:
     assert ids_of(canonical(embedding(text))).name == "token_type"
 

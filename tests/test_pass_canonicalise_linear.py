@@ -12,7 +12,9 @@ from onnx_text import apply, assert_same_outputs, parse
 from nmcompile import graph as g
 from nmcompile.passes import CanonicaliseLinear
 
-LAYER = "(float[N,4] x) => (float[N,3] y) <float[4,3] w, float[3,4] wt, float[3] b, float[1,3] row, float[1] one>"
+LAYER = (
+    "(float[N,4] x) => (float[N,3] y) <float[4,3] w, float[3,4] wt, float[3] b, float[1,3] row, float[1] one>"
+)
 
 
 def test_before_and_after(golden: Callable[[str], str]) -> None:
@@ -91,7 +93,9 @@ def test_results_that_are_graph_outputs_and_read_on() -> None:
 
 
 def test_a_constant_comes_second_in_an_add() -> None:
-    graph = parse("(float[N,4] x) => (float[N,3] y) <float[4,3] w, float[3] b> { m = MatMul(x, w)  y = Add(b, m) }")
+    graph = parse(
+        "(float[N,4] x) => (float[N,3] y) <float[4,3] w, float[3] b> { m = MatMul(x, w)  y = Add(b, m) }"
+    )
     after, _ = apply(CanonicaliseLinear(), graph)
     assert g.constant(after.nodes[1].inputs[1]) is not None
     assert_same_outputs(graph, after)

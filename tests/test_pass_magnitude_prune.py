@@ -63,10 +63,13 @@ def test_a_global_ranking_compares_layers() -> None:
 
 @pytest.mark.parametrize(
     ("include", "exclude", "pruned"),
-    [((), ("*_3",), [UP]), ((UP,), (), [UP]), (("*",), (), [UP, DOWN, POOLER, HEAD]), (("*",), (UP, HEAD), [DOWN, POOLER]),
+    [((), ("*_3",), [UP]), ((UP,), (), [UP]), (("*",), (), [UP, DOWN, POOLER, HEAD]),
+     (("*",), (UP, HEAD), [DOWN, POOLER]),
      ((POOLER, "*_8"), (), [POOLER, HEAD])],
 )  # fmt: skip
-def test_layers_are_chosen_by_name(include: tuple[str, ...], exclude: tuple[str, ...], pruned: list[str]) -> None:
+def test_layers_are_chosen_by_name(
+    include: tuple[str, ...], exclude: tuple[str, ...], pruned: list[str]
+) -> None:
     _, after, report = prunes(MagnitudePrune(sparsity=0.5, include=include, exclude=exclude))
     assert [name for name, count in zeros(after).items() if count] == pruned
     notes = dict(note.split(": kept dense, ") for note in report.notes)
@@ -77,7 +80,10 @@ def test_layers_are_chosen_by_name(include: tuple[str, ...], exclude: tuple[str,
 @pytest.mark.parametrize(
     ("pass_", "message"),
     [
-        (MagnitudePrune(include=("decoder*",)), "include=decoder* matches no linear layer; the graph has MatMul_0, "),
+        (
+            MagnitudePrune(include=("decoder*",)),
+            "include=decoder* matches no linear layer; the graph has MatMul_0, ",
+        ),
         (MagnitudePrune(sparsity=1.0), "sparsity=1.0 is not a share of zeros"),
         (MagnitudePrune(sparsity=-0.1), "sparsity=-0.1 is not a share of zeros"),
         (MagnitudePrune(criterion="taylor"), "criterion=taylor is not known; choose one of magnitude, wanda"),

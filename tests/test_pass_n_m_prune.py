@@ -7,7 +7,20 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 from onnx_text import apply, parse
-from pruning_cases import DENSE, DOWN, HEAD, MODEL, POOLER, SHARED, TO_OUTPUT, UP, prunes, same, weights, zeros
+from pruning_cases import (
+    DENSE,
+    DOWN,
+    HEAD,
+    MODEL,
+    POOLER,
+    SHARED,
+    TO_OUTPUT,
+    UP,
+    prunes,
+    same,
+    weights,
+    zeros,
+)
 
 from nmcompile import graph as g
 from nmcompile import sparsity as sp
@@ -69,8 +82,8 @@ def test_wanda_weighs_by_the_inputs() -> None:
     _, by_size, _ = prunes(NMPrune(include=(DOWN,)))
     graph, by_wanda, _ = prunes(NMPrune(criterion="wanda", include=(DOWN,)))
     assert zeros(by_wanda) == zeros(by_size) and not same(by_wanda, by_size)
-    relu = np.concatenate([g.run(graph, g.random_feeds(g.inputs(graph), seed, {"B": 4, "S": 6}), ["r"])["r"].reshape(-1, 16)
-                           for seed in (5, 6)])  # fmt: skip
+    feeds = [g.random_feeds(g.inputs(graph), seed, {"B": 4, "S": 6}) for seed in (5, 6)]
+    relu = np.concatenate([g.run(graph, feed, ["r"])["r"].reshape(-1, 16) for feed in feeds])
     score = (np.abs(weights(graph)[DOWN]) * np.sqrt((relu.astype(np.float64) ** 2).sum(0))).reshape(-1, 4)
     kept = weights(by_wanda)[DOWN].reshape(-1, 4) != 0
     assert (np.where(kept, score, np.inf).min(1) >= np.where(kept, 0, score).max(1)).all()

@@ -45,12 +45,15 @@ def test_operators_whose_form_changed(text: str, opsets: list[int]) -> None:
 
 
 def test_weights_are_shared_captured_and_handed_out() -> None:
-    graph = parse("""(float[N,16] x, bool flag) => (float[N,16] y, float[16,16] copy, float[N,16] m)
+    graph = parse(
+        """(float[N,16] x, bool flag) => (float[N,16] y, float[16,16] copy, float[N,16] m)
         <float[16,16] w, float[16,16] v> {
         m = MatMul(x, w)  n = MatMul(m, w)  k = MatMul(n, v)  copy = Identity(v)
         y = If(flag) <then_branch = yes () => (float[N,16] z) { z = MatMul(k, w) },
                       else_branch = no () => (float[N,16] z) { u = Unsqueeze <axes = [0]> (m)
-                                                               z = Squeeze <axes = [0]> (u) } > }""", 11)
+                                                               z = Squeeze <axes = [0]> (u) } > }""",
+        11,
+    )
     after, report = apply(RaiseOpset(), graph)
     assert report.changed == 1
     assert_same_outputs(graph, after)
@@ -74,8 +77,11 @@ def test_the_version_is_an_option() -> None:
 
 
 def test_what_cannot_be_raised_is_kept_and_says_why() -> None:
-    graph = parse("""(float[2,3,4] x) => (float[2,3,4] y, float[3] m) <float[3] s, float[3] b, float[3] mean, float[3] var> {
-        y, m, v, a, c = BatchNormalization(x, s, b, mean, var) }""", opset=13)  # a training graph
+    graph = parse(
+        """(float[2,3,4] x) => (float[2,3,4] y, float[3] m) <float[3] s, float[3] b, float[3] mean, float[3] var> {
+        y, m, v, a, c = BatchNormalization(x, s, b, mean, var) }""",
+        opset=13,
+    )  # a training graph
     after, report = apply(RaiseOpset(), graph)
     assert report.changed == 0
     assert len(report.notes) == 1 and report.notes[0].startswith("opset 13 kept, it cannot be raised to 23: ")

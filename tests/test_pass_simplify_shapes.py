@@ -95,9 +95,11 @@ def test_start_and_end_of_shape(shape: str, index: str, expected: list[str]) -> 
 
 
 def test_sizes_that_a_branch_reads() -> None:
-    after, report = simplified(f"""(float[B,S] x, bool flag) => (int64 y) {{ {CONSTANTS} r = Relu(x)  s = Shape(r)
+    after, report = (
+        simplified(f"""(float[B,S] x, bool flag) => (int64 y) {{ {CONSTANTS} r = Relu(x)  s = Shape(r)
         y = If(flag) <then_branch = yes () => (int64 z) {{ z = Gather(s, i1) }},
                       else_branch = no () => (int64 z) {{ z = Gather(s, i0) }} > }}""")
+    )
     assert report.changed == 2 and "Relu" not in ops(after)
 
 
@@ -131,8 +133,11 @@ def test_empty_dimensions(text: str, dims: dict[str, int]) -> None:
 
 
 def test_a_shape_that_two_free_sizes_make_stays_computed() -> None:
-    after, report = simplified("""(float[A,B,C] x) => (float[C,A,B] y) { i = Constant <value_ints = [2, 0, 1]> ()
-        s = Shape(x)  to = Gather(s, i)  y = Reshape(x, to) }""", {"A": 2, "B": 3, "C": 5})
+    after, report = simplified(
+        """(float[A,B,C] x) => (float[C,A,B] y) { i = Constant <value_ints = [2, 0, 1]> ()
+        s = Shape(x)  to = Gather(s, i)  y = Reshape(x, to) }""",
+        {"A": 2, "B": 3, "C": 5},
+    )
     assert (report.changed, ops(after)) == (0, ["Shape", "Gather", "Reshape"])
 
 
@@ -140,6 +145,14 @@ def test_a_shared_shape_serves_two_reshapes() -> None:
     after, _ = simplified(SPLIT.replace("float[B,S,2,4] y)", "float[B,S,2,4] y, float[B,S,2,4] z)").replace(
         "y = Reshape(r, to)", "y = Reshape(r, to)  n = Neg(r)  z = Reshape(n, to)"))  # fmt: skip
     assert ops(after) == ["Relu", "Reshape", "Neg", "Reshape"]
+
+
+@pytest.mark.parametrize("shape", ["[0, 0, 2, 4]", "[2, 5, 2, 4]", "[0, 5, 2, 4]"])
+def test_a_constant_shape_that_says_the_same_stays(shape: str) -> None:
+    after, report = simplified(f"""(float[2,5,8] x) => (float[2,5,2,4] y) {{
+        to = Constant <value_ints = {shape}> ()  y = Reshape(x, to) }}""")
+    assert report.changed == 0
+    assert str(after.nodes[0].inputs[1].values.tolist()) == shape
 
 
 def test_a_graph_that_cannot_be_run_says_so() -> None:

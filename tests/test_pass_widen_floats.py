@@ -62,8 +62,8 @@ def test_before_and_after(golden: Callable[[str], str]) -> None:
         f"(float16[N,4] x) => (float16[N,4] y) <int8[4,4] w> {{ s = Constant <value = float16 {{{HALF}}}> ()"
         f"  d = DequantizeLinear(w, s)  y = MatMul(x, d) }}",
     ],
-    ids=["casts", "bfloat16 cast", "output read on", "outputs read on", "shared weight", "cast like", "constant of shape",
-         "constant", "layer norm", "branch", "quantized weight"],
+    ids=["casts", "bfloat16 cast", "output read on", "outputs read on", "shared weight", "cast like",
+         "constant of shape", "constant", "layer norm", "branch", "quantized weight"],
 )  # fmt: skip
 def test_outputs_stay(text: str) -> None:
     atol = 5e-2 if "int8" in text or "to = 16" in text else 5e-3
@@ -86,7 +86,9 @@ def test_nothing_to_do(text: str) -> None:
 
 
 def test_bfloat16_weights_and_inputs() -> None:
-    graph = parse("(bfloat16[N,4] x) => (float[N,3] y) <bfloat16[4,3] w> { m = MatMul(x, w)  y = Cast <to = 1> (m) }")
+    graph = parse(
+        "(bfloat16[N,4] x) => (float[N,3] y) <bfloat16[4,3] w> { m = MatMul(x, w)  y = Cast <to = 1> (m) }"
+    )
     after, report = apply(WidenFloats(), graph)  # onnxruntime's CPU has no bfloat16 product to compare with
     assert report.changed == 1
     assert [node.op for node in after.nodes] == ["Cast", "MatMul", "Cast"]
@@ -99,7 +101,9 @@ def test_bfloat16_weights_and_inputs() -> None:
 
 @pytest.mark.parametrize("attribute", ["dtype = 10", "dtype = 16"])
 def test_types_named_by_an_attribute(attribute: str) -> None:
-    graph = parse(f"(float[4,4] x) => (float[4,4] y) {{ e = EyeLike <{attribute}> (x)  n = Neg(e)  y = Cast <to = 1> (n) }}")
+    graph = parse(
+        f"(float[4,4] x) => (float[4,4] y) {{ e = EyeLike <{attribute}> (x)  n = Neg(e)  y = Cast <to = 1> (n) }}"
+    )
     after, _ = apply(WidenFloats(), graph)
     onnx.checker.check_model(g.to_model(after), full_check=True)
     assert after.nodes[0].attrs["dtype"] == 1
