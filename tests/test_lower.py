@@ -70,6 +70,16 @@ def test_what_only_fed_matched_nodes_is_gone() -> None:
     assert kinds == ["native"]  # CumSum, Equal and Not of the positions are part of the embedding
 
 
+def test_an_inner_value_that_is_an_output_is_made_by_onnxruntime() -> None:
+    graph = g.load(compiled("bert-torchscript").qdq)
+    shares = next(node for node in graph.nodes if node.op == "Softmax").outputs[0]
+    graph.outputs.append(shares)
+    header = lower(graph).header["segments"]
+    assert isinstance(header, list)
+    made = {name: segment["kind"] for segment in header for name in segment["outputs"]}
+    assert made[shares.name] == "onnxruntime" and made["last_hidden_state"] == "native"
+
+
 def test_smoothing_goes_into_the_normalisation() -> None:
     header = read_plan(compiled("bert-torchscript").plan).header["segments"][0]
     norms = [step for step in header["steps"] if step["step"] == "layer_norm"]

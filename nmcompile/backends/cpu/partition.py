@@ -63,13 +63,11 @@ def partition(graph: gs.Graph) -> Partition:
 
 
 def _segments(graph: gs.Graph, ops: Sequence[Op]) -> list[Segment]:
-    covered = {id(node) for op in ops for node in op.nodes}
-    made_by: dict[str, Item] = {op.y: op for op in ops}
-    for node in graph.nodes:
-        if id(node) not in covered:
-            made_by.update({y.name: node for y in node.outputs})
+    # A node inside an operation is an item of its own only where something else reads what it makes.
+    made_by: dict[str, Item] = {y.name: node for node in graph.nodes for y in node.outputs}
+    made_by.update({op.y: op for op in ops})
     needed = _needed(graph, made_by)
-    order = _order(graph, ops, covered, needed)
+    order = _order(graph, ops, needed)
     level: dict[int, int] = {}
     groups: dict[tuple[int, str], Segment] = {}
     for item in order:
@@ -124,11 +122,11 @@ def _needed(graph: gs.Graph, made_by: dict[str, Item]) -> set[int]:
     return seen
 
 
-def _order(graph: gs.Graph, ops: Sequence[Op], covered: set[int], needed: set[int]) -> list[Item]:
+def _order(graph: gs.Graph, ops: Sequence[Op], needed: set[int]) -> list[Item]:
     """Needed items, producers first: an operation stands where the last of its nodes stood."""
     at = {id(node): i for i, node in enumerate(graph.nodes)}
     items: list[tuple[int, Item]] = [(max(at[id(n)] for n in op.nodes), op) for op in ops if id(op) in needed]
-    items += [(at[id(n)], n) for n in graph.nodes if id(n) not in covered and id(n) in needed]
+    items += [(at[id(n)], n) for n in graph.nodes if id(n) in needed]
     return [item for _, item in sorted(items, key=lambda pair: pair[0])]
 
 
