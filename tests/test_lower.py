@@ -10,7 +10,7 @@ from onnx_text import parse
 
 from nmcompile import graph as g
 from nmcompile.backends.cpu.lower import lower
-from nmcompile.backends.cpu.pack import pack, pack_blocks, pack_dense
+from nmcompile.backends.cpu.pack import halved, pack, pack_blocks, pack_dense
 from nmcompile.backends.cpu.partition import partition
 from nmcompile.plan import read_plan
 
@@ -139,3 +139,11 @@ def test_the_format_follows_the_blocks_that_are_there(rows: int, share: float) -
 
 def test_a_full_weight_is_dense() -> None:
     assert pack(np.ones((64, 64), np.int8)).format == "dense"
+
+
+def test_tables_are_halved_where_that_loses_nothing() -> None:
+    table = np.random.default_rng(0).standard_normal((50, 16)).astype(np.float32)
+    assert halved(table).dtype == np.float16
+    np.testing.assert_allclose(halved(table), table, rtol=1e-3, atol=1e-6)
+    for scale in (1e6, 1e-7):  # beyond float16, and where it has too few digits left
+        assert halved(table * np.float32(scale)).dtype == np.float32

@@ -59,6 +59,7 @@ struct Pool {
   }
 
   void grow(size_t count) {
+    workers.reserve(count);
     while (workers.size() < count) {
       auto worker = std::make_unique<Worker>();
       worker->part = workers.size() + 1;
@@ -89,12 +90,15 @@ struct Pool {
 
 std::atomic<Pool*> g_pool{nullptr};
 
+std::mutex g_mutex;
+
 // The child of a fork has none of the threads: it forgets the pool (and leaks it, its locks may be held).
-void forget_pool() { g_pool.store(nullptr); }
+[[maybe_unused]] const int kRegistered = pthread_atfork([] { g_mutex.lock(); }, [] { g_mutex.unlock(); }, [] {
+  g_mutex.unlock();
+  g_pool.store(nullptr);
+});
 
 Pool& shared_pool() {
-  static const int registered = pthread_atfork(nullptr, nullptr, forget_pool);
-  (void)registered;
   Pool* pool = g_pool.load();
   if (!pool) {
     Pool* made = new Pool;  // never deleted: its threads may outlive static destruction
@@ -105,6 +109,8 @@ Pool& shared_pool() {
 }
 
 }  // namespace
+
+std::mutex& fork_safe_mutex() { return g_mutex; }
 
 size_t default_threads() {
   cpu_set_t set;

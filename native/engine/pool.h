@@ -1,10 +1,14 @@
 // A pool of threads shared by the process: static parts, a short spin, then sleep; made anew after fork.
 #pragma once
 #include <cstddef>
+#include <mutex>
 
 namespace nm {
 
 size_t default_threads();  // CPUs this process may run on
+// Guards what programs share between their runs; one for all, as fork waits for it: a child never finds it locked by
+// a thread that it does not have. Hold it shortly.
+std::mutex& fork_safe_mutex();
 
 // Holds the pool for the time of one run; when another run holds it, the caller computes alone.
 class PoolLease {

@@ -12,6 +12,7 @@ namespace {
 constexpr size_t kMostPlans = 16, kMostArenas = 8;
 constexpr int64_t kMostRows = 1 << 20;
 constexpr size_t kMostBuffers = 1 << 20, kMostSlots = 1024;
+constexpr size_t kMostBytes = size_t{1} << 56;
 }  // namespace
 
 size_t Array::size() const {
@@ -100,12 +101,14 @@ void Program::prepare() {
 // Offsets of all buffers for these numbers of lanes: the largest first, each at the lowest place that is free
 // while it lives (from the first step that touches it to the last).
 std::shared_ptr<const Program::Plan> Program::plan(const size_t (&key)[kGeometries]) {
-  std::lock_guard<std::mutex> lock(mutex_);
-  for (size_t i = 0; i < plans_.size(); ++i)
-    if (std::equal(key, key + kGeometries, plans_[i]->key)) {
-      std::rotate(plans_.begin(), plans_.begin() + i, plans_.begin() + i + 1);
-      return plans_.front();
-    }
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    for (size_t i = 0; i < plans_.size(); ++i)
+      if (std::equal(key, key + kGeometries, plans_[i]->key)) {
+        std::rotate(plans_.begin(), plans_.begin() + i, plans_.begin() + i + 1);
+        return plans_.front();
+      }
+  }
   struct Life {
     size_t index, begin, end, bytes;
   };
@@ -140,9 +143,11 @@ std::shared_ptr<const Program::Plan> Program::plan(const size_t (&key)[kGeometri
     }
     made->offsets[life.index] = at;
     made->bytes = std::max(made->bytes, at + life.bytes);
+    if (made->bytes > kMostBytes) throw std::bad_alloc();  // before a sum overflows: a buffer has 2^50 at most
     placed.push_back(life);
   }
-  plans_.insert(plans_.begin(), made);
+  std::lock_guard<std::mutex> lock(mutex_);
+  plans_.insert(plans_.begin(), made);  // another run may have made the same: no harm
   if (plans_.size() > kMostPlans) plans_.pop_back();
   return made;
 }

@@ -130,7 +130,7 @@ class Program {
   bool uses_class_token_ = false;
   size_t scratch_ = 0;  // bytes per thread
 
-  mutable std::mutex mutex_;  // guards what follows
+  std::mutex& mutex_ = fork_safe_mutex();  // guards what follows
   std::vector<std::shared_ptr<const Plan>> plans_;     // most recent first
   std::vector<std::unique_ptr<Arena>> arenas_;         // free ones
   size_t in_use_ = 0;                                  // bytes of the others

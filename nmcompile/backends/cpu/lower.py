@@ -11,7 +11,7 @@ import onnx_graphsurgeon as gs
 from nmcompile import graph as g
 from nmcompile import sparsity as sp
 from nmcompile.backends.cpu.ops import FLOAT, Form, Op
-from nmcompile.backends.cpu.pack import pack
+from nmcompile.backends.cpu.pack import halved, pack
 from nmcompile.backends.cpu.partition import Segment, partition
 from nmcompile.plan import DTYPES
 
@@ -379,7 +379,8 @@ class Emitter:
                 written.append([kind, self.slot(str(rest[0])), *rest[1:]])
             else:
                 written.append(["constant" if kind == "row" else kind, *rest])
-        self._float_step(op, "embed", sources=written, tables=[self.array(table, "table") for table in tables])
+        stored = [self.array(halved(table), "table") for table in tables]
+        self._float_step(op, "embed", sources=written, tables=stored)
 
     def _patch_embed(self, op: Op) -> None:
         data = op.data

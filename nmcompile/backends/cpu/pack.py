@@ -49,6 +49,19 @@ def pack_blocks(weight: np.ndarray, rows: int) -> dict[str, np.ndarray]:
     }
 
 
+def halved(table: np.ndarray) -> np.ndarray:
+    """An embedding table in float16 where that keeps it to 2^-10 of its root mean square, else as it is.
+
+    The rounding lies some 70 dB below the table, far below that of 8-bit activations, and halves most plans' largest
+    array.
+    """
+    with np.errstate(over="ignore"):
+        half = table.astype(np.float16)
+    size = float(np.sqrt(np.mean(np.square(table, dtype=np.float64)))) if table.size else 0.0
+    error = np.abs(half.astype(np.float32) - table)
+    return half if bool(np.isfinite(half).all()) and float(np.sqrt(np.mean(error**2))) <= size / 1024 else table
+
+
 def pack(weight: np.ndarray) -> Packed:
     """The cheapest format for this weight by the cost model: products to compute over the kernel's efficiency."""
     n, k = weight.shape
