@@ -136,7 +136,7 @@ nb::list to_python(std::vector<nm::Output>&& outputs) {
   return list;
 }
 
-nb::list run(Program& program, const nb::list& inputs, const std::optional<NdArray>& mask,
+nb::list run(Program& program, const nb::sequence& inputs, const std::optional<NdArray>& mask,
              std::vector<uint64_t>* nanoseconds) {
   std::vector<Array> arrays;
   for (nb::handle h : inputs) {
@@ -174,7 +174,7 @@ NB_MODULE(_native, m) {
       .def_prop_ro("threads", &Program::threads)
       .def("buffer", &Program::buffer, "rows"_a, "layout"_a, "geometry"_a = "tokens")
       .def("embed",
-           [](Program& p, int y, const std::vector<NdArray>& tables, const nb::list& sources) {
+           [](Program& p, int y, const std::vector<NdArray>& tables, const nb::sequence& sources) {
              std::vector<Array> arrays;
              for (const NdArray& t : tables) arrays.push_back(share(t));
              std::vector<nm::Source> list;
@@ -246,12 +246,12 @@ NB_MODULE(_native, m) {
       .def("steps", &Program::steps)
       .def("memory", &Program::memory)
       .def("run",
-           [](Program& p, const nb::list& inputs, const std::optional<NdArray>& mask) {
+           [](Program& p, const nb::sequence& inputs, const std::optional<NdArray>& mask) {
              return run(p, inputs, mask, nullptr);
            },
            "inputs"_a, "mask"_a = nb::none())
       .def("run_profiled",
-           [](Program& p, const nb::list& inputs, const std::optional<NdArray>& mask) {
+           [](Program& p, const nb::sequence& inputs, const std::optional<NdArray>& mask) {
              std::vector<uint64_t> nanoseconds;
              nb::list outputs = run(p, inputs, mask, &nanoseconds);
              return std::make_pair(outputs, nanoseconds);

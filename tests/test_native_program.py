@@ -117,6 +117,58 @@ assert np.array_equal(p.run(inputs, mask)[0], want)
     subprocess.run([sys.executable, "-c", code, here], check=True, timeout=60)
 
 
+def test_a_child_forked_in_the_middle_of_another_run_is_not_stuck() -> None:
+    code = """
+import os, signal, threading, time, numpy as np
+from nmcompile import _native
+p = _native.Program(threads=1)
+x = p.buffer(4, "f32")
+p.enter(y=x, slot=0)
+for _ in range(1500):  # many buffers: planning a new shape takes long
+    y = p.buffer(4, "f32")
+    p.unary(x=x, y=y, op="relu")
+    x = y
+p.leave(x=x, slot=0)
+p.prepare()
+stop = False
+def other():
+    n = 0
+    while not stop:
+        n = n % 6400 + 16
+        p.run([np.zeros((1, n, 4), np.float32)])
+thread = threading.Thread(target=other)
+thread.start()
+stuck = False
+for _ in range(60):
+    child = os.fork()
+    if child == 0:
+        p.run([np.zeros((1, 1, 4), np.float32)])
+        os._exit(0)
+    end = time.monotonic() + 10
+    while not os.waitpid(child, os.WNOHANG)[0] and not stuck:
+        time.sleep(0.001)
+        if time.monotonic() > end:
+            os.kill(child, signal.SIGKILL)
+            stuck = True
+    if stuck:
+        break
+stop = True
+thread.join()
+assert not stuck
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=100)
+
+
+def test_any_sequence_of_inputs_and_sources() -> None:
+    p = _native.Program()
+    y = p.buffer(3, "f32")
+    table = np.arange(12, dtype=np.float32).reshape(4, 3)
+    p.embed(y=y, tables=(table,), sources=(("input", 0),))
+    p.leave(x=y, slot=0)
+    p.prepare()
+    np.testing.assert_array_equal(p.run((np.array([[2, 1]]),))[0], table[[[2, 1]]])
+
+
 def test_isa_is_chosen_by_name_or_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     assert _native.Program().isa == os.environ.get("NMCOMPILE_ISA", ISAS[0])
     monkeypatch.setenv("NMCOMPILE_ISA", "scalar")

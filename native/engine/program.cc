@@ -12,7 +12,6 @@ namespace {
 constexpr size_t kMostPlans = 16, kMostArenas = 8;
 constexpr int64_t kMostRows = 1 << 20;
 constexpr size_t kMostBuffers = 1 << 20, kMostSlots = 1024;
-constexpr size_t kMostBytes = size_t{1} << 56;
 }  // namespace
 
 size_t Array::size() const {
@@ -143,7 +142,6 @@ std::shared_ptr<const Program::Plan> Program::plan(const size_t (&key)[kGeometri
     }
     made->offsets[life.index] = at;
     made->bytes = std::max(made->bytes, at + life.bytes);
-    if (made->bytes > kMostBytes) throw std::bad_alloc();  // before a sum overflows: a buffer has 2^50 at most
     placed.push_back(life);
   }
   std::lock_guard<std::mutex> lock(mutex_);

@@ -58,6 +58,8 @@ class Run;
 class Program {
  public:
   Program(const std::string& isa, size_t threads);
+  Program(const Program&) = delete;
+  Program& operator=(const Program&) = delete;
   std::string isa() const { return kernels_.isa; }
   size_t threads() const { return threads_; }
 

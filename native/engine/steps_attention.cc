@@ -36,8 +36,9 @@ void run_attention(const Run& run, AttentionArgs common, int q, int k, int v, in
   double pairs = 0;
   for (size_t s = 0; s + 1 < t.starts.size(); ++s) {
     const size_t count = t.starts[s + 1] - t.starts[s];
-    tiles += (count + kQueryTile - 1) / kQueryTile;
-    pairs += static_cast<double>(count) * count;
+    const size_t here = (count + kQueryTile - 1) / kQueryTile;
+    tiles += here;
+    pairs += static_cast<double>(count) * count + 600.0 * here;  // a short sequence is copied and padded all the same
   }
   common.q = run.panel<uint8_t>(q, 0), common.k = run.panel<uint8_t>(k, 0), common.v = run.panel<uint8_t>(v, 0);
   common.y = run.panel<uint8_t>(y, 0);

@@ -147,7 +147,7 @@ void Program::linear(int x, int y, Weight weight, const Array& w_scale, const Ar
       a.first = first, a.last = last;
       run.kernels.linear->run(a);
     };
-    const double work = (p->work / 200 + p->outputs * 0.1) * t.count;
+    const double work = (p->work / 200 + p->outputs * 0.1) * lanes(t.count);
     // Strips are shared out, so that a thread meets its weights once per panel and they stay in its cache.
     if (strips >= run.pool.threads() || count <= 1) {
       run.parallel(strips, work, [&](size_t first, size_t last, size_t) {
@@ -186,7 +186,7 @@ void Program::linear_float(int x, int y, const Array& weight, const Array* bias,
   add("linear_float", text, {x, residual}, {y}, [=](Run& run) {
     const Tokens& t = run.of(x);
     const size_t count = panels(t.count);
-    const double work = static_cast<double>(inputs) * outputs * t.count / 50;
+    const double work = static_cast<double>(inputs) * outputs * lanes(t.count) / 50;
     run.parallel(tiles * count, work, [&](size_t first, size_t last, size_t) {
       for (size_t unit = first; unit < last;) {  // a unit is a tile of a panel, panels slowest
         const size_t panel = unit / tiles, end = last < (panel + 1) * tiles ? last : (panel + 1) * tiles;
