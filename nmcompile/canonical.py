@@ -338,4 +338,5 @@ def role(graph: gs.Graph, layer: g.Linear) -> str:
         users = g.consumers(tensor)
         if len(tensors) < 12 and users and all(node.op in AFTER_HEAD for node in users):
             tensors += [y for node in users for y in node.outputs]
-    return "pooler" if shape is not None and len(shape) == 2 else ""
+    # [batch, features]; a first size that is no input's may be batch * tokens, flattened
+    return "pooler" if shape is not None and len(shape) == 2 and shape[0] is not None else ""

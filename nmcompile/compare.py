@@ -52,6 +52,8 @@ class Comparison:
                 raise InputError(f"output {name!r} has shape {list(a.shape)} in one and {list(b.shape)} in the other")
             if real is not None and a.shape[:2] == real.shape and name not in self._whole:
                 a, b = a[real], b[real]
+            elif real is not None and a.ndim == 4 and (a.shape[0], *a.shape[2:]) == (*real.shape, real.shape[1]):
+                a, b = (values.swapaxes(1, 2)[real] for values in (a, b))  # attention: the queries that are padding
             if not a.size:
                 continue
             error = np.abs(a - b)

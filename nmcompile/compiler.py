@@ -128,7 +128,8 @@ class Result:
     """What `compile` did: the plan's path, each pass with its report and seconds, the layers, and what was lost.
 
     `loss` compares the plan with the model it came from in onnxruntime, output by output, on samples that calibration
-    did not see; empty when there was no plan. `synthetic` says that these samples were made up.
+    did not see (where there were enough to hold some out); empty when there was no plan. `synthetic` says that these
+    samples were made up.
     """
 
     plan: Path | None
@@ -138,8 +139,16 @@ class Result:
     notes: tuple[str, ...]
     loss: Mapping[str, Difference]
     synthetic: bool
+    held_out: bool
     seconds: float
     sizes: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def measured_on(self) -> str:
+        """What samples the loss was measured on."""
+        if self.synthetic:
+            return "synthetic samples"
+        return "held-out samples" if self.held_out else "the calibration samples, too few to hold any out"
 
     @property
     def native(self) -> bool:
@@ -157,7 +166,7 @@ class Result:
             "layers": list(self.layers),
             "notes": list(self.notes),
             "loss": {name: difference.to_json() for name, difference in self.loss.items()},
-            "loss_on": "synthetic samples" if self.synthetic else "held-out samples",
+            "loss_on": self.measured_on,
             "sizes": dict(self.sizes),
         }  # fmt: skip
 
@@ -223,7 +232,8 @@ def compile(
         notes.insert(0, "no calibration data: activation ranges come from made-up inputs and are not to be trusted; "
                         "give samples of the model's real inputs with --calibration")  # fmt: skip
     if require == "native" and not lowered.native:
-        raise UnsupportedError(f"not one native segment: {next(iter(lowered.notes or notes), 'no layers')}")
+        why = [note for note in notes if "not matched" in note] or [*lowered.notes, *notes, "it has no layers"]
+        raise UnsupportedError(f"not one native segment: {why[0]}")
     sizes: dict[str, int] = {}
     loss: Mapping[str, Difference] = {}
     with ExitStack() as unfinished:  # what it holds is removed unless everything was written
@@ -248,6 +258,7 @@ def compile(
             notes=tuple(notes),
             loss=loss,
             synthetic=data.synthetic,
+            held_out=held_out is not seen,
             seconds=time.perf_counter() - start,
             sizes=sizes,
         )
@@ -312,7 +323,7 @@ def fingerprint(graph: gs.Graph) -> str:
 def _loss(source: gs.Graph, plan: Path, data: Data, tell: Progress) -> Mapping[str, Difference]:
     """The plan against the model it came from, on held-out samples."""
     comparison = Comparison(g.outputs(source))
-    reference = g.runner(source, [info.name for info in g.outputs(source)])
+    reference = g.runner(source, [info.name for info in g.outputs(source)], optimise=True)
     session = load(plan)
     done = 0
     for feeds in data:
@@ -329,6 +340,8 @@ def _check_path(path: str | os.PathLike[str] | None, model: Model) -> None:
     if isinstance(model, (str, os.PathLike)) and Path(path).resolve() == Path(model).resolve():
         raise NmcompileError(f"{path} is the model itself; give another name for what is written")
     folder = Path(path).resolve().parent
+    if Path(path).exists() and not Path(path).is_dir() and not Path(path).is_file():
+        raise NmcompileError(f"{path} is not a regular file; give the name of a file to write")
     if Path(path).is_dir():
         raise NmcompileError(f"{path} is a folder; give the name of a file to write")
     if not folder.is_dir():

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
 from nmcompile import graph as g
-from nmcompile.errors import GraphError, NmcompileError, PassError
+from nmcompile.errors import CalibrationError, GraphError, NmcompileError, PassError
 from nmcompile.spec import parse_spec, spec
 
 __all__ = ["CalibratedPass", "Collector", "Observer", "Pass", "Pipeline", "Report", "parse_spec", "spec"]
@@ -112,6 +112,8 @@ class Pipeline:
                 g.verify(graph, pass_.name)
                 if check is not None:
                     check.after(pass_, graph)
+            except CalibrationError:
+                raise  # the data's fault, not the pass's
             except NmcompileError as error:
                 raise PassError(_told(pass_, error, done)) from error
             except Exception as error:

@@ -27,7 +27,7 @@ def load(path: str | os.PathLike[str], *, threads: int | None = None, isa: str |
     except OSError as error:
         raise PlanError(f"cannot read the plan {file}: {error.strerror or error}") from None
     if not start.startswith(MAGIC[:2]):
-        raise PlanError(f"{file} is not a plan of nmcompile; make one with: nmcompile MODEL.onnx -o {file}")
+        raise PlanError(f"{file} is not a plan; make one with: nmcompile MODEL.onnx -o {file.with_suffix('.plan')}")
     from nmcompile.backends.cpu.session import Session
 
     return Session(read_plan(file), threads=threads, isa=isa)

@@ -10,6 +10,7 @@ import onnx_graphsurgeon as gs
 
 from nmcompile import graph as g
 from nmcompile.canonical import Builder
+from nmcompile.passes.unflatten import unflatten
 from nmcompile.pipeline import Pass, Report
 
 
@@ -33,7 +34,7 @@ class CanonicaliseLinear(Pass):
                 node.inputs = [node.inputs[1], node.inputs[0]]  # the constant second, one form for readers
         g.cleanup(graph)
         g.infer_shapes(graph)
-        flat = sum(_unflatten(graph, node) for node in list(graph.nodes) if node.op == "MatMul")
+        flat = unflatten(graph)
         g.cleanup(graph)
         split = sum(_split(graph, node) for node in list(graph.nodes) if node.op == "Split")
         g.cleanup(graph)
@@ -79,38 +80,6 @@ def _gemm(
     else:
         node.outputs.clear()
         product.inputs[0].outputs = [y]
-    return 1
-
-
-def _unflatten(graph: gs.Graph, node: gs.Node) -> int:
-    """Reshape [b, s, k] -> [b*s, k], MatMul (+ Add), Reshape -> [b, s, n] becomes a product in three dimensions."""
-    weight = g.constant(node.inputs[1])
-    if weight is None or weight.ndim != 2:
-        return 0
-    before = g.producer(node.inputs[0])
-    if before is None or before.op != "Reshape":
-        return 0
-    source = before.inputs[0]
-    last = node
-    users = g.consumers(node.outputs[0])
-    if len(users) == 1 and users[0].op == "Add" and g.constant(users[0].inputs[1]) is not None:
-        last = users[0]
-    users = g.consumers(last.outputs[0])
-    if source.shape is None or len(source.shape) < 3 or not users or g.is_output(graph, last.outputs[0]):
-        return 0
-    lead = list(source.shape[:-1])
-    if source.shape[-1] != weight.shape[0] or None in lead:
-        return 0
-    for user in users:
-        shape = user.outputs[0].shape if user.op == "Reshape" else None
-        if shape is None or list(shape[: len(lead)]) != lead:
-            return 0
-    full = [*lead, int(weight.shape[1])]
-    node.inputs[0] = source
-    node.outputs[0].shape = last.outputs[0].shape = full
-    for user in users:
-        if list(user.outputs[0].shape) == full:
-            g.rewire(graph, user.outputs[0], last.outputs[0])
     return 1
 
 

@@ -122,7 +122,7 @@ class InsertQdq(CalibratedPass):
         for layer in placement.layers:
             _quantize_weight(graph, layer, done)
         g.cleanup(graph)
-        notes = tuple(f"{name}: kept float, {reason}" for name, reason in placement.kept.items())
+        notes = tuple(f"{name}: kept as it is, {reason}" for name, reason in placement.kept.items())
         changed = len(placement.sites) + len(placement.layers)
         detail = {"layers": len(placement.layers), "activations": ranges}
         return Report(changed=changed, detail=detail, notes=notes)

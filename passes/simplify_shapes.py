@@ -26,14 +26,23 @@ class SimplifyShapes(Pass):
 
     def run(self, graph: gs.Graph) -> Report:
         reason = probe.annotate(graph)
+        training = [node.name for node in graph.nodes if _trains(node)]
         changed = sum(_drop(graph, node) for node in list(graph.nodes))
         changed += sum(_reshape(graph, node) for node in graph.nodes if node.op == "Reshape")
         sizes = _input_sizes(graph)
         changed += sum(_size(graph, node, sizes) for node in list(graph.nodes) if node.op == "Shape")
         if changed:
             g.cleanup(graph)
-        notes = () if reason is None else (f"shapes are inferred only, the graph could not be run: {reason}",)
-        return Report(changed=changed, notes=notes)
+        notes = [] if reason is None else [f"shapes are inferred only, the graph could not be run: {reason}"]
+        if training:
+            notes.append(f"{training[0]} and {len(training) - 1} more drop values at random: the model was exported in "
+                         "training mode; they are taken as identity, export after model.eval()")  # fmt: skip
+        return Report(changed=changed, notes=tuple(notes))
+
+
+def _trains(node: gs.Node) -> bool:
+    value = g.constant(node.inputs[2]) if node.op == "Dropout" and len(node.inputs) > 2 else None
+    return value is not None and bool(value.any())
 
 
 def _drop(graph: gs.Graph, node: gs.Node) -> int:
@@ -42,10 +51,8 @@ def _drop(graph: gs.Graph, node: gs.Node) -> int:
         return 0
     x, y = node.inputs[0], node.outputs[0]
     perm = node.attrs.get("perm")
-    training = g.constant(node.inputs[2]) if node.op == "Dropout" and len(node.inputs) > 2 else None
     same = (
-        node.op == "Identity"
-        or (node.op == "Dropout" and (len(node.inputs) < 3 or (training is not None and not training.any())))
+        node.op in ("Identity", "Dropout")
         or (node.op == "Cast" and x.dtype is not None and x.dtype == y.dtype)
         or (node.op == "Transpose" and perm is not None and list(perm) == sorted(perm))
         or (node.op in ("Expand", "Reshape") and _same_shape(x, y))

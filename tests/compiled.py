@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -33,6 +35,7 @@ class Compiled:
 def compiled(name: str, **options: object) -> Compiled:
     """The plan and the Q/DQ graph of models/NAME.onnx, calibrated on made-up samples."""
     folder = Path(mkdtemp(prefix="nmcompile-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     source = MODELS / f"{name}.onnx"
     plan, qdq = folder / f"{name}.plan", folder / f"{name}.qdq.onnx"
     result = nmcompile.compile(source, plan, preset="fast", emit_onnx=qdq, measure=False, **options)  # type: ignore[arg-type]

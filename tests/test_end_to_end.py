@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_graphsurgeon as gs
 import pytest
 from compiled import MODELS, NAMES, NATIVE, compiled, feeds
 
@@ -132,3 +133,22 @@ def test_without_native_code_everything_still_runs() -> None:
 def test_require_native_names_what_fell_out() -> None:
     with pytest.raises(nmcompile.NmcompileError, match=r"not one native segment: /0/Conv"):
         nmcompile.compile(MODELS / "cnn.onnx", None, preset="fast", require="native")
+
+
+def test_a_result_that_reads_padding_is_not_made_without_it(tmp_path: Path) -> None:
+    """A mean over all positions, padding too: the engine does not compute padding and must leave the attention."""
+    graph = g.load(MODELS / "bert-torchscript.onnx")
+    hidden = next(t for t in graph.outputs if t.name == "last_hidden_state")
+    mean = gs.Variable("mean", np.dtype(np.float32), ["batch", 64])
+    axes = gs.Constant("mean_axes", np.array([1], np.int64))
+    graph.opset = 18
+    graph.nodes.append(gs.Node("ReduceMean", "mean", {"keepdims": 0}, [hidden, axes], [mean]))
+    graph.outputs = [mean]
+    plan = tmp_path / "mean.plan"
+    result = nmcompile.compile(graph, plan, preset="fast", measure=False)
+    assert any("reads the padding of" in note for note in result.notes)
+    reference, session = g.runner(graph), nmcompile.load(plan)
+    comparison = Comparison(g.outputs(graph))
+    for batch in feeds(MODELS / "bert-torchscript.onnx"):
+        comparison.add(reference(batch), session.run(batch))
+    assert comparison.differences()["mean"].cosine > 0.995

@@ -157,8 +157,8 @@ def test_heads_and_poolers_stay_float() -> None:
     graph = parse(MODEL)
     after, report = calibrated(InsertQdq(), graph)
     assert [layer.name for layer in g.linear_layers(after) if layer.quantized] == [UP, DOWN]
-    assert report.notes == (f"{POOLER}: kept float, poolers stay float by default",
-                            f"{HEAD}: kept float, heads stay float by default")  # fmt: skip
+    assert report.notes == (f"{POOLER}: kept as it is, poolers stay float by default",
+                            f"{HEAD}: kept as it is, heads stay float by default")  # fmt: skip
     assert all(layer.quantized for layer in g.linear_layers(quantized(InsertQdq(heads=True), graph)))
 
 
@@ -173,7 +173,7 @@ def test_layers_are_chosen_by_name(
     assert [layer.name for layer in g.linear_layers(after) if layer.quantized] == expected
     assert len(report.notes) == 4 - len(expected)
     assert {"excluded by name", "not included by name", "poolers stay float by default",
-            "heads stay float by default"} >= {note.split(": kept float, ")[1] for note in report.notes}  # fmt: skip
+            "heads stay float by default"} >= {note.split(": kept as it is, ")[1] for note in report.notes}  # fmt: skip
 
 
 def test_quantized_layers_keep_their_scales() -> None:
@@ -181,7 +181,7 @@ def test_quantized_layers_keep_their_scales() -> None:
         scale = Constant <value_float = 0.125> ()  d = DequantizeLinear(w, scale)  m = MatMul(x, d)
         r = Relu(m)  n = MatMul(r, v)  y = Relu(n) }""")
     after, report = calibrated(InsertQdq(), graph)
-    assert report.notes == ("MatMul_1: kept float, already quantized, its scales are kept",)
+    assert report.notes == ("MatMul_1: kept as it is, already quantized, its scales are kept",)
     assert list(activations(after)) == ["r"]
     kept = next(node for node in after.nodes if node.name == "DequantizeLinear_0")
     assert kept.inputs[0].name == "w" and kept.inputs[1].values == np.float32(0.125)

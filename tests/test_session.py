@@ -110,7 +110,7 @@ def test_an_unknown_isa(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_not_a_plan(tmp_path: Path) -> None:
     other = tmp_path / "x.plan"
     other.write_bytes(b"\x08\x09 an onnx file")
-    with pytest.raises(PlanError, match=r"is not a plan of nmcompile; make one with: nmcompile MODEL\.onnx"):
+    with pytest.raises(PlanError, match=r"is not a plan; make one with: nmcompile MODEL\.onnx"):
         nmcompile.load(other)
     with pytest.raises(PlanError, match="cannot read the plan"):
         nmcompile.load(tmp_path / "missing.plan")

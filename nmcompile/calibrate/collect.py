@@ -13,7 +13,7 @@ import onnx_graphsurgeon as gs
 from nmcompile import graph as graphs
 from nmcompile.calibrate.data import Data, is_mask
 from nmcompile.calibrate.statistics import Statistics
-from nmcompile.errors import CalibrationError
+from nmcompile.errors import CalibrationError, GraphError
 
 Array = npt.NDArray[Any]
 
@@ -41,7 +41,12 @@ class Calibration:
         run = graphs.runner(graph, wanted, optimise=True) if wanted else None
         total = self.data.samples
         for feed in self.data:
-            values = {**feed, **(run(feed) if run else {})}
+            try:
+                values = {**feed, **(run(feed) if run else {})}
+            except GraphError as error:
+                raise CalibrationError(
+                    f"the model does not run on the calibration data: {error}; are they this model's inputs?"
+                ) from None
             real = _real_tokens(feed)
             for name, kinds in needs.items():
                 statistics.add(name, _without_padding(values[name], real), kinds)

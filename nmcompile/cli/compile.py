@@ -118,7 +118,8 @@ def summary(model: Path, result: Result) -> Iterator[str]:
     if "qdq_onnx" in result.sizes:
         yield f"  onnx      {terminal.size(result.sizes['qdq_onnx'])}, quantized"
     if result.loss:
-        samples = "MADE-UP SAMPLES, not real ones" if result.synthetic else "samples that calibration did not see"
+        samples = "samples that calibration did not see" if result.held_out else result.measured_on
+        samples = "MADE-UP SAMPLES, not real ones" if result.synthetic else samples
         yield f"  loss      plan against model, on {samples}"
         yield from (f"            {line}" for line in terminal.differences(result.loss).splitlines())
     notes = [note for note in result.notes if not note.startswith("no calibration data")]

@@ -12,6 +12,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from nmcompile import graph as g
+from nmcompile.backends.cpu.match_patches import match_patches
 from nmcompile.backends.cpu.ops import FLOAT, Form, Op, Read, Space
 from nmcompile.backends.cpu.pack import MAX_INPUTS
 from nmcompile.canonical import match_attention, match_positions
@@ -35,7 +36,8 @@ class Matcher:
             "MatMul": self._linear, "Softmax": self._attention, "LayerNormalization": self._norm,
             "RMSNormalization": self._norm, "Gelu": self._gelu, "Relu": self._unary, "Tanh": self._unary,
             "Sigmoid": self._unary, "Add": self._binary, "Sub": self._binary, "Mul": self._binary,
-            "Gather": self._gather, "Conv": self._patches, "Squeeze": self._view, "Cast": self._view,
+            "Gather": self._gather, "Conv": lambda conv: match_patches(conv, self.inputs),
+            "Squeeze": self._view, "Cast": self._view, "Identity": self._view,
         }  # fmt: skip
         attention = {id(n) for node in graph.nodes for n in self._attention_nodes(node)}
         last = [node for node in graph.nodes if node.op == "Softmax"]  # they ask how their operands are made
@@ -108,11 +110,7 @@ class Matcher:
     def _linear(self, node: gs.Node) -> Op | str | None:
         weight = self._weight(node.inputs[1])
         if weight is None:
-            return (
-                "both of its operands are computed"
-                if g.constant(node.inputs[0]) is None
-                else "its first operand is constant"
-            )
+            return None if g.constant(node.inputs[0]) is None else "its first operand is constant"
         matrix, scale = weight
         n, k = matrix.shape
         read = self.read(node.inputs[0])
@@ -157,7 +155,7 @@ class Matcher:
     def _attention(self, node: gs.Node) -> Op | str | None:
         found = match_attention(node)
         if found is None:
-            return "no self-attention that the engine knows"
+            return "its attention is not in canonical form"
         if found.mask.padding is not None and found.mask.padding.name not in self.inputs:
             return "its mask is not a graph input"
         parts = zip(found.operands, (found.q, found.k, found.v), ("u8", "s8", "s8rows"), strict=True)
@@ -245,9 +243,7 @@ class Matcher:
                 data = {"mul": row if node.op == "Mul" else None,
                         "add": {"Add": row, "Sub": -row, "Mul": None}[node.op]}  # fmt: skip
                 return Op("affine", (Read(x.name),), y, rows, space, (node,), dict(data), node.name)
-            table = (
-                value.reshape(value.shape[-2:]) if value.ndim >= 2 and value.size == np.prod(value.shape[-2:]) else None
-            )
+            table = _per_position(value)
             fits = node.op == "Add" and table is not None and not space.first
             if fits and table is not None and list(table.shape) == [space.tokens, rows]:
                 return Op("add_positions", (Read(x.name),), y, rows, space, (node,),
@@ -286,7 +282,7 @@ class Matcher:
         return Op("first", (Read(x.name),), node.outputs[0].name, rows, first, (node,), {}, node.name)
 
     def _view(self, node: gs.Node) -> Op | None:
-        """A graph output that is a token tensor without its last axis of size 1, or in half precision."""
+        """A graph output that is a token tensor renamed, without its last axis of size 1, or in half precision."""
         x, y = self._source(node.inputs[0]), node.outputs[0]
         space, rows = self.space(x), _last(x)
         if space is None or rows is None or not g.is_output(self.graph, y) or g.consumers(y):
@@ -296,9 +292,9 @@ class Matcher:
             last = len(x.shape) - 1
             if rows != 1 or axes is None or axes.size != 1 or int(axes.item()) not in (-1, last):
                 return None
-        elif y.dtype != np.float16:
+        elif node.op == "Cast" and y.dtype != np.float16:
             return None
-        data: dict[str, object] = {"view": "squeeze" if node.op == "Squeeze" else "float16"}
+        data: dict[str, object] = {"view": {"Squeeze": "squeeze", "Cast": "float16"}.get(node.op, "same")}
         return Op("view", (Read(x.name),), y.name, rows, space, (node,), data, node.name)
 
     def _embedding(self, node: gs.Node) -> Op | None:
@@ -350,53 +346,15 @@ class Matcher:
             return None
         return [(("cumulative", positions.ids.name, positions.pad), table, [node])]
 
-    def _patches(self, node: gs.Node) -> Op | str | None:
-        """Conv over patches -> Reshape -> Transpose -> Concat(class token, .): the front of a ViT."""
-        x, weight = node.inputs[0], g.constant(node.inputs[1])
-        bias = g.constant(node.inputs[2]) if len(node.inputs) > 2 else None
-        shape, kernel = x.shape, list(node.attrs.get("kernel_shape", []))
-        if x.name not in self.inputs or weight is None or shape is None or len(shape) != 4 or x.dtype != np.float32:
-            return "convolutions run on onnxruntime"
-        plain = (
-            node.attrs.get("group", 1) == 1
-            and not any(node.attrs.get("pads", []))
-            and kernel == node.attrs.get("strides")
-        )
-        if (
-            not plain
-            or any(not isinstance(d, int) for d in shape[1:])
-            or any(d != 1 for d in node.attrs.get("dilations", [1]))
-        ):
-            return "convolutions run on onnxruntime"
-        nodes, tensor = [node], node.outputs[0]
-        for op in ("Reshape", "Transpose", "Concat"):
-            users = g.consumers(tensor)
-            if len(users) != 1 or users[0].op != op:
-                return "no class token is put before its patches"
-            nodes.append(users[0])
-            tensor = users[0].outputs[0]
-        expand = g.producer(nodes[3].inputs[0])
-        row = g.constant(expand.inputs[0]) if expand is not None and expand.op == "Expand" else None
-        width = weight.shape[0]
-        count = (shape[2] // kernel[0]) * (shape[3] // kernel[1])
-        if (
-            row is None
-            or row.size != width
-            or nodes[3].attrs.get("axis") != 1
-            or nodes[2].attrs.get("perm") != [0, 2, 1]
-        ):
-            return "no class token is put before its patches"
-        if shape[2] % kernel[0] or shape[3] % kernel[1] or shape[0] is None or len(nodes[3].inputs) != 2:
-            return "its image is not a whole number of patches"
-        data: dict[str, object] = {
-            "input": x.name, "channels": shape[1], "patch": tuple(kernel), "weight": weight.reshape(width, -1),
-            "bias": None if bias is None else bias.astype(np.float32), "row": row.reshape(-1).astype(np.float32),
-        }  # fmt: skip
-        assert expand is not None
-        return Op("patch_embed", (), tensor.name, width, Space(shape[0], count + 1), (*nodes, expand), data, node.name)
-
     def _tensor(self, name: str) -> gs.Tensor:
         return self.tensors[name]
+
+
+def _per_position(value: np.ndarray) -> np.ndarray | None:
+    """A constant [tokens, features], the same for every sequence of the batch."""
+    if value.ndim not in (2, 3) or (value.ndim == 3 and not (value == value[:1]).all()):
+        return None
+    return value if value.ndim == 2 else value[0]
 
 
 def _last(tensor: gs.Tensor) -> int | None:

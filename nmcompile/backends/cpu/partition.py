@@ -11,6 +11,7 @@ import onnx_graphsurgeon as gs
 
 from nmcompile.backends.cpu.match import Matcher
 from nmcompile.backends.cpu.ops import Op
+from nmcompile.backends.cpu.padding import padding_matters
 
 # A native segment pays for moving its activations into the engine's layout from this many layers on.
 MIN_LAYERS = 2
@@ -39,7 +40,7 @@ class Partition:
 
 
 def partition(graph: gs.Graph) -> Partition:
-    """Segments in an order in which each finds its inputs ready.
+    """Segments in an order in which each finds its inputs ready; the graph has shapes.
 
     Every item gets a level: that of its latest producer, one more where the kind changes. Items of one level and kind
     are one segment, so segments cannot wait for each other in a circle. Native segments that would not pay, or whose
@@ -51,7 +52,9 @@ def partition(graph: gs.Graph) -> Partition:
     while True:
         ops = [op for op in matcher.ops if op.y not in banned]
         segments = _segments(graph, ops)
-        refused = [(op, why) for segment in segments if segment.native for op, why in _refuse(segment, graph)]
+        refused = [(op, why) for segment in segments if segment.native for op, why in _refuse(segment)]
+        if not refused:
+            refused = [pair for segment in segments for pair in _leaks(graph, segment, segments)]
         if not refused:
             break
         for op, why in refused:
@@ -151,7 +154,7 @@ def _read_as_value(segment: Segment, name: str) -> bool:
     return any(name in [n for n in _reads(op) if n != op.data.get("mask")] for op in segment.ops)
 
 
-def _refuse(segment: Segment, graph: gs.Graph) -> list[tuple[Op, str]]:
+def _refuse(segment: Segment) -> list[tuple[Op, str]]:
     """Operations that this native segment cannot or should not keep, with the reason."""
     if sum(op.kind in LAYERS for op in segment.ops) < MIN_LAYERS:
         return [(op, "too little around it runs natively to pay for the way in and out") for op in segment.ops]
@@ -170,3 +173,14 @@ def _refuse(segment: Segment, graph: gs.Graph) -> list[tuple[Op, str]]:
         refused += [(op, "patches and masks or other tokens do not mix") for op in patched]
     return refused
 
+
+def _leaks(graph: gs.Graph, segment: Segment, segments: Sequence[Segment]) -> list[tuple[Op, str]]:
+    """The attentions of a segment that drops padding, when what comes after it would miss that padding."""
+    if segment.mask is None:
+        return []
+    later = {name for other in segments if other is not segment for name in other.inputs}
+    tensors = [name for name in segment.outputs if name in later]
+    if not tensors or not padding_matters(graph, segment.mask, tensors):
+        return []
+    why = f"what follows reads the padding of {tensors[0]}, which the engine does not compute"
+    return [(op, why) for op in segment.ops if op.kind.startswith("attention")]

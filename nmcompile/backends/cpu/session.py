@@ -142,13 +142,19 @@ class NativeSegment:
             results = self.program.run(inputs=arrays, mask=mask)
         except ValueError as error:
             raise InputError(self._named(str(error))) from None
+        except MemoryError:
+            shapes = ", ".join(str(list(array.shape)) for array in arrays)
+            raise InputError(f"not enough memory to run inputs of shape {shapes}; run smaller batches") from None
         return self._viewed(results)
 
     def _viewed(self, results: Sequence[np.ndarray]) -> Arrays:
         """Results by name, in the shape and type that the model gives them."""
         made = dict(zip(self.outputs, results, strict=True))
         for name, view in self.views.items():
-            made[name] = made[name][..., 0] if view == "squeeze" else made[name].astype(np.float16)
+            if view == "squeeze":
+                made[name] = made[name][..., 0]
+            elif view == "float16":
+                made[name] = made[name].astype(np.float16)
         return made
 
     def profile(self, values: Arrays) -> tuple[Arrays, list[tuple[str, int]]]:
