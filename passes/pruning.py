@@ -99,6 +99,7 @@ def prune(
         threshold = sp.global_threshold(units, sizes, sparsity)
     layers: dict[str, object] = {}
     changed, done = 0, set()
+    emptied: list[str] = []
     for layer in selection.layers:
         stored = layer.node.inputs[1].name
         if stored in done:
@@ -111,7 +112,10 @@ def prune(
             g.set_weight(graph, layer, pruned)
             changed += 1
         layers[layer.name] = round(float(sp.density(pruned)), 4)
-    notes = tuple(f"{name}: kept dense, {reason}" for name, reason in selection.kept.items())
+        if not pruned.any() and layer.weight.any():
+            n, k = layer.weight.shape
+            emptied.append(f"{layer.name}: nothing is left of its {n}x{k} weights at {pattern}; take smaller units")
+    notes = (*emptied, *(f"{name}: kept dense, {reason}" for name, reason in selection.kept.items()))
     return Report(changed=changed, detail={"pattern": str(pattern), "density": layers}, notes=notes)
 
 
