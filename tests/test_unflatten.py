@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from onnx_text import apply, assert_same_outputs, parse
 
-from nmcompile.passes import CanonicaliseLinear, SimplifyShapes
+from nmcompile.passes import CanonicaliseLinear, FoldConstants, SimplifyShapes
 from nmcompile.pipeline import Pipeline
 
 # The feed-forward of an OPT layer: both operands of the residual are flattened.
@@ -46,8 +46,6 @@ def test_dropout_in_training_mode_is_identity_and_said() -> None:
     graph = parse("""(float[B,4] x) => (float[B,4] y) { ratio = Constant <value_float = 0.5> ()
         train = Constant <value_int = 1> ()  on = Cast <to = 9> (train)  d = Dropout(x, ratio, on)  y = Relu(d) }""")
     folded, _ = Pipeline([SimplifyShapes()]).run(graph)
-    from nmcompile.passes import FoldConstants
-
     after, reports = Pipeline([FoldConstants(), SimplifyShapes()]).run(graph)
     assert [node.op for node in after.nodes] == ["Relu"]
     assert "exported in training mode" in reports[1].notes[0]
