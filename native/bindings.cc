@@ -4,8 +4,10 @@
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <memory>
 #include <optional>
 
@@ -87,7 +89,7 @@ nm::Weight weight_of(const nb::dict& d) {
   nm::Weight w;
   w.format = item<std::string>(d, "format");
   w.values = share(item<NdArray>(d, "values"));
-  if (w.format == "blocks") {
+  if (w.format == "blocks" || w.format == "gather") {
     const auto rows = item<int64_t>(d, "rows");
     nm::check(rows > 0 && rows <= 16, "linear: weight rows", "must be 1, 2, 4, 8 or 16");
     w.rows = static_cast<size_t>(rows);
@@ -137,7 +139,7 @@ nb::list to_python(std::vector<nm::Output>&& outputs) {
 }
 
 nb::list run(Program& program, const nb::sequence& inputs, const std::optional<NdArray>& mask,
-             std::vector<uint64_t>* nanoseconds) {
+             std::vector<nm::Event>* events) {
   std::vector<Array> arrays;
   for (nb::handle h : inputs) {
     try {
@@ -150,7 +152,7 @@ nb::list run(Program& program, const nb::sequence& inputs, const std::optional<N
   std::vector<nm::Output> outputs;
   {
     nb::gil_scoped_release release;
-    outputs = program.run(arrays, given.get(), nanoseconds);
+    outputs = program.run(arrays, given.get(), events);
   }
   return to_python(std::move(outputs));
 }
@@ -252,9 +254,39 @@ NB_MODULE(_native, m) {
            "inputs"_a, "mask"_a = nb::none())
       .def("run_profiled",
            [](Program& p, const nb::sequence& inputs, const std::optional<NdArray>& mask) {
-             std::vector<uint64_t> nanoseconds;
-             nb::list outputs = run(p, inputs, mask, &nanoseconds);
-             return std::make_pair(outputs, nanoseconds);
+             std::vector<nm::Event> events;
+             nb::list outputs = run(p, inputs, mask, &events);
+             size_t threads = 1;
+             std::vector<int64_t> spent(p.steps().size(), 0);
+             for (const nm::Event& e : events) {
+               threads = std::max(threads, e.thread + 1);
+               spent[e.step] += e.end - e.begin;
+             }
+             for (int64_t& time : spent) time /= static_cast<int64_t>(threads);
+             return std::make_pair(outputs, spent);
            },
-           "inputs"_a, "mask"_a = nb::none());
+           "inputs"_a, "mask"_a = nb::none())
+      .def("run_traced",
+           [](Program& p, const nb::sequence& inputs, const std::optional<NdArray>& mask) {
+             std::vector<nm::Event> events;
+             nb::list outputs = run(p, inputs, mask, &events);
+             auto* data = new int64_t[events.size() * 5];
+             nb::capsule owner(data, [](void* d) noexcept { delete[] static_cast<int64_t*>(d); });
+             for (size_t i = 0; i < events.size(); ++i) {
+               const nm::Event& e = events[i];
+               const int64_t row[] = {static_cast<int64_t>(e.step), static_cast<int64_t>(e.thread),
+                                      static_cast<int64_t>(e.panel), e.begin, e.end};
+               std::copy(row, row + 5, data + i * 5);
+             }
+             return std::make_pair(outputs, nb::ndarray<nb::numpy, int64_t>(data, {events.size(), 5}, owner));
+           },
+           "inputs"_a, "mask"_a = nb::none())
+      .def("forecast",
+           [](const Program& p, int64_t tokens, int64_t threads) {
+             nm::check(tokens > 0 && tokens < (1 << 28), "forecast: tokens", "must lie in 1..2^28");
+             nm::check(threads > 0 && threads <= 1024, "forecast: threads", "must lie in 1..1024");
+             const nm::Forecast f = p.forecast(static_cast<size_t>(tokens), static_cast<size_t>(threads));
+             return std::make_tuple(f.threads, f.alone, f.shared);
+           },
+           "tokens"_a, "threads"_a);
 }

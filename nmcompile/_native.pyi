@@ -1,7 +1,7 @@
 """The C++ engine: programs of steps over packed tokens.
 
 Buffers hold `rows` features of all real tokens (geometry "tokens"), of one token per sequence ("first") or
-of the tokens behind a class token ("tokens1"), as "f32", "u8" or "s8" (packed by four features) or "s8rows".
+of the tokens behind a class token ("tokens1"), as "f32", "u8" (packed by four features), "keys" or "values" (tiles for attention).
 Every argument is checked when its step is added: ValueError names it. Arrays are kept, not copied.
 """
 
@@ -103,7 +103,7 @@ class Program:
         y_scale: float = 1.0,
         y_zero_point: int = 0,
     ) -> None:
-        """q u8, k s8, v s8rows, y u8 or f32; rows = heads * depth, depth a multiple of 4."""
+        """q u8, k keys, v values, y u8 or f32; rows = heads * depth, depth a multiple of 4."""
 
     def attention_float(
         self,
@@ -133,6 +133,17 @@ class Program:
     def run(self, inputs: Sequence[NDArray[Any]], mask: NDArray[Any] | None = None) -> list[_F32]:
         """Inputs by slot; mask [B, S] drops tokens where it is 0. Outputs by slot. Safe from many threads;
         ValueError for shapes that do not fit and for ids outside their table."""
+
+    def run_traced(
+        self, inputs: Sequence[NDArray[Any]], mask: NDArray[Any] | None = None
+    ) -> tuple[list[_F32], NDArray[np.int64]]:
+        """run, and events [n, 5]: step, thread, panel, begin and end in nanoseconds since the run began."""
+
+    def forecast(self, tokens: int, threads: int) -> tuple[int, float, float]:
+        """What the schedule expects of one sequence of `tokens` with up to `threads` threads, by its cost model.
+
+        (threads worth using, nanoseconds of one thread, nanoseconds of that many).
+        """
 
     def run_profiled(
         self, inputs: Sequence[NDArray[Any]], mask: NDArray[Any] | None = None

@@ -63,6 +63,27 @@ def block_weight(w: np.ndarray, rows: int) -> dict[str, Any]:
     }
 
 
+def gather_weight(w: np.ndarray, rows: int) -> dict[str, Any]:
+    """int8 [N, K] as the gather format: for every `rows` outputs the inputs that any of them uses, four at a time."""
+    values, columns, starts = [], [], [0]
+    for first in range(0, w.shape[0], rows):
+        group = np.zeros((rows, w.shape[1]), np.int8)
+        group[: min(rows, w.shape[0] - first)] = w[first : first + rows]
+        used = np.nonzero(group.any(axis=0))[0]
+        filled = np.zeros((rows, -(-len(used) // 4) * 4), np.int8)
+        filled[:, : len(used)] = group[:, used]
+        values.append(filled.reshape(rows, -1, 4).transpose(1, 0, 2))
+        columns.append(np.pad(used, (0, -len(used) % 4)).reshape(-1, 4))
+        starts.append(starts[-1] + len(values[-1]))
+    return {
+        "format": "gather",
+        "rows": rows,
+        "values": np.ascontiguousarray(np.concatenate(values)),
+        "columns": np.concatenate(columns).astype(np.uint16),
+        "starts": np.array(starts, np.uint32),
+    }
+
+
 def sparse(rng: np.random.Generator, n: int, k: int, rows: int, density: float) -> np.ndarray:
     """A random int8 [N, K] of blocks rows x 4, of which a share `density` is not zero."""
     w = rng.integers(-127, 128, (n, k))

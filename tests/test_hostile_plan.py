@@ -65,7 +65,7 @@ def test_changed_numbers_and_names(tmp_path: Path, content: Content) -> None:
     header, arrays = content
     rng = random.Random(0)
     leaves = places(header["segments"])
-    wild: list[Any] = [-1, 0, 1, 3, 2**31, 2**40, -(2**62), 1e30, "", "f32", "u8", "s8rows", None, True, [], {}]
+    wild: list[Any] = [-1, 0, 1, 3, 2**31, 2**40, -(2**62), 1e30, "", "f32", "u8", "values", None, True, [], {}]
     seen = set()
     for _ in range(250):
         changed = copy.deepcopy(header)

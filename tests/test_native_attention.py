@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from native_reference import ISAS, Net, attention, dense_weight, quantize, ragged_mask
 
-Q, K, V = (0.02, 131), (0.025, 0), (0.03, 0)
+Q, K, V = (0.0213, 131), (0.0257, 0), (0.0307, 0)  # of inputs in steps of 0.03: no ties
 
 
 def inputs(rng: np.random.Generator, batch: int, length: int, rows: int) -> list[np.ndarray]:
@@ -27,7 +27,7 @@ def int8_attention(
     scale = 1 / np.sqrt(rows / heads)
     net = Net(isa, threads)
     buffers = []
-    for layout_, (s, z) in zip(("u8", "s8", "s8rows"), (Q, K, V), strict=True):
+    for layout_, (s, z) in zip(("u8", "keys", "values"), (Q, K, V), strict=True):
         x = net.u8(net.enter(rows), rows, 0.03, 128)
         y = net.program.buffer(rows, layout_)
         net.program.linear(

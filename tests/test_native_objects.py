@@ -10,10 +10,10 @@ import pytest
 
 NATIVE = Path(__file__).parent.parent / "native"
 FLAGS = {
-    "avx2": ["-mavx2", "-mfma"],
-    "avxvnni": ["-mavx2", "-mfma", "-mavxvnni"],
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "avxvnni": ["-mavx2", "-mfma", "-mf16c", "-mavxvnni"],
     "avx512vnni": [
-        "-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni",
+        "-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni",
     ],
 }  # fmt: skip
 

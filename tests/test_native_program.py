@@ -28,7 +28,7 @@ def transformer(isa: str = "", threads: int = 0, layers: int = 2, rows: int = 64
         u = p.buffer(rows, "u8")
         gamma = np.ones(rows, np.float32)
         p.layer_norm(x=x, gamma=gamma, beta=None, eps=1e-5, y=x, q=u, scale=0.03, zero_point=128)
-        q, k, v, a = (p.buffer(rows, layout) for layout in ("u8", "s8", "s8rows", "u8"))
+        q, k, v, a = (p.buffer(rows, layout) for layout in ("u8", "keys", "values", "u8"))
         for out in (q, k, v):
             w = sparse(rng, rows, rows, 2, 0.4)
             p.linear(

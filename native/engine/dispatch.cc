@@ -10,9 +10,10 @@
   extern const nm::LinearKernels kLinear##Isa;     \
   extern const nm::LinearFloatKernels kLinearFloat##Isa; \
   extern const nm::AttentionKernels kAttention##Isa; \
-  extern const nm::RowsKernels kRows##Isa;
+  extern const nm::RowsKernels kRows##Isa;       \
+  extern const nm::IoKernels kIo##Isa;
 #define NM_ROW(name, supported, Isa) \
-  { name, supported, &kLinear##Isa, &kLinearFloat##Isa, &kAttention##Isa, &kRows##Isa }
+  { name, supported, &kLinear##Isa, &kLinearFloat##Isa, &kAttention##Isa, &kRows##Isa, &kIo##Isa }
 
 NM_DECLARE(Scalar)
 #if defined(__x86_64__)
@@ -31,7 +32,11 @@ bool has_avxvnni_bit() {  // leaf 7, subleaf 1, eax bit 4
   unsigned a = 0, b = 0, c = 0, d = 0;
   return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
 }
-bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+bool has_f16c_bit() {  // leaf 1, ecx bit 29; __builtin_cpu_supports knows the name in few compilers
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c >> 29 & 1);
+}
+bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c_bit(); }
 bool has_avxvnni() { return has_avx2() && has_avxvnni_bit(); }
 bool has_avx512vnni() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "../kernels/attention/attention.h"
+#include "../kernels/io/io.h"
 #include "../kernels/linear/linear.h"
 #include "../kernels/linear_float/linear_float.h"
 #include "../kernels/rows/rows.h"
@@ -17,6 +18,7 @@ struct Kernels {
   const LinearFloatKernels* linear_float;
   const AttentionKernels* attention;
   const RowsKernels* rows;
+  const IoKernels* io;
 };
 
 std::vector<std::string> cpu_features();

@@ -14,13 +14,13 @@
 namespace nm {
 namespace {
 
-inline void relax() {
+inline void pause() {
 #if defined(__x86_64__)
   __builtin_ia32_pause();
 #endif
 }
 
-constexpr int kSpins = 3000;  // about 30 us: longer than the gap between two steps
+constexpr int kSpins = 3000;  // about 30 us
 
 enum State : int { kIdle, kAsleep, kWork };
 
@@ -43,7 +43,7 @@ struct Pool {
       int spins = 0;
       while (worker.state.load(std::memory_order_acquire) != kWork) {
         if (++spins < kSpins) {
-          relax();
+          pause();
           continue;
         }
         int idle = kIdle;
@@ -81,10 +81,7 @@ struct Pool {
       }
     }
     what(with, 0);
-    for (int spins = 0; unfinished.load(std::memory_order_acquire); ++spins) {
-      if (spins < kSpins) relax();
-      else sched_yield();
-    }
+    for (int spins = 0; unfinished.load(std::memory_order_acquire); ++spins) relax(spins);
   }
 };
 
@@ -111,6 +108,11 @@ Pool& shared_pool() {
 }  // namespace
 
 std::mutex& fork_safe_mutex() { return g_mutex; }
+
+void relax(int spins) {
+  if (spins < kSpins) pause();
+  else sched_yield();
+}
 
 size_t default_threads() {
   cpu_set_t set;

@@ -5,6 +5,7 @@
 
 namespace nm {
 
+void relax(int spins);  // between two looks at what another thread will write: a pause, after some 30 us a yield
 size_t default_threads();  // CPUs this process may run on
 // Guards what programs share between their runs; one for all, as fork waits for it: a child never finds it locked by
 // a thread that it does not have. Hold it shortly.

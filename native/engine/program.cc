@@ -23,6 +23,11 @@ size_t Array::size() const {
 Program::Program(const std::string& isa, size_t threads)
     : kernels_(choose_kernels(isa)), threads_(threads ? std::min<size_t>(threads, 1024) : default_threads()) {}
 
+const char* layout_name(Layout layout) {
+  static const char* const kNames[] = {"f32", "u8", "keys", "values"};
+  return kNames[static_cast<int>(layout)];
+}
+
 Program::Arena::~Arena() { std::free(data); }
 
 int Program::buffer(int64_t rows, const std::string& layout, const std::string& geometry) {
@@ -31,9 +36,9 @@ int Program::buffer(int64_t rows, const std::string& layout, const std::string& 
   check(buffers_.size() < kMostBuffers, "buffer:", "too many buffers");
   Buffer b{static_cast<size_t>(rows), Layout::kF32, Geometry::kTokens};
   if (layout == "u8") b.layout = Layout::kU8;
-  else if (layout == "s8") b.layout = Layout::kS8;
-  else if (layout == "s8rows") b.layout = Layout::kS8Rows;
-  else check(layout == "f32", "layout", "'" + layout + "' is unknown; choose one of f32, u8, s8, s8rows");
+  else if (layout == "keys") b.layout = Layout::kKeys;
+  else if (layout == "values") b.layout = Layout::kValues;
+  else check(layout == "f32", "layout", "'" + layout + "' is unknown; choose one of f32, u8, keys, values");
   if (geometry == "first") b.geometry = Geometry::kFirst;
   else if (geometry == "tokens1") b.geometry = Geometry::kTokens1;
   else check(geometry == "tokens", "geometry", "'" + geometry + "' is unknown; choose one of tokens, first, tokens1");
@@ -51,14 +56,13 @@ Buffer& Program::buffer_at(const char* what, int index) {
 
 Buffer& Program::output(const char* what, int index, std::initializer_list<Layout> layouts) {
   Buffer& b = buffer_at(what, index);
-  static const char* const kNames[] = {"f32", "u8", "s8", "s8rows"};
   std::string wanted;
   bool ok = false;
   for (Layout layout : layouts) {
     ok = ok || b.layout == layout;
-    wanted += (wanted.empty() ? "" : " or ") + std::string(kNames[static_cast<int>(layout)]);
+    wanted += (wanted.empty() ? "" : " or ") + std::string(layout_name(layout));
   }
-  check(ok, what, "must be a buffer of layout " + wanted + ", not " + kNames[static_cast<int>(b.layout)]);
+  check(ok, what, "must be a buffer of layout " + wanted + ", not " + layout_name(b.layout));
   return b;
 }
 
@@ -78,12 +82,87 @@ Program::Slot& Program::slot(const char* what, int64_t index, Slot wanted) {
   return s = wanted;
 }
 
-void Program::add(std::string kind, std::string description, std::vector<int> reads, std::vector<int> writes,
-                  std::function<void(Run&)> run) {
-  const auto drop = [](std::vector<int>& list) { list.erase(std::remove(list.begin(), list.end(), -1), list.end()); };
-  drop(reads), drop(writes);
+void Program::add(std::string kind, std::string description, Geometry geometry, std::vector<int> reads,
+                  std::vector<int> gathers, std::vector<int> writes, Body body) {
+  for (auto* list : {&reads, &gathers, &writes}) list->erase(std::remove(list->begin(), list->end(), -1), list->end());
   for (int b : writes) buffers_[b].written = true;
-  steps_.push_back({std::move(kind), std::move(description), std::move(reads), std::move(writes), std::move(run)});
+  steps_.push_back({std::move(kind), std::move(description), std::move(reads), std::move(gathers), std::move(writes),
+                    geometry, std::move(body)});
+}
+
+// A phase ends before a step of another geometry, one that gathers what the phase has written, and one that writes
+// what the phase has gathered.
+void Program::cut_phases() {
+  std::vector<char> written(buffers_.size(), 0), gathered(buffers_.size(), 0);
+  for (size_t i = 0; i < steps_.size(); ++i) {
+    Step& s = steps_[i];
+    bool cut = phases_.empty() || phases_.back().geometry != s.geometry;
+    for (int b : s.gathers) cut = cut || written[b];
+    for (int b : s.writes) cut = cut || gathered[b];
+    if (cut) {
+      phases_.push_back({i, i, s.geometry});
+      std::fill(written.begin(), written.end(), 0), std::fill(gathered.begin(), gathered.end(), 0);
+    }
+    for (int b : s.gathers) gathered[b] = 1;
+    for (int b : s.writes) written[b] = 1;
+    s.phase = phases_.size() - 1;
+    phases_.back().last = i + 1;
+  }
+}
+
+namespace {
+
+struct Life {
+  size_t index, begin, end, bytes;  // lives in [begin, end)
+};
+
+// Offsets by index, the largest first, each at the lowest place that is free while it lives. Returns the bytes needed.
+size_t place(std::vector<Life> lives, std::vector<size_t>& offsets) {
+  std::stable_sort(lives.begin(), lives.end(), [](const Life& a, const Life& b) { return a.bytes > b.bytes; });
+  size_t needed = 0;
+  std::vector<Life> placed;
+  for (const Life& life : lives) {
+    if (life.begin >= life.end || !life.bytes) continue;
+    std::vector<std::pair<size_t, size_t>> taken;
+    for (const Life& other : placed)
+      if (other.begin < life.end && life.begin < other.end)
+        taken.emplace_back(offsets[other.index], offsets[other.index] + other.bytes);
+    std::sort(taken.begin(), taken.end());
+    size_t at = 0;
+    for (const auto& range : taken) {
+      if (range.first >= at + life.bytes) break;
+      at = std::max(at, range.second);
+    }
+    offsets[life.index] = at;
+    needed = std::max(needed, at + life.bytes);
+    placed.push_back(life);
+  }
+  return needed;
+}
+
+}  // namespace
+
+// Buffers that one phase alone touches, panel by panel, live in the team's slab, which stays in its cache.
+void Program::place_locals() {
+  local_.assign(buffers_.size(), kShared);
+  std::vector<size_t> phase(buffers_.size(), kShared);
+  std::vector<char> shared(buffers_.size(), 0);
+  std::vector<Life> lives;
+  for (size_t i = 0; i < buffers_.size(); ++i)
+    lives.push_back({i, steps_.size(), 0, round_up(buffers_[i].row_bytes() * kPanelTokens, 64)});
+  for (size_t s = 0; s < steps_.size(); ++s) {
+    const auto touch = [&](int b) {
+      if (phase[b] == kShared) phase[b] = steps_[s].phase;
+      if (phase[b] != steps_[s].phase || buffers_[b].geometry != steps_[s].geometry) shared[b] = 1;
+      lives[b].begin = std::min(lives[b].begin, s), lives[b].end = s + 1;
+    };
+    for (int b : steps_[s].reads) touch(b);
+    for (int b : steps_[s].writes) touch(b);
+    for (int b : steps_[s].gathers) touch(b), shared[b] = 1;
+  }
+  lives.erase(std::remove_if(lives.begin(), lives.end(), [&](const Life& l) { return shared[l.index] != 0; }),
+              lives.end());
+  slab_ = place(lives, local_);
 }
 
 void Program::prepare() {
@@ -94,11 +173,13 @@ void Program::prepare() {
   check(!outputs_.empty(), "prepare:", "no step leaves an output");
   for (size_t i = 0; i < outputs_.size(); ++i)
     check(outputs_[i] >= 0, "prepare:", "output slot " + std::to_string(i) + " is written by no step");
+  cut_phases();
+  place_locals();
   prepared_ = true;
 }
 
-// Offsets of all buffers for these numbers of lanes: the largest first, each at the lowest place that is free
-// while it lives (from the first step that touches it to the last).
+// Offsets in the arena for these numbers of lanes. What a phase touches lives through all of it: its panels are at
+// different steps at the same time.
 std::shared_ptr<const Program::Plan> Program::plan(const size_t (&key)[kGeometries]) {
   {
     std::lock_guard<std::mutex> lock(mutex_);
@@ -108,46 +189,45 @@ std::shared_ptr<const Program::Plan> Program::plan(const size_t (&key)[kGeometri
         return plans_.front();
       }
   }
-  struct Life {
-    size_t index, begin, end, bytes;
-  };
   std::vector<Life> lives;
   for (size_t i = 0; i < buffers_.size(); ++i) {
     const Buffer& b = buffers_[i];
-    lives.push_back({i, steps_.size(), 0, round_up(b.row_bytes() * key[static_cast<int>(b.geometry)], 64)});
+    const size_t bytes = local_[i] == kShared ? b.row_bytes() * key[static_cast<int>(b.geometry)] : 0;
+    lives.push_back({i, phases_.size(), 0, round_up(bytes, 64)});
   }
-  for (size_t s = 0; s < steps_.size(); ++s)
-    for (const auto* list : {&steps_[s].reads, &steps_[s].writes})
+  for (const Step& step : steps_)
+    for (const auto* list : {&step.reads, &step.gathers, &step.writes})
       for (int b : *list) {
-        lives[b].begin = std::min(lives[b].begin, s);
-        lives[b].end = std::max(lives[b].end, s + 1);
+        lives[b].begin = std::min(lives[b].begin, step.phase);
+        lives[b].end = std::max(lives[b].end, step.phase + 1);
       }
-  std::stable_sort(lives.begin(), lives.end(), [](const Life& a, const Life& b) { return a.bytes > b.bytes; });
   auto made = std::make_shared<Plan>();
   std::copy(key, key + kGeometries, made->key);
   made->offsets.assign(buffers_.size(), 0);
-  made->bytes = 0;
-  std::vector<Life> placed;
-  for (const Life& life : lives) {
-    if (life.begin >= life.end || !life.bytes) continue;
-    std::vector<std::pair<size_t, size_t>> taken;
-    for (const Life& other : placed)
-      if (other.begin < life.end && life.begin < other.end)
-        taken.emplace_back(made->offsets[other.index], made->offsets[other.index] + other.bytes);
-    std::sort(taken.begin(), taken.end());
-    size_t at = 0;
-    for (const auto& range : taken) {
-      if (range.first >= at + life.bytes) break;
-      at = std::max(at, range.second);
-    }
-    made->offsets[life.index] = at;
-    made->bytes = std::max(made->bytes, at + life.bytes);
-    placed.push_back(life);
-  }
+  made->bytes = place(lives, made->offsets);
+  made->forecast = forecast(key, threads_);
   std::lock_guard<std::mutex> lock(mutex_);
   plans_.insert(plans_.begin(), made);  // another run may have made the same: no harm
   if (plans_.size() > kMostPlans) plans_.pop_back();
   return made;
+}
+
+Forecast Program::forecast(size_t tokens, size_t threads) const {
+  check(prepared_, "forecast:", "call prepare() first");
+  size_t counts[kGeometries] = {tokens, 1, tokens + 1};
+  return forecast(counts, threads);
+}
+
+Forecast Program::forecast(const size_t (&tokens)[kGeometries], size_t threads) const {
+  std::vector<std::vector<StepCost>> costs;
+  std::vector<size_t> counts;
+  for (const Phase& phase : phases_) {
+    costs.emplace_back();
+    counts.push_back(tokens[static_cast<int>(phase.geometry)]);
+    for (size_t s = phase.first; s < phase.last; ++s)
+      costs.back().push_back({steps_[s].body.cost, steps_[s].body.units});
+  }
+  return nm::forecast(costs, counts, threads);
 }
 
 std::unique_ptr<Program::Arena> Program::take_arena(size_t bytes) {

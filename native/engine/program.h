@@ -13,6 +13,7 @@
 #include "../simd/activation.h"
 #include "dispatch.h"
 #include "pool.h"
+#include "schedule.h"
 #include "shape.h"
 
 namespace nm {
@@ -54,6 +55,22 @@ struct Requant {
 };
 
 class Run;
+struct Work;
+
+// What a step does. Any split of its units among threads gives the same bits.
+struct Body {
+  double cost;                          // about nanoseconds of one core per token, for the schedule
+  size_t units;                         // shares one panel can be split into; 0: the 16-lane columns of the panel
+  std::function<void(const Work&)> work;
+  std::function<void(Run&)> begin = nullptr;  // once per run, before any thread starts; may throw
+};
+
+struct Event {
+  size_t step, thread, panel;
+  int64_t begin, end;  // nanoseconds since the run began
+};
+
+constexpr size_t kShared = static_cast<size_t>(-1);
 
 class Program {
  public:
@@ -87,15 +104,21 @@ class Program {
 
   std::vector<std::pair<std::string, std::string>> steps() const;
   size_t memory() const;  // bytes of the arenas in use and kept
-  // nanoseconds: null, or receives one number per step.
-  std::vector<Output> run(const std::vector<Array>& inputs, const Array* mask, std::vector<uint64_t>* nanoseconds);
+  // events: null, or receives what each thread did.
+  std::vector<Output> run(const std::vector<Array>& inputs, const Array* mask, std::vector<Event>* events);
+  // How a run over one sequence of this many tokens is shared among threads.
+  Forecast forecast(size_t tokens, size_t threads) const;
 
  private:
   friend class Run;
+  friend struct Work;
+  friend class Execution;
   struct Step {
     std::string kind, description;
-    std::vector<int> reads, writes;
-    std::function<void(Run&)> run;
+    std::vector<int> reads, gathers, writes;  // gathers: read in other panels than the one at hand
+    Geometry geometry;                        // whose panels the step walks
+    Body body;
+    size_t phase = 0;
   };
   struct Slot {
     enum Kind { kUnused, kIds, kFeatures, kPatches } kind = kUnused;
@@ -108,16 +131,20 @@ class Program {
   };
   struct Plan {
     size_t key[kGeometries];
-    std::vector<size_t> offsets;
+    std::vector<size_t> offsets;  // of the buffers that are shared by phases
     size_t bytes;
+    Forecast forecast;  // with all threads
   };
 
   Buffer& buffer_at(const char* what, int index);
   Buffer& input(const char* what, int index, std::initializer_list<Layout> layouts);   // must have been written
   Buffer& output(const char* what, int index, std::initializer_list<Layout> layouts);
   Slot& slot(const char* what, int64_t index, Slot wanted);
-  void add(std::string kind, std::string description, std::vector<int> reads, std::vector<int> writes,
-           std::function<void(Run&)> run);
+  void add(std::string kind, std::string description, Geometry geometry, std::vector<int> reads,
+           std::vector<int> gathers, std::vector<int> writes, Body body);
+  Forecast forecast(const size_t (&tokens)[kGeometries], size_t threads) const;
+  void cut_phases();
+  void place_locals();
   std::shared_ptr<const Plan> plan(const size_t (&key)[kGeometries]);
   std::unique_ptr<Arena> take_arena(size_t bytes);
   void keep_arena(std::unique_ptr<Arena> arena);
@@ -130,7 +157,10 @@ class Program {
   std::vector<Slot> slots_;
   std::vector<int> outputs_;  // buffer of each output slot, -1: none
   bool uses_class_token_ = false;
-  size_t scratch_ = 0;  // bytes per thread
+  size_t scratch_ = 0;           // bytes per thread
+  std::vector<Phase> phases_;
+  std::vector<size_t> local_;    // offset of each buffer in its team's slab, kShared for buffers of the arena
+  size_t slab_ = 0;              // bytes per team
 
   std::mutex& mutex_ = fork_safe_mutex();  // guards what follows
   std::vector<std::shared_ptr<const Plan>> plans_;     // most recent first
@@ -143,49 +173,37 @@ class Run {
  public:
   const Program& program;
   const Kernels& kernels;
-  const PoolLease& pool;
   const std::vector<Array>& inputs;
   std::vector<Output>& outputs;
   size_t batch = 0, length = 0;  // of the padded inputs
   Tokens tokens[kGeometries] = {};
   uint8_t* base = nullptr;
   const size_t* offsets = nullptr;
-  uint8_t* scratch = nullptr;  // scratch_bytes each
-  size_t scratch_bytes = 0;
+  std::map<size_t, std::vector<std::vector<uint32_t>>> lookups;  // by step: rows of its tables, token by token
 
   const Tokens& of(int buffer) const { return tokens[static_cast<int>(program.buffers_[buffer].geometry)]; }
-  // Panel p of a buffer.
+  // Panel p of a buffer that outlives its phase.
   template <class T>
   T* panel(int buffer, size_t p) const {
     const Buffer& b = program.buffers_[buffer];
     return reinterpret_cast<T*>(base + offsets[buffer] + b.row_bytes() * kPanelTokens * p);
   }
-  // body(first, last, thread) over [0, units) in one static range per thread; alone when work (about nanoseconds of
-  // one core) is small. The ranges must not change a result.
-  template <class Body>
-  void parallel(size_t units, double work, Body body) const {
-    size_t parts = pool.threads() < units ? pool.threads() : units;
-    if (work < 8000) parts = parts ? 1 : 0;
-    struct Context {
-      Body& body;
-      size_t units, parts;
-    } context{body, units, parts};
-    pool.run(parts, [](void* c, size_t part) {
-      auto& x = *static_cast<Context*>(c);
-      x.body(x.units * part / x.parts, x.units * (part + 1) / x.parts, part);
-    }, &context);
+};
+
+// A thread's share of one step: the units [first, last) of one panel.
+struct Work {
+  const Run& run;
+  size_t panel, first, last;
+  uint8_t* slab;     // of the team: buffers that live within one phase, this panel only
+  uint8_t* scratch;  // of the thread
+
+  // This panel of a buffer of the step's geometry.
+  template <class T>
+  T* own(int buffer) const {
+    const size_t local = run.program.local_[buffer];
+    return local == kShared ? run.panel<T>(buffer, panel) : reinterpret_cast<T*>(slab + local);
   }
-  // Shares the 16-lane columns of a geometry among threads: body(panel, first lane, lanes), 64 lanes where it can.
-  template <class Body>
-  void each_column(const Tokens& t, double work, Body body) const {
-    parallel(lanes(t.count) / 16, work, [&](size_t first, size_t last, size_t) {
-      for (size_t unit = first; unit < last;) {
-        const size_t p = unit / 4, end = last < (p + 1) * 4 ? last : (p + 1) * 4;
-        body(p, unit % 4 * 16, (end - unit) * 16);
-        unit = end;
-      }
-    });
-  }
+  size_t width(int buffer) const { return panel_width(run.of(buffer).count, panel); }
 };
 
 // ---- checks shared by the files that add steps

@@ -1,4 +1,5 @@
 // Running a program: shapes from the inputs, tokens from the mask, then the steps in order.
+#include <atomic>
 #include <chrono>
 #include <cstring>
 
@@ -51,8 +52,83 @@ Tokens masked_tokens(const Array& mask, size_t batch, size_t length) {
 
 }  // namespace
 
-std::vector<Output> Program::run(const std::vector<Array>& inputs, const Array* mask,
-                                 std::vector<uint64_t>* nanoseconds) {
+// The threads of one run: each goes through the phases, takes its turns, and waits where others' work is needed.
+class Execution {
+ public:
+  Execution(const Run& run, const Forecast& forecast, uint8_t* slabs, uint8_t* scratch, size_t slab_bytes,
+            size_t scratch_bytes, bool traced)
+      : run_(run), forecast_(forecast), slabs_(slabs), scratch_(scratch), slab_bytes_(slab_bytes),
+        scratch_bytes_(scratch_bytes), traced_(traced), barriers_(forecast.threads + 1), events_(forecast.threads) {}
+
+  void thread(size_t me) {
+    const size_t threads = forecast_.threads;
+    for (size_t i = 0; i < run_.program.phases_.size(); ++i) {
+      const Phase& phase = run_.program.phases_[i];
+      bool fresh = true;
+      for (const Turn& turn : forecast_.turns[i]) {
+        if (me < turn.leader || me >= turn.leader + turn.members) continue;
+        if (!fresh) barriers_[turn.leader].wait(turn.members);  // the leader's slab is in use until it comes
+        fresh = false;
+        for (size_t p = turn.first; p < turn.last; ++p) take(phase, turn, p, me);
+      }
+      barriers_[threads].wait(threads);
+    }
+  }
+
+  std::vector<Event> events() const {
+    std::vector<Event> all;
+    for (const auto& list : events_) all.insert(all.end(), list.begin(), list.end());
+    return all;
+  }
+
+ private:
+  struct alignas(64) Barrier {
+    std::atomic<uint32_t> arrived{0}, passed{0};
+
+    void wait(size_t members) {
+      if (members < 2) return;
+      const uint32_t before = passed.load(std::memory_order_relaxed);
+      if (arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == members) {
+        arrived.store(0, std::memory_order_relaxed);
+        passed.store(before + 1, std::memory_order_release);
+        return;
+      }
+      for (int spins = 0; passed.load(std::memory_order_acquire) == before; ++spins) relax(spins);
+    }
+  };
+
+  void take(const Phase& phase, const Turn& turn, size_t panel, size_t me) {
+    Work work{run_, panel, 0, 0, slabs_ + turn.leader * slab_bytes_, scratch_ + me * scratch_bytes_};
+    const size_t columns = panel_width(run_.tokens[static_cast<int>(phase.geometry)].count, panel) / 16;
+    for (size_t s = phase.first; s < phase.last; ++s) {
+      const Body& body = run_.program.steps_[s].body;
+      const size_t units = body.units ? body.units : columns, member = me - turn.leader;
+      work.first = units * member / turn.members, work.last = units * (member + 1) / turn.members;
+      if (work.first < work.last) {
+        const int64_t begin = traced_ ? now() : 0;
+        body.work(work);
+        if (traced_) events_[me].push_back({s, me, panel, begin, now()});
+      }
+      barriers_[turn.leader].wait(turn.members);
+    }
+  }
+
+  int64_t now() const {
+    using namespace std::chrono;
+    return duration_cast<nanoseconds>(steady_clock::now() - start_).count();
+  }
+
+  const Run& run_;
+  const Forecast& forecast_;
+  uint8_t *slabs_, *scratch_;
+  size_t slab_bytes_, scratch_bytes_;
+  bool traced_;
+  std::chrono::steady_clock::time_point start_ = std::chrono::steady_clock::now();
+  std::vector<Barrier> barriers_;  // of the team of each leader, and of all
+  std::vector<std::vector<Event>> events_;
+};
+
+std::vector<Output> Program::run(const std::vector<Array>& inputs, const Array* mask, std::vector<Event>* events) {
   check(prepared_, "run:", "call prepare() first");
   check(inputs.size() == slots_.size(), "inputs",
         "must be " + std::to_string(slots_.size()) + " arrays, not " + std::to_string(inputs.size()));
@@ -86,7 +162,7 @@ std::vector<Output> Program::run(const std::vector<Array>& inputs, const Array* 
 
   PoolLease pool(threads_);
   std::vector<Output> results(outputs_.size());
-  Run run{*this, kernels_, pool, inputs, results};
+  Run run{*this, kernels_, inputs, results};
   run.batch = batch;
   run.length = length;
   run.tokens[0] = mask ? masked_tokens(*mask, batch, length) : all_tokens(batch, length);
@@ -95,24 +171,23 @@ std::vector<Output> Program::run(const std::vector<Array>& inputs, const Array* 
   size_t key[kGeometries];
   for (int g = 0; g < kGeometries; ++g) key[g] = lanes(run.tokens[g].count);
   const auto planned = plan(key);
-  run.scratch_bytes = round_up(scratch_, 64);
+  const Forecast shared = pool.threads() == threads_ ? planned->forecast : forecast(key, pool.threads());
+  const size_t arena_bytes = round_up(planned->bytes, 64), scratch_bytes = round_up(scratch_, 64);
 
-  auto arena = take_arena(round_up(planned->bytes, 64) + run.scratch_bytes * pool.threads());
+  auto arena = take_arena(arena_bytes + (slab_ + scratch_bytes) * shared.threads);
   run.base = arena->data;
   run.offsets = planned->offsets.data();
-  run.scratch = arena->data + round_up(planned->bytes, 64);
   try {
-    for (const Step& step : steps_) {
-      const auto begin = std::chrono::steady_clock::now();
-      step.run(run);
-      if (nanoseconds)
-        nanoseconds->push_back(static_cast<uint64_t>(
-            std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now() - begin).count()));
-    }
+    for (const Step& step : steps_)
+      if (step.body.begin) step.body.begin(run);
   } catch (...) {
     keep_arena(std::move(arena));
     throw;
   }
+  uint8_t* slabs = arena->data + arena_bytes;
+  Execution execution(run, shared, slabs, slabs + slab_ * shared.threads, slab_, scratch_bytes, events != nullptr);
+  pool.run(shared.threads, [](void* c, size_t part) { static_cast<Execution*>(c)->thread(part); }, &execution);
+  if (events) *events = execution.events();
   keep_arena(std::move(arena));
   return results;
 }

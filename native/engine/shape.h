@@ -2,14 +2,18 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <string>
 #include <vector>
 
 namespace nm {
 
 constexpr size_t kPanelTokens = 64;
 
-// f32: [panel][R][w] float; u8, s8: [panel][ceil(R/4)][w][4] bytes; s8rows: [panel][R][w] bytes. w: panel_width.
-enum class Layout { kF32, kU8, kS8, kS8Rows };
+// By panel, w = panel_width; attention's products take keys and values as they are, in tiles of 4 x 4 bytes:
+//   f32    [R][w] float                        u8      [ceil(R/4)][w][4 features] bytes
+//   keys   [w/4][ceil(R/4)][4 tokens][4 features]       values  [ceil(R/4)][w/4][4 features][4 tokens]  signed bytes
+enum class Layout { kF32, kU8, kKeys, kValues };
+const char* layout_name(Layout layout);
 // tokens: all real tokens, sequence after sequence; first: one per sequence; tokens1: tokens behind a class token.
 enum class Geometry { kTokens, kFirst, kTokens1 };
 constexpr int kGeometries = 3;
@@ -30,7 +34,7 @@ struct Buffer {
   bool written = false;
 
   size_t row_bytes() const {  // bytes of one lane, all rows
-    return layout == Layout::kF32 ? rows * 4 : layout == Layout::kS8Rows ? rows : round_up(rows, 4);
+    return layout == Layout::kF32 ? rows * 4 : round_up(rows, 4);
   }
 };
 

@@ -29,26 +29,19 @@ void check_score_scale(const char* what, float scale) {
   check(std::isfinite(scale) && scale > 0, what, "must be finite and above zero");
 }
 
-void run_attention(const Run& run, AttentionArgs common, int q, int k, int v, int y,
-                   void (*kernel)(const AttentionArgs&), double cost) {
-  const Tokens& t = run.of(q);
-  size_t tiles = 0;
-  double pairs = 0;
-  for (size_t s = 0; s + 1 < t.starts.size(); ++s) {
-    const size_t count = t.starts[s + 1] - t.starts[s];
-    const size_t here = (count + kQueryTile - 1) / kQueryTile;
-    tiles += here;
-    pairs += static_cast<double>(count) * count + 600.0 * here;  // a short sequence is copied and padded all the same
-  }
-  common.q = run.panel<uint8_t>(q, 0), common.k = run.panel<uint8_t>(k, 0), common.v = run.panel<uint8_t>(v, 0);
-  common.y = run.panel<uint8_t>(y, 0);
-  common.tokens = t.count, common.starts = t.starts.data(), common.sequences = t.starts.size() - 1;
-  run.parallel(tiles * common.heads, pairs * common.rows * cost, [&](size_t first, size_t last, size_t thread) {
-    AttentionArgs a = common;
-    a.first = first, a.last = last;
-    a.scratch = run.scratch + thread * run.scratch_bytes;
-    kernel(a);
-  });
+// The heads of a share, for the queries of one panel. The cost of a token is that of 128 keys.
+Body attention_body(AttentionArgs common, int q, int k, int v, int y, bool bytes) {
+  return {0.02 * 128 * common.rows * (bytes ? 1.0 : 3.0), common.heads, [=](const Work& work) {
+            const Tokens& t = work.run.of(q);
+            AttentionArgs a = common;
+            a.q = work.own<uint8_t>(q), a.y = work.own<uint8_t>(y);
+            a.k = work.run.panel<uint8_t>(k, 0), a.v = work.run.panel<uint8_t>(v, 0);
+            a.tokens = t.count, a.panel = work.panel;
+            a.starts = t.starts.data(), a.sequences = t.starts.size() - 1;
+            a.first = work.first, a.last = work.last;
+            a.scratch = work.scratch;
+            (bytes ? work.run.kernels.attention->run : work.run.kernels.attention->run_float)(a);
+          }};
 }
 
 }  // namespace
@@ -56,8 +49,8 @@ void run_attention(const Run& run, AttentionArgs common, int q, int k, int v, in
 void Program::attention(int q, int k, int v, int y, int64_t heads, float scale, Requant q_in, float k_scale,
                         float v_scale, bool causal, Requant out) {
   const Buffer& bq = input("attention: q", q, {Layout::kU8});
-  const Buffer& bk = input("attention: k", k, {Layout::kS8});
-  const Buffer& bv = input("attention: v", v, {Layout::kS8Rows});
+  const Buffer& bk = input("attention: k", k, {Layout::kKeys});
+  const Buffer& bv = input("attention: v", v, {Layout::kValues});
   const Buffer& by = output("attention: y", y, {Layout::kU8, Layout::kF32});
   check(y != q, "attention: y", "must not be q");
   const Heads h = check_heads("attention", bq, bk, bv, by, heads, true);
@@ -76,8 +69,7 @@ void Program::attention(int q, int k, int v, int y, int64_t heads, float scale, 
   check(std::isfinite(a.scale * 1.44269504f), "attention: scale", "is too large");
   if (attention_scratch(h.depth) > scratch_) scratch_ = attention_scratch(h.depth);
   add("attention", std::to_string(h.heads) + " heads of " + std::to_string(h.depth) + (causal ? ", causal" : ""),
-      {q, k, v}, {y},
-      [=](Run& run) { run_attention(run, a, q, k, v, y, run.kernels.attention->run, 0.02); });
+      bq.geometry, {q}, {k, v}, {y}, attention_body(a, q, k, v, y, true));
 }
 
 void Program::attention_float(int q, int k, int v, int y, int64_t heads, float scale, bool causal, Requant out) {
@@ -97,8 +89,7 @@ void Program::attention_float(int q, int k, int v, int y, int64_t heads, float s
   const size_t need = attention_scratch(round_up(h.depth, 4));
   if (need > scratch_) scratch_ = need;
   add("attention_float", std::to_string(h.heads) + " heads of " + std::to_string(h.depth) + (causal ? ", causal" : ""),
-      {q, k, v}, {y},
-      [=](Run& run) { run_attention(run, a, q, k, v, y, run.kernels.attention->run_float, 0.05); });
+      bq.geometry, {q}, {k, v}, {y}, attention_body(a, q, k, v, y, false));
 }
 
 }  // namespace nm

@@ -8,39 +8,22 @@ namespace {
 
 constexpr size_t kRowBlock = 64;  // features of a token read at a time; their panel rows stay in L1
 
-float half_to_float(uint16_t h) {
-  const uint32_t sign = static_cast<uint32_t>(h & 0x8000) << 16, rest = h & 0x7fff;
-  uint32_t bits;
-  if (rest >= 0x7c00) bits = 0x7f800000 | (rest & 0x3ff) << 13;
-  else if (rest >= 0x400) bits = (rest << 13) + ((127 - 15) << 23);
-  else {
-    const float tiny = static_cast<float>(rest) * (1.0f / 16777216);  // subnormal: rest * 2^-24
-    std::memcpy(&bits, &tiny, 4);
-  }
-  bits |= sign;
-  float f;
-  std::memcpy(&f, &bits, 4);
-  return f;
-}
-
-// Writes y token by token: get(token, first row, last row, out) gives rows [first, last) of a token.
+// Writes a share of y token by token: get(token, first row, last row, out) gives rows [first, last) of a token.
 template <class Get>
-void fill(const Run& run, int y, size_t rows, Get get) {
-  const Tokens& t = run.of(y);
-  run.each_column(t, 1.0 * rows * t.count, [&](size_t p, size_t lane, size_t count) {
-    const size_t width = panel_width(t.count, p);
-    float* panel = run.panel<float>(y, p);
-    for (size_t r = 0; r < rows; r += kRowBlock) {
-      const size_t end = r + kRowBlock < rows ? r + kRowBlock : rows;
-      for (size_t l = lane; l < lane + count; ++l) {
-        const size_t token = p * kPanelTokens + l;
-        if (token >= t.count) break;
-        float values[kRowBlock];
-        get(token, r, end, values);
-        for (size_t i = r; i < end; ++i) panel[i * width + l] = values[i - r];
-      }
+void fill(const Work& work, int y, size_t rows, Get get) {
+  const Tokens& t = work.run.of(y);
+  const size_t width = work.width(y);
+  float* panel = work.own<float>(y);
+  for (size_t r = 0; r < rows; r += kRowBlock) {
+    const size_t end = r + kRowBlock < rows ? r + kRowBlock : rows;
+    for (size_t l = work.first * 16; l < work.last * 16; ++l) {
+      const size_t token = work.panel * kPanelTokens + l;
+      if (token >= t.count) break;
+      float values[kRowBlock];
+      get(token, r, end, values);
+      for (size_t i = r; i < end; ++i) panel[i * width + l] = values[i - r];
     }
-  });
+  }
 }
 
 int64_t id_at(const Array& ids, size_t i) {
@@ -65,9 +48,11 @@ void Program::embed(int y, std::vector<Array> tables, std::vector<Source> source
     check(s.value > -(int64_t{1} << 40) && s.value < (int64_t{1} << 40), "embed: sources", "hold a number too large");
   }
   const size_t rows = to.rows;
-  add("embed", std::to_string(tables.size()) + " tables, " + std::to_string(rows), {}, {y}, [=](Run& run) {
+  const size_t index = steps_.size();
+  const auto begin = [=](Run& run) {
     const Tokens& t = run.of(y);
-    std::vector<std::vector<uint32_t>> lookup(tables.size(), std::vector<uint32_t>(t.count));
+    auto& lookup = run.lookups[index];
+    lookup.assign(tables.size(), std::vector<uint32_t>(t.count));
     std::vector<int64_t> running;
     for (size_t i = 0; i < tables.size(); ++i) {
       const Source& s = sources[i];
@@ -96,17 +81,23 @@ void Program::embed(int y, std::vector<Array> tables, std::vector<Source> source
         lookup[i][token] = static_cast<uint32_t>(row);
       }
     }
-    fill(run, y, rows, [&](size_t token, size_t first, size_t last, float* out) {
+  };
+  add("embed", std::to_string(tables.size()) + " tables, " + std::to_string(rows), to.geometry, {}, {}, {y},
+      {0.15 * rows, 0, [=](const Work& work) {
+    const auto& lookup = work.run.lookups.at(index);
+    std::vector<EmbedTable> here(tables.size());
+    EmbedArgs a{here.data(), tables.size(), rows, work.width(y), nullptr};
+    for (size_t column = work.first; column < work.last; ++column) {
+      const size_t token = work.panel * kPanelTokens + column * 16;
       for (size_t i = 0; i < tables.size(); ++i) {
-        const size_t at = lookup[i][token] * rows + first;
-        for (size_t r = 0; r < last - first; ++r) {
-          const float v = tables[i].dtype == DType::kF32 ? tables[i].template as<float>()[at + r]
-                                                         : half_to_float(tables[i].template as<uint16_t>()[at + r]);
-          out[r] = i ? out[r] + v : v;
-        }
+        here[i].rows = tables[i].data, here[i].half = tables[i].dtype == DType::kF16;
+        for (size_t l = 0; l < 16; ++l)  // lanes past the last token repeat it
+          here[i].row[l] = lookup[i][token + l < lookup[i].size() ? token + l : lookup[i].size() - 1];
       }
-    });
-  });
+      a.lanes = work.own<float>(y) + column * 16;
+      work.run.kernels.io->embed(a);
+    }
+  }, begin});
 }
 
 void Program::enter(int y, int64_t index) {
@@ -116,14 +107,22 @@ void Program::enter(int y, int64_t index) {
   wanted.rows = to.rows;
   slot("enter:", index, wanted);
   const size_t rows = to.rows;
-  add("enter", std::to_string(rows), {}, {y}, [=](Run& run) {
+  add("enter", std::to_string(rows), to.geometry, {}, {}, {y}, {0.4 * rows, 0, [=](const Work& work) {
+    const Run& run = work.run;
     const Tokens& t = run.of(y);
     const float* x = run.inputs[index].as<float>();
-    fill(run, y, rows, [&](size_t token, size_t first, size_t last, float* out) {
-      const float* from = x + (t.sequence[token] * run.length + t.position[token]) * rows;
-      std::memcpy(out, from + first, (last - first) * sizeof(float));
-    });
-  });
+    ColumnArgs a{};
+    a.features = rows, a.width = work.width(y);
+    for (size_t column = work.first; column < work.last; ++column) {
+      const size_t first = work.panel * kPanelTokens + column * 16;
+      for (size_t l = 0; l < 16; ++l) {
+        const size_t token = first + l < t.count ? first + l : t.count - 1;
+        a.token[l] = x + (t.sequence[token] * run.length + t.position[token]) * rows;
+      }
+      a.lanes = work.own<float>(y) + column * 16;
+      run.kernels.io->enter(a);
+    }
+  }});
 }
 
 void Program::leave(int x, int64_t index) {
@@ -133,29 +132,32 @@ void Program::leave(int x, int64_t index) {
   check(outputs_[index] == -1, "leave:", "output slot " + std::to_string(index) + " is written twice");
   const size_t rows = from.rows;
   const Geometry geometry = from.geometry;
-  add("leave", std::to_string(rows), {x}, {}, [=](Run& run) {
-    const Tokens& t = run.of(x);
-    const size_t length = run.length + (geometry == Geometry::kTokens1);
+  const auto columns_of = [geometry](const Run& run) {
+    return geometry == Geometry::kFirst ? 1 : run.length + (geometry == Geometry::kTokens1);
+  };
+  const auto begin = [=](Run& run) {
+    const size_t columns = columns_of(run);
     Output& out = run.outputs[index];
-    const size_t columns = geometry == Geometry::kFirst ? 1 : length;
     if (geometry == Geometry::kFirst) out.shape = {run.batch, rows};
-    else out.shape = {run.batch, length, rows};
+    else out.shape = {run.batch, columns, rows};
     const size_t size = run.batch * columns * rows;
-    out.data.reset(t.count == run.batch * columns ? new float[size] : new float[size]());
-    run.each_column(t, 1.0 * rows * t.count, [&](size_t p, size_t lane, size_t count) {
-      const size_t width = panel_width(t.count, p);
-      const float* panel = run.panel<float>(x, p);
-      for (size_t r = 0; r < rows; r += kRowBlock) {
-        const size_t end = r + kRowBlock < rows ? r + kRowBlock : rows;
-        for (size_t l = lane; l < lane + count; ++l) {
-          const size_t token = p * kPanelTokens + l;
-          if (token >= t.count) break;
-          float* to = out.data.get() + (t.sequence[token] * columns + t.position[token]) * rows;
-          for (size_t i = r; i < end; ++i) to[i] = panel[i * width + l];
-        }
+    out.data.reset(run.of(x).count == run.batch * columns ? new float[size] : new float[size]());
+  };
+  add("leave", std::to_string(rows), geometry, {x}, {}, {}, {0.4 * rows, 0, [=](const Work& work) {
+    const Tokens& t = work.run.of(x);
+    const size_t columns = columns_of(work.run), width = work.width(x);
+    float* data = work.run.outputs[index].data.get();
+    LeaveArgs a{};
+    a.features = rows, a.width = width;
+    for (size_t column = work.first; column < work.last; ++column) {
+      for (size_t l = 0; l < 16; ++l) {
+        const size_t token = work.panel * kPanelTokens + column * 16 + l;
+        a.token[l] = token < t.count ? data + (t.sequence[token] * columns + t.position[token]) * rows : nullptr;
       }
-    });
-  });
+      a.lanes = work.own<float>(x) + column * 16;
+      work.run.kernels.io->leave(a);
+    }
+  }, begin});
   outputs_[index] = x;
 }
 
@@ -166,9 +168,10 @@ void Program::first(int x, int y) {
         "must have geometry first, and x not");
   check(to.rows == from.rows, "first: y", "must have the rows of x");
   const size_t rows = from.rows;
-  add("first", std::to_string(rows), {x}, {y}, [=](Run& run) {
+  add("first", std::to_string(rows), to.geometry, {}, {x}, {y}, {0.4 * rows, 0, [=](const Work& work) {
+    const Run& run = work.run;
     const Tokens& t = run.of(x);
-    fill(run, y, rows, [&](size_t sequence, size_t first, size_t last, float* out) {
+    fill(work, y, rows, [&](size_t sequence, size_t first, size_t last, float* out) {
       const size_t token = t.starts[sequence];
       const bool kept = token < t.starts[sequence + 1] && t.position[token] == 0;
       const size_t p = token / kPanelTokens;
@@ -176,7 +179,7 @@ void Program::first(int x, int y) {
         out[r - first] =
             kept ? run.panel<float>(x, p)[r * panel_width(t.count, p) + token % kPanelTokens] : 0.0f;
     });
-  });
+  }});
 }
 
 void Program::add_positions(int x, int y, const Array& table) {
@@ -186,19 +189,22 @@ void Program::add_positions(int x, int y, const Array& table) {
         "must have the rows and the geometry of x");
   check_array("add_positions: table", table, {DType::kF32}, {kAnySize, from.rows});
   const size_t rows = from.rows;
-  add("add_positions", std::to_string(rows), {x}, {y}, [=](Run& run) {
+  const auto begin = [=](Run& run) {
     const Tokens& t = run.of(x);
     for (size_t token = 0; token < t.count; ++token)
       if (t.position[token] >= table.shape[0])
         fail("position " + std::to_string(t.position[token]) + " is outside 0.." +
              std::to_string(static_cast<int64_t>(table.shape[0]) - 1) + ": the model has no more positions");
-    fill(run, y, rows, [&](size_t token, size_t first, size_t last, float* out) {
-      const size_t p = token / kPanelTokens, width = panel_width(t.count, p);
-      const float* panel = run.panel<float>(x, p) + token % kPanelTokens;
+  };
+  add("add_positions", std::to_string(rows), from.geometry, {x}, {}, {y}, {0.4 * rows, 0, [=](const Work& work) {
+    const Tokens& t = work.run.of(x);
+    const size_t width = work.width(x);
+    fill(work, y, rows, [&](size_t token, size_t first, size_t last, float* out) {
+      const float* panel = work.own<float>(x) + token % kPanelTokens;
       const float* row = table.as<float>() + t.position[token] * rows;
       for (size_t r = first; r < last; ++r) out[r - first] = panel[r * width] + row[r];
     });
-  });
+  }, begin});
 }
 
 void Program::patches(int y, int64_t index, int64_t channels, int64_t patch_h, int64_t patch_w) {
@@ -206,16 +212,18 @@ void Program::patches(int y, int64_t index, int64_t channels, int64_t patch_h, i
   check(to.geometry == Geometry::kTokens, "patches: y", "must have geometry tokens");
   for (int64_t size : {channels, patch_h, patch_w})
     check(size > 0 && size <= 65536, "patches:", "channels, patch_h and patch_w must lie in 1..65536");
-  const size_t c = channels, h = patch_h, w = patch_w;
+  const size_t c = channels, h = patch_h, w = patch_w, rows = to.rows;
   check(c * h * w == to.rows, "patches: y", "must have channels * patch_h * patch_w rows");
   Slot wanted{Slot::kPatches};
   wanted.channels = c, wanted.height = h, wanted.width = w;
   slot("patches:", index, wanted);
-  add("patches", std::to_string(c) + "x" + std::to_string(h) + "x" + std::to_string(w), {}, {y}, [=](Run& run) {
+  add("patches", std::to_string(c) + "x" + std::to_string(h) + "x" + std::to_string(w), to.geometry, {}, {}, {y},
+      {0.8 * rows, 0, [=](const Work& work) {
+    const Run& run = work.run;
     const Tokens& t = run.of(y);
     const Array& image = run.inputs[index];
     const size_t height = image.shape[2], width = image.shape[3], across = width / w;
-    fill(run, y, c * h * w, [&](size_t token, size_t first, size_t last, float* out) {
+    fill(work, y, rows, [&](size_t token, size_t first, size_t last, float* out) {
       const size_t top = t.position[token] / across * h, left = t.position[token] % across * w;
       for (size_t r = first; r < last; ++r) {
         const size_t channel = r / (h * w), dy = r / w % h, dx = r % w;
@@ -223,7 +231,7 @@ void Program::patches(int y, int64_t index, int64_t channels, int64_t patch_h, i
             image.as<float>()[((t.sequence[token] * c + channel) * height + top + dy) * width + left + dx];
       }
     });
-  });
+  }});
 }
 
 void Program::prepend(int x, int y, const Array& row) {
@@ -234,10 +242,11 @@ void Program::prepend(int x, int y, const Array& row) {
   check(to.rows == from.rows, "prepend: y", "must have the rows of x");
   check_array("prepend: row", row, {DType::kF32}, {from.rows});
   const size_t rows = from.rows;
-  add("prepend", std::to_string(rows), {x}, {y}, [=](Run& run) {
+  add("prepend", std::to_string(rows), to.geometry, {}, {x}, {y}, {0.4 * rows, 0, [=](const Work& work) {
+    const Run& run = work.run;
     const Tokens& t = run.of(x);
     const Tokens& to = run.of(y);
-    fill(run, y, rows, [&](size_t token, size_t first, size_t last, float* out) {
+    fill(work, y, rows, [&](size_t token, size_t first, size_t last, float* out) {
       if (to.position[token] == 0) {
         std::memcpy(out, row.as<float>() + first, (last - first) * sizeof(float));
         return;
@@ -246,7 +255,7 @@ void Program::prepend(int x, int y, const Array& row) {
       for (size_t r = first; r < last; ++r)
         out[r - first] = run.panel<float>(x, p)[r * panel_width(t.count, p) + source % kPanelTokens];
     });
-  });
+  }});
 }
 
 }  // namespace nm

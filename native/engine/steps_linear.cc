@@ -1,7 +1,9 @@
 // Adding and running the linear steps.
+#include <algorithm>
 #include <cmath>
-#include <cstring>
+#include <cstdlib>
 
+#include "activation_table.h"
 #include "program.h"
 
 namespace nm {
@@ -24,9 +26,16 @@ struct Packed {
   std::vector<uint32_t> starts;
   std::vector<int32_t> init;
   std::vector<float> scale, bias;
+  std::vector<double> reach;      // [N] the greatest |sum|
+  std::unique_ptr<ActivationTable> table;
   std::vector<size_t> shares;     // [strips + 1] maps equal shares of the strips to equal shares of their work
   double work = 0;                // multiply-adds per token
 };
+
+// The greatest |sum| that four weights give with unsigned bytes.
+double size(const int8_t* w) {
+  return 255.0 * (std::abs(w[0]) + std::abs(w[1]) + std::abs(w[2]) + std::abs(w[3]));
+}
 
 // `cost` of each strip, beside a constant part for its epilogue.
 void share_out(Packed& p, const std::vector<size_t>& cost) {
@@ -46,21 +55,23 @@ void pack_dense(Packed& p, int32_t zero) {
   for (size_t t = 0; t < tiles; ++t)
     for (size_t g = 0; g < p.groups; ++g)
       for (size_t r = 0; r < 4; ++r, w += 4)
-        p.init[t * 4 + r] -= zero * (w[0] + w[1] + w[2] + w[3]);
+        p.init[t * 4 + r] -= zero * (w[0] + w[1] + w[2] + w[3]), p.reach[t * 4 + r] += size(w);
   p.work = static_cast<double>(p.outputs) * p.groups * 4;
   share_out(p, std::vector<size_t>((p.outputs + 15) / 16, 1));
 }
 
-void pack_blocks(Packed& p, int32_t zero) {
-  const size_t rows = p.weight.rows;
-  check(rows == 1 || rows == 2 || rows == 4 || rows == 8 || rows == 16, "linear: weight rows",
-        "must be 1, 2, 4, 8 or 16, not " + std::to_string(rows));
+// Blocks of rows x 4 inputs: four adjacent ones named by their group, or, gathered, each by itself.
+void pack_blocks(Packed& p, int32_t zero, bool gather) {
+  const size_t rows = p.weight.rows, each = gather ? 4 : 1, limit = gather ? p.groups * 4 : p.groups;
+  check(rows == 1 || rows == 2 || rows == 4 || (!gather && (rows == 8 || rows == 16)), "linear: weight rows",
+        std::string("must be ") + (gather ? "1, 2 or 4" : "1, 2, 4, 8 or 16") + ", not " + std::to_string(rows));
   const size_t block_rows = (p.outputs + rows - 1) / rows;
-  check_array("linear: weight columns", p.weight.columns, {DType::kU16}, {kAnySize});
+  if (gather) check_array("linear: weight columns", p.weight.columns, {DType::kU16}, {kAnySize, 4});
+  else check_array("linear: weight columns", p.weight.columns, {DType::kU16}, {kAnySize});
   const size_t blocks = p.weight.columns.shape[0];
   check_array("linear: weight values", p.weight.values, {DType::kI8}, {blocks, rows, 4});
   check_array("linear: weight starts", p.weight.starts, {DType::kU32}, {block_rows + 1});
-  p.columns.assign(p.weight.columns.as<uint16_t>(), p.weight.columns.as<uint16_t>() + blocks);
+  p.columns.assign(p.weight.columns.as<uint16_t>(), p.weight.columns.as<uint16_t>() + blocks * each);
   p.starts.assign(p.weight.starts.as<uint32_t>(), p.weight.starts.as<uint32_t>() + block_rows + 1);
   check(p.starts.front() == 0 && p.starts.back() == blocks, "linear: weight starts",
         "must run from 0 to the number of blocks, " + std::to_string(blocks));
@@ -73,16 +84,37 @@ void pack_blocks(Packed& p, int32_t zero) {
     check(p.starts[i + 1] - p.starts[i] <= p.groups, "linear: weight starts",
           "give row " + std::to_string(i) + " more blocks than there are groups of inputs");
     for (size_t b = p.starts[i]; b < p.starts[i + 1]; ++b) {
-      check(p.columns[b] < p.groups, "linear: weight columns",
-            "must lie below " + std::to_string(p.groups) + ", but block " + std::to_string(b) + " has " +
-                std::to_string(p.columns[b]));
+      for (size_t c = b * each; c < (b + 1) * each; ++c)
+        check(p.columns[c] < limit, "linear: weight columns",
+              "must lie below " + std::to_string(limit) + ", but block " + std::to_string(b) + " has " +
+                  std::to_string(p.columns[c]));
       const int8_t* w = p.weight.values.as<int8_t>() + b * rows * 4;
       for (size_t r = 0; r < rows; ++r, w += 4)
-        p.init[i * rows + r] -= zero * (w[0] + w[1] + w[2] + w[3]);
+        p.init[i * rows + r] -= zero * (w[0] + w[1] + w[2] + w[3]), p.reach[i * rows + r] += size(w);
     }
   }
   p.work = static_cast<double>(blocks) * rows * 4;
   share_out(p, cost);
+}
+
+// The cheapest epilogue that can give this result, and scale and bias in its unit.
+Epilogue choose_epilogue(Packed& p, Layout layout, int activation, bool residual, Requant out) {
+  if (layout == Layout::kF32) return Epilogue::kFloat;
+  float unit = 1.0f;
+  const bool plain = activation == kNone || activation == kRelu;
+  if (!residual && !plain) p.table = activation_table(activation, out.scale, out.zero, &unit);
+  if (residual || (!plain && !p.table)) return Epilogue::kGeneral;
+  const float factor = unit / out.scale;
+  for (size_t n = 0; n < p.outputs; ++n) {  // int32 must hold what is rounded
+    const double greatest = std::abs(p.scale[n] * factor) * (p.reach[n] + std::abs(double(p.init[n]))) +
+                            std::abs(p.bias[n] * factor) + 256;
+    if (!(greatest < 2e9)) return p.table.reset(), Epilogue::kGeneral;
+  }
+  for (size_t n = 0; n < p.outputs; ++n) {
+    p.scale[n] *= factor;
+    p.bias[n] = p.bias[n] * factor + (p.table ? 0.0f : static_cast<float>(out.zero));
+  }
+  return p.table ? Epilogue::kTable : Epilogue::kBytes;
 }
 
 }  // namespace
@@ -90,7 +122,7 @@ void pack_blocks(Packed& p, int32_t zero) {
 void Program::linear(int x, int y, Weight weight, const Array& w_scale, const Array* bias, Requant in,
                      const std::string& activation, int residual, Requant out) {
   const Buffer& from = input("linear: x", x, {Layout::kU8});
-  const Buffer& to = output("linear: y", y, {Layout::kF32, Layout::kU8, Layout::kS8, Layout::kS8Rows});
+  const Buffer& to = output("linear: y", y, {Layout::kF32, Layout::kU8, Layout::kKeys, Layout::kValues});
   check(x != y, "linear: y", "must not be x");
   check(from.geometry == to.geometry, "linear: y", "must have the geometry of x");
   check(from.rows <= kMostInputs, "linear: x", "has more than 65536 rows: their sum may not fit int32");
@@ -102,7 +134,7 @@ void Program::linear(int x, int y, Weight weight, const Array& w_scale, const Ar
   check_scale("linear: x_scale", in.scale);
   check_zero("linear: x_zero_point", in.zero, Layout::kU8);
   check_scale("linear: y_scale", out.scale);
-  check_zero("linear: y_zero_point", out.zero, to.layout == Layout::kU8 ? Layout::kU8 : Layout::kS8);
+  check_zero("linear: y_zero_point", out.zero, to.layout == Layout::kU8 ? Layout::kU8 : Layout::kKeys);
   const int act = activation_number("linear: activation", activation);
   if (residual != -1) {
     const Buffer& r = input("linear: residual", residual, {Layout::kF32});
@@ -112,53 +144,44 @@ void Program::linear(int x, int y, Weight weight, const Array& w_scale, const Ar
   p->scale = padded(&w_scale, to.rows, in.scale);
   p->bias = padded(bias, to.rows);
   p->init.assign(round_up(to.rows, 16), 0);
-  const bool dense = p->weight.format == "dense";
-  check(dense || p->weight.format == "blocks", "linear: weight format",
-        "'" + p->weight.format + "' is unknown; choose dense or blocks");
-  if (dense) p->weight.rows = 0, pack_dense(*p, in.zero);
-  else pack_blocks(*p, in.zero);
+  p->reach.assign(round_up(to.rows, 16), 0.0);
+  const std::string& format = p->weight.format;
+  const Form form = format == "dense" ? Form::kDense : format == "gather" ? Form::kGather : Form::kBlocks;
+  check(form != Form::kBlocks || format == "blocks", "linear: weight format",
+        "'" + format + "' is unknown; choose dense, blocks or gather");
+  if (form == Form::kDense) p->weight.rows = 0, pack_dense(*p, in.zero);
+  else pack_blocks(*p, in.zero, form == Form::kGather);
 
   LinearArgs common{};
-  common.groups = p->groups, common.outputs = p->outputs, common.rows = p->weight.rows;
+  common.form = form, common.groups = p->groups, common.outputs = p->outputs, common.rows = p->weight.rows;
   common.values = p->weight.values.as<int8_t>(), common.columns = p->columns.data(), common.starts = p->starts.data();
-  common.init = p->init.data(), common.scale = p->scale.data(), common.bias = p->bias.data();
-  common.activation = act == kGelu && to.layout != Layout::kF32 && out.scale >= 4e-3f ? kGeluBytes : act;
-  common.store = to.layout == Layout::kF32     ? Store::kFloat
-                 : to.layout == Layout::kS8Rows ? Store::kRows
+  common.activation = act;
+  common.store = to.layout == Layout::kF32      ? Store::kFloat
+                 : to.layout == Layout::kKeys   ? Store::kKeys
+                 : to.layout == Layout::kValues ? Store::kValues
                                                 : Store::kPacked;
   common.y_inverse = 1.0f / out.scale, common.y_zero = out.zero;
   common.y_low = to.layout == Layout::kU8 ? 0 : -128, common.y_high = to.layout == Layout::kU8 ? 255 : 127;
+  common.epilogue = choose_epilogue(*p, to.layout, act, residual != -1, out);
+  common.init = p->init.data(), common.scale = p->scale.data(), common.bias = p->bias.data();
+  common.table = p->table.get();
+  scratch_ = std::max(scratch_, linear_scratch(form, p->weight.rows, p->groups));
 
   std::string text = std::to_string(from.rows) + " -> " + std::to_string(to.rows) + " ";
-  if (dense) text += "dense";
-  else text += std::to_string(p->weight.rows) + "x4 blocks, " +
-               std::to_string(static_cast<int>(std::lround(100.0 * p->columns.size() * p->weight.rows /
-                                                           (static_cast<double>(to.rows) * p->groups)))) + "%";
+  if (form == Form::kDense) text += "dense";
+  else text += std::to_string(p->weight.rows) + (form == Form::kGather ? "x1 blocks, " : "x4 blocks, ") +
+               std::to_string(std::lround(100.0 * p->work / (4.0 * static_cast<double>(to.rows * p->groups)))) + "%";
   if (act != kNone) text += ", " + activation;
-  add("linear", text, {x, residual}, {y}, [=](Run& run) {
-    const Tokens& t = run.of(x);
-    const size_t strips = (p->outputs + 15) / 16, count = panels(t.count);
-    const auto range = [&](size_t panel, size_t first, size_t last) {
-      LinearArgs a = common;
-      a.width = panel_width(t.count, panel);
-      a.x = run.panel<uint8_t>(x, panel);
-      a.y = run.panel<uint8_t>(y, panel);
-      a.residual = residual == -1 ? nullptr : run.panel<float>(residual, panel);
-      a.first = first, a.last = last;
-      run.kernels.linear->run(a);
-    };
-    const double work = (p->work / 200 + p->outputs * 0.1) * lanes(t.count);
-    // Strips are shared out, so that a thread meets its weights once per panel and they stay in its cache.
-    if (strips >= run.pool.threads() || count <= 1) {
-      run.parallel(strips, work, [&](size_t first, size_t last, size_t) {
-        for (size_t panel = 0; panel < count; ++panel) range(panel, p->shares[first], p->shares[last]);
-      });
-    } else {
-      run.parallel(strips * count, work, [&](size_t first, size_t last, size_t) {
-        for (size_t unit = first; unit < last; ++unit) range(unit % count, unit / count, unit / count + 1);
-      });
-    }
-  });
+  const double cost = p->work / 200 + static_cast<double>(p->outputs) * 0.03;
+  add("linear", text, from.geometry, {x, residual}, {}, {y}, {cost, (p->outputs + 15) / 16, [=](const Work& work) {
+    LinearArgs a = common;
+    a.width = work.width(x);
+    a.x = work.own<uint8_t>(x), a.y = work.own<uint8_t>(y);
+    a.residual = residual == -1 ? nullptr : work.own<float>(residual);
+    a.first = p->shares[work.first], a.last = p->shares[work.last];
+    a.scratch = work.scratch;
+    work.run.kernels.linear->run(a);
+  }});
 }
 
 void Program::linear_float(int x, int y, const Array& weight, const Array* bias, const std::string& activation,
@@ -183,24 +206,16 @@ void Program::linear_float(int x, int y, const Array& weight, const Array* bias,
   auto summand = std::make_shared<std::vector<float>>(padded(bias, outputs));
   std::string text = std::to_string(inputs) + " -> " + std::to_string(outputs) + " float";
   if (act != kNone) text += ", " + activation;
-  add("linear_float", text, {x, residual}, {y}, [=](Run& run) {
-    const Tokens& t = run.of(x);
-    const size_t count = panels(t.count);
-    const double work = static_cast<double>(inputs) * outputs * lanes(t.count) / 50;
-    run.parallel(tiles * count, work, [&](size_t first, size_t last, size_t) {
-      for (size_t unit = first; unit < last;) {  // a unit is a tile of a panel, panels slowest
-        const size_t panel = unit / tiles, end = last < (panel + 1) * tiles ? last : (panel + 1) * tiles;
-        LinearFloatArgs a{};
-        a.x = run.panel<float>(x, panel), a.y = run.panel<float>(y, panel);
-        a.residual = residual == -1 ? nullptr : run.panel<float>(residual, panel);
-        a.width = panel_width(t.count, panel), a.inputs = inputs, a.outputs = outputs;
-        a.first = unit - panel * tiles, a.last = end - panel * tiles;
-        a.weight = packed->data(), a.bias = summand->data(), a.activation = act;
-        run.kernels.linear_float->run(a);
-        unit = end;
-      }
-    });
-  });
+  add("linear_float", text, from.geometry, {x, residual}, {}, {y},
+      {static_cast<double>(inputs) * outputs / 50, tiles, [=](const Work& work) {
+    LinearFloatArgs a{};
+    a.x = work.own<float>(x), a.y = work.own<float>(y);
+    a.residual = residual == -1 ? nullptr : work.own<float>(residual);
+    a.width = work.width(x), a.inputs = inputs, a.outputs = outputs;
+    a.first = work.first, a.last = work.last;
+    a.weight = packed->data(), a.bias = summand->data(), a.activation = act;
+    work.run.kernels.linear_float->run(a);
+  }});
 }
 
 }  // namespace nm

@@ -10,19 +10,16 @@ void check_same(const char* what, const Buffer& a, const Buffer& b) {
   check(a.rows == b.rows && a.geometry == b.geometry, what, "must have the rows and the geometry of x");
 }
 
-// One PanelArgs per panel and thread, handed to `kernel`.
-void each_panel(const Run& run, int x, int y, int q, double work, void (*kernel)(const PanelArgs&),
-                const PanelArgs& common) {
-  const Tokens& t = run.of(x);
-  run.each_column(t, work, [&](size_t p, size_t lane, size_t count) {
-    PanelArgs a = common;
-    a.width = panel_width(t.count, p);
-    a.lanes = count;
-    a.x = run.panel<float>(x, p) + lane;
-    a.y = y >= 0 ? run.panel<float>(y, p) + lane : nullptr;
-    a.q = q >= 0 ? run.panel<uint8_t>(q, p) + lane * 4 : nullptr;
-    kernel(a);
-  });
+// The columns of a share, handed to `kernel`.
+void columns(const Work& work, int x, int y, int q, void (*kernel)(const PanelArgs&), const PanelArgs& common) {
+  PanelArgs a = common;
+  a.width = work.width(x);
+  a.lanes = (work.last - work.first) * 16;
+  const size_t lane = work.first * 16;
+  a.x = work.own<float>(x) + lane;
+  a.y = y >= 0 ? work.own<float>(y) + lane : nullptr;
+  a.q = q >= 0 ? work.own<uint8_t>(q) + lane * 4 : nullptr;
+  kernel(a);
 }
 
 }  // namespace
@@ -42,14 +39,22 @@ void Program::layer_norm(int x, const Array& gamma, const Array* beta, float eps
   check_zero("layer_norm: zero_point", out.zero, Layout::kU8);
   const size_t rows = in.rows;
   const Array g = gamma, b = beta ? *beta : Array();
-  const Array m = q_mul ? *q_mul : Array(), s = q_add ? *q_add : Array();
-  add("layer_norm", std::string(rms ? "rms " : "") + std::to_string(rows), {x}, {y, q}, [=](Run& run) {
+  // q in steps of its scale from what is normalised, gamma and beta included
+  auto factor = std::make_shared<std::vector<float>>(rows), summand = std::make_shared<std::vector<float>>(rows);
+  for (size_t r = 0; r < rows; ++r) {
+    const float m = q_mul ? q_mul->as<float>()[r] : 1.0f, s = q_add ? q_add->as<float>()[r] : 0.0f;
+    const float below = beta ? beta->as<float>()[r] : 0.0f;
+    (*factor)[r] = gamma.as<float>()[r] * m / out.scale;
+    (*summand)[r] = (below * m + s) / out.scale + static_cast<float>(out.zero);
+  }
+  add("layer_norm", std::string(rms ? "rms " : "") + std::to_string(rows), in.geometry, {x}, {}, {y, q},
+      {0.06 * rows, 0, [=](const Work& work) {
     PanelArgs a{};
     a.rows = rows, a.gamma = g.as<float>(), a.beta = b.as<float>();
-    a.q_mul = m.as<float>(), a.q_add = s.as<float>();
-    a.eps = eps, a.rms = rms, a.inverse = 1.0f / out.scale, a.zero = out.zero;
-    each_panel(run, x, y, q, 0.2 * rows * run.of(x).count, run.kernels.rows->norm, a);
-  });
+    a.q_mul = factor->data(), a.q_add = summand->data();
+    a.eps = eps, a.rms = rms;
+    columns(work, x, y, q, work.run.kernels.rows->norm, a);
+  }});
 }
 
 void Program::quantize(int x, int y, Requant out) {
@@ -58,11 +63,11 @@ void Program::quantize(int x, int y, Requant out) {
   check_scale("quantize: scale", out.scale);
   check_zero("quantize: zero_point", out.zero, Layout::kU8);
   const size_t rows = in.rows;
-  add("quantize", std::to_string(rows), {x}, {y}, [=](Run& run) {
+  add("quantize", std::to_string(rows), in.geometry, {x}, {}, {y}, {0.03 * rows, 0, [=](const Work& work) {
     PanelArgs a{};
     a.rows = rows, a.inverse = 1.0f / out.scale, a.zero = out.zero;
-    each_panel(run, x, -1, y, 0.1 * rows * run.of(x).count, run.kernels.rows->quantize, a);
-  });
+    columns(work, x, -1, y, work.run.kernels.rows->quantize, a);
+  }});
 }
 
 void Program::affine(int x, int y, const Array* mul, const Array* summand) {
@@ -72,11 +77,11 @@ void Program::affine(int x, int y, const Array* mul, const Array* summand) {
   if (summand) check_array("affine: add", *summand, {DType::kF32}, {in.rows});
   const size_t rows = in.rows;
   const Array m = mul ? *mul : Array(), s = summand ? *summand : Array();
-  add("affine", std::to_string(rows), {x}, {y}, [=](Run& run) {
+  add("affine", std::to_string(rows), in.geometry, {x}, {}, {y}, {0.03 * rows, 0, [=](const Work& work) {
     PanelArgs a{};
     a.rows = rows, a.gamma = m.as<float>(), a.beta = s.as<float>();
-    each_panel(run, x, y, -1, 0.1 * rows * run.of(x).count, run.kernels.rows->affine, a);
-  });
+    columns(work, x, y, -1, work.run.kernels.rows->affine, a);
+  }});
 }
 
 void Program::unary(int x, int y, const std::string& op) {
@@ -84,13 +89,11 @@ void Program::unary(int x, int y, const std::string& op) {
   check_same("unary: y", output("unary: y", y, {Layout::kF32}), in);
   const int number = activation_number("unary: op", op);
   const size_t rows = in.rows;
-  add("unary", op + " " + std::to_string(rows), {x}, {y}, [=](Run& run) {
-    const size_t units = rows * lanes(run.of(x).count) / 16;  // f32 buffers have no gaps between panels
-    run.parallel(units, 8.0 * units, [&](size_t first, size_t last, size_t) {
-      run.kernels.rows->unary({run.panel<float>(x, 0) + first * 16, nullptr, run.panel<float>(y, 0) + first * 16,
-                               (last - first) * 16, number});
-    });
-  });
+  add("unary", op + " " + std::to_string(rows), in.geometry, {x}, {}, {y}, {0.4 * rows, rows, [=](const Work& work) {
+    const size_t width = work.width(x), at = work.first * width;
+    work.run.kernels.rows->unary({work.own<float>(x) + at, nullptr, work.own<float>(y) + at,
+                                  (work.last - work.first) * width, number});
+  }});
 }
 
 void Program::binary(int a, int b, int y, const std::string& op) {
@@ -101,13 +104,11 @@ void Program::binary(int a, int b, int y, const std::string& op) {
         "'" + op + "' is unknown; choose one of add, sub, mul");
   const int number = op == "add" ? kAdd : op == "sub" ? kSub : kMul;
   const size_t rows = left.rows;
-  add("binary", op + " " + std::to_string(rows), {a, b}, {y}, [=](Run& run) {
-    const size_t units = rows * lanes(run.of(a).count) / 16;
-    run.parallel(units, 3.0 * units, [&](size_t first, size_t last, size_t) {
-      run.kernels.rows->binary({run.panel<float>(a, 0) + first * 16, run.panel<float>(b, 0) + first * 16,
-                                run.panel<float>(y, 0) + first * 16, (last - first) * 16, number});
-    });
-  });
+  add("binary", op + " " + std::to_string(rows), left.geometry, {a, b}, {}, {y}, {0.1 * rows, rows, [=](const Work& work) {
+    const size_t width = work.width(a), at = work.first * width;
+    work.run.kernels.rows->binary({work.own<float>(a) + at, work.own<float>(b) + at, work.own<float>(y) + at,
+                                   (work.last - work.first) * width, number});
+  }});
 }
 
 }  // namespace nm

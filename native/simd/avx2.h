@@ -67,3 +67,46 @@ NM_INLINE void store_bytes(void* p, Vi a) {
 }
 
 }  // namespace
+
+// ---- for the fused attention: sums over groups of lanes, 16-bit arithmetic, packing to bytes
+namespace {
+
+NM_INLINE Vi imin(Vi a, Vi b) { return _mm256_min_epi32(a, b); }
+NM_INLINE Vi ishr_each(Vi a, Vi n) { return _mm256_srlv_epi32(a, n); }
+NM_INLINE Vi ishl_each(Vi a, Vi n) { return _mm256_sllv_epi32(a, n); }
+NM_INLINE Vi iload4(const void* p) {
+  return _mm256_zextsi128_si256(_mm_loadu_si128(static_cast<const __m128i*>(p)));
+}
+NM_INLINE void store_sum4(int32_t* p, Vi a) {
+  const __m128i sum = _mm_add_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), sum);
+}
+NM_INLINE Vi wset(uint32_t a) { return _mm256_set1_epi16(static_cast<int16_t>(a)); }
+NM_INLINE Vi wnarrow(Vi a, Vi b) { return _mm256_packus_epi32(a, b); }
+NM_INLINE Vi wsub(Vi a, Vi b) { return _mm256_sub_epi16(a, b); }
+NM_INLINE Vi wmulhi(Vi a, Vi b) { return _mm256_mulhi_epu16(a, b); }
+NM_INLINE Vi waverage(Vi a, Vi b) { return _mm256_avg_epu16(a, b); }
+template <int kBits>
+NM_INLINE Vi wshl(Vi a) { return _mm256_slli_epi16(a, kBits); }
+template <int kBits>
+NM_INLINE Vi wshr(Vi a) { return _mm256_srli_epi16(a, kBits); }
+// AVX2 has no shift by a count per 16 bits: the high half of a * 2^(9 - n). The low byte of that power comes from a
+// table (for n of 16 and more the top bit of n + 0x70 gives zero), the high byte is 2 - n for n = 0 and 1.
+NM_INLINE Vi wshr7(Vi a, Vi n) {
+  const __m256i powers = _mm256_broadcastsi128_si256(
+      _mm_setr_epi8(0, 0, static_cast<char>(128), 64, 32, 16, 8, 4, 2, 1, 0, 0, 0, 0, 0, 0));
+  const __m256i low = _mm256_shuffle_epi8(powers, _mm256_add_epi16(n, wset(0x8070)));
+  const __m256i high = _mm256_slli_epi16(_mm256_subs_epu16(wset(2), n), 8);
+  return _mm256_mulhi_epu16(a, _mm256_or_si256(low, high));
+}
+// Bytes [a0..a3 b0..b3 c0..c3 d0..d3] of each 128 bits to [a0 b0 c0 d0 a1 ...].
+NM_INLINE Vi by_lane(Vi bytes) {
+  const __m128i order = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  return _mm256_shuffle_epi8(bytes, _mm256_broadcastsi128_si256(order));
+}
+NM_INLINE Vi wbytes(Vi ab, Vi cd) { return by_lane(_mm256_packus_epi16(ab, cd)); }
+NM_INLINE Vi pack4(Vi a, Vi b, Vi c, Vi d) {
+  return by_lane(_mm256_packus_epi16(_mm256_packs_epi32(a, b), _mm256_packs_epi32(c, d)));
+}
+
+}  // namespace

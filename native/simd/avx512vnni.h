@@ -52,3 +52,39 @@ NM_INLINE Vi dot(Vi acc, Vi x, Vi w) { return _mm512_dpbusd_epi32(acc, x, w); }
 NM_INLINE void store_bytes(void* p, Vi a) { _mm_storeu_si128(static_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a)); }
 
 }  // namespace
+
+// ---- for the fused attention: sums over groups of lanes, 16-bit arithmetic, packing to bytes
+namespace {
+
+NM_INLINE Vi imin(Vi a, Vi b) { return _mm512_min_epi32(a, b); }
+NM_INLINE Vi ishr_each(Vi a, Vi n) { return _mm512_srlv_epi32(a, n); }
+NM_INLINE Vi ishl_each(Vi a, Vi n) { return _mm512_sllv_epi32(a, n); }
+NM_INLINE Vi iload4(const void* p) {
+  return _mm512_zextsi128_si512(_mm_loadu_si128(static_cast<const __m128i*>(p)));
+}
+NM_INLINE void store_sum4(int32_t* p, Vi a) {
+  const __m256i half = _mm256_add_epi32(_mm512_castsi512_si256(a), _mm512_extracti64x4_epi64(a, 1));
+  const __m128i sum = _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), sum);
+}
+NM_INLINE Vi wset(uint32_t a) { return _mm512_set1_epi16(static_cast<int16_t>(a)); }
+NM_INLINE Vi wnarrow(Vi a, Vi b) { return _mm512_packus_epi32(a, b); }
+NM_INLINE Vi wsub(Vi a, Vi b) { return _mm512_sub_epi16(a, b); }
+NM_INLINE Vi wmulhi(Vi a, Vi b) { return _mm512_mulhi_epu16(a, b); }
+NM_INLINE Vi waverage(Vi a, Vi b) { return _mm512_avg_epu16(a, b); }
+template <int kBits>
+NM_INLINE Vi wshl(Vi a) { return _mm512_slli_epi16(a, kBits); }
+template <int kBits>
+NM_INLINE Vi wshr(Vi a) { return _mm512_srli_epi16(a, kBits); }
+NM_INLINE Vi wshr7(Vi a, Vi n) { return _mm512_srlv_epi16(a, _mm512_add_epi16(n, _mm512_set1_epi16(7))); }
+// Bytes [a0..a3 b0..b3 c0..c3 d0..d3] of each 128 bits to [a0 b0 c0 d0 a1 ...].
+NM_INLINE Vi by_lane(Vi bytes) {
+  const __m128i order = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  return _mm512_shuffle_epi8(bytes, _mm512_broadcast_i32x4(order));
+}
+NM_INLINE Vi wbytes(Vi ab, Vi cd) { return by_lane(_mm512_packus_epi16(ab, cd)); }
+NM_INLINE Vi pack4(Vi a, Vi b, Vi c, Vi d) {
+  return by_lane(_mm512_packus_epi16(_mm512_packs_epi32(a, b), _mm512_packs_epi32(c, d)));
+}
+
+}  // namespace

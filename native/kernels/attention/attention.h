@@ -5,27 +5,30 @@
 
 namespace nm {
 
-constexpr size_t kQueryTile = 64, kKeyBlock = 128;
-
-// All buffers hold `rows` = heads * depth features of `tokens` packed tokens, in panels of 64.
-// A task is (sequence, head, tile of 64 queries), in that order, the last running fastest.
+// A call computes one panel of 64 query tokens for some heads. Buffers hold `rows` = heads * depth features of `tokens`
+// packed tokens, panel after panel; w is a panel's width: 64, for the last panel what is left, rounded up to 16.
+//   int8:  q, y  [rows/4][w][4 features]               u8
+//          k     [w/4][rows/4][4 tokens][4 features]   s8
+//          v     [rows/4][w/4][4 features][4 tokens]   s8
+//   float: q, k, v [rows][w];  y also in int8 attention when y_bytes is false
+// Keys and values beside a sequence, in lanes past `tokens` included, may be any bytes; they do not count.
 struct AttentionArgs {
-  const void* q;          // int8: u8 packed [rows/4][w][4];  float: [rows][w]
-  const void* k;          // int8: s8 packed;                 float: [rows][w]
-  const void* v;          // int8: s8 rows [rows][w];         float: [rows][w]
-  void* y;                // u8 packed or f32
+  const void* q;  // this panel
+  void* y;        // this panel; lanes past `tokens` get anything finite
+  const void* k;  // all panels
+  const void* v;
   bool y_bytes;
-  size_t tokens, rows, heads, depth;
-  const uint32_t* starts;  // [sequences + 1] first token of each sequence
+  size_t tokens, rows, heads, depth, panel;
+  const uint32_t* starts;  // [sequences + 1] first token of each sequence, the last one `tokens`; may be empty
   size_t sequences;
-  size_t first, last;      // tasks
+  size_t first, last;  // heads
   bool causal;
-  float scale;             // of the integer score (q_scale * k_scale * 1/sqrt(d)), or of the float one
+  float scale;  // of the integer score (q_scale * k_scale / sqrt(depth)), or of the float one
   int32_t q_zero;
   float v_scale;
   float y_inverse;
   int32_t y_zero;
-  uint8_t* scratch;        // scratch_bytes(depth), 64-byte aligned, this thread's own
+  uint8_t* scratch;  // attention_scratch(depth) bytes, 64-byte aligned, this thread's own
 };
 
 struct AttentionKernels {
@@ -33,11 +36,11 @@ struct AttentionKernels {
   void (*run_float)(const AttentionArgs&);
 };
 
-// Bytes of scratch a thread needs; the float kernel's need covers the int8 one's.
-//   scores, probabilities: [128][64]; keys, values: [128][depth]; query, output, product: [depth][64]; 3 rows of 64
-static inline size_t attention_scratch(size_t depth) {
-  return 4 * (2 * kKeyBlock * kQueryTile + 2 * kKeyBlock * depth + 3 * depth * kQueryTile + kKeyBlock +
-              3 * kQueryTile + depth);
-}
+constexpr size_t kKeyBlock = 512;       // keys of an int8 block: the scores of 64 queries take 128 KiB, an L2's share
+constexpr size_t kFloatKeyBlock = 64;   // a panel
+
+// Bytes of scratch a thread needs; the int8 kernel's need covers the float one's.
+//   scores i32 [keys][64], probabilities u8 [keys][64], output f32 [depth][64], rows of 64
+static inline size_t attention_scratch(size_t depth) { return 5 * 64 * kKeyBlock + 4 * 64 * (depth + 16); }
 
 }  // namespace nm

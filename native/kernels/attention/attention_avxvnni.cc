@@ -2,10 +2,10 @@
 
 #include "../../simd/avxvnni.h"
 #include "../../simd/math.inc"
-#include "../linear/tile.inc"
-#include "../linear_float/tile.inc"
 
 #include "attention.inc"
+#include "attention_int8.inc"
+#include "attention_float.inc"
 
 extern const nm::AttentionKernels kAttentionAvxvnni;
 const nm::AttentionKernels kAttentionAvxvnni{run, run_float};

@@ -2,10 +2,10 @@
 
 #include "../../simd/scalar.h"
 #include "../../simd/math.inc"
-#include "../linear/tile.inc"
-#include "../linear_float/tile.inc"
 
 #include "attention.inc"
+#include "attention_int8.inc"
+#include "attention_float.inc"
 
 extern const nm::AttentionKernels kAttentionScalar;
 const nm::AttentionKernels kAttentionScalar{run, run_float};

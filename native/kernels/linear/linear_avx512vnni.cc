@@ -1,9 +1,8 @@
 #include "linear.h"
 
 #include "../../simd/avx512vnni.h"
+#include "../../simd/words_avx512vnni.h"
 #include "../../simd/math.inc"
-#include "tile.inc"
-
 #include "linear.inc"
 
 extern const nm::LinearKernels kLinearAvx512vnni;

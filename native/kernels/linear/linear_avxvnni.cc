@@ -1,9 +1,8 @@
 #include "linear.h"
 
 #include "../../simd/avxvnni.h"
+#include "../../simd/words_avx2.h"
 #include "../../simd/math.inc"
-#include "tile.inc"
-
 #include "linear.inc"
 
 extern const nm::LinearKernels kLinearAvxvnni;

@@ -1,9 +1,8 @@
 #include "linear.h"
 
 #include "../../simd/scalar.h"
+#include "../../simd/words_scalar.h"
 #include "../../simd/math.inc"
-#include "tile.inc"
-
 #include "linear.inc"
 
 extern const nm::LinearKernels kLinearScalar;

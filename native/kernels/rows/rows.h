@@ -17,8 +17,8 @@ struct PanelArgs {
   int32_t zero;        // q's zero point
   const float* gamma;  // [R] or null: factor
   const float* beta;   // [R] or null: summand
-  const float* q_mul;  // [R] or null: factor between y and q, for smoothed activations
-  const float* q_add;  // [R] or null: summand between y and q
+  const float* q_mul;  // [R] factor and
+  const float* q_add;  // [R] summand that give q in steps, of norm only
   float eps;
   bool rms;            // no mean
 };
@@ -32,7 +32,7 @@ struct FlatArgs {
 };
 
 struct RowsKernels {
-  void (*norm)(const PanelArgs&);      // y = (x - mean) / sqrt(var + eps) * gamma + beta, q = y * q_mul + q_add
+  void (*norm)(const PanelArgs&);      // z = (x - mean) / sqrt(var + eps), y = z * gamma + beta, q = z * q_mul + q_add
   void (*quantize)(const PanelArgs&);  // q = x
   void (*affine)(const PanelArgs&);    // y = x * gamma + beta
   void (*unary)(const FlatArgs&);      // y = op(a)

@@ -1,6 +1,7 @@
 #include "rows.h"
 
 #include "../../simd/avx512vnni.h"
+#include "../../simd/words_avx512vnni.h"
 #include "../../simd/math.inc"
 
 #include "rows.inc"

@@ -1,6 +1,7 @@
 #include "rows.h"
 
 #include "../../simd/avxvnni.h"
+#include "../../simd/words_avx2.h"
 #include "../../simd/math.inc"
 
 #include "rows.inc"

@@ -1,6 +1,7 @@
 #include "rows.h"
 
 #include "../../simd/scalar.h"
+#include "../../simd/words_scalar.h"
 #include "../../simd/math.inc"
 
 #include "rows.inc"

@@ -158,7 +158,7 @@ class Matcher:
             return "its attention is not in canonical form"
         if found.mask.padding is not None and found.mask.padding.name not in self.inputs:
             return "its mask is not a graph input"
-        parts = zip(found.operands, (found.q, found.k, found.v), ("u8", "s8", "s8rows"), strict=True)
+        parts = zip(found.operands, (found.q, found.k, found.v), ("u8", "keys", "values"), strict=True)
         reads = tuple(self._operand(*part) for part in parts)
         spaces = [self.space(self._tensor(read.tensor)) for read in reads]
         width = found.q.shape[-1] if found.q.shape is not None else None

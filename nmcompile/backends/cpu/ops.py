@@ -22,7 +22,7 @@ class Space:
 
 @dataclass(frozen=True)
 class Form:
-    """How a value lies in memory: "f32", or "u8"/"s8"/"s8rows" with its scale and zero point."""
+    """How a value lies in memory: "f32", or "u8"/"keys"/"values" with its scale and zero point."""
 
     layout: str = "f32"
     scale: float = 1.0
