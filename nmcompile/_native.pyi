@@ -1,7 +1,8 @@
 """The C++ engine: programs of steps over packed tokens.
 
 Buffers hold `rows` features of all real tokens (geometry "tokens"), of one token per sequence ("first") or
-of the tokens behind a class token ("tokens1"), as "f32", "u8" (packed by four features), "keys" or "values" (tiles for attention).
+of the tokens behind a class token ("tokens1"), as "f32", "u8" (packed by four features), or "keys" and "values" (the
+tiles that attention reads).
 Every argument is checked when its step is added: ValueError names it. Arrays are kept, not copied.
 """
 

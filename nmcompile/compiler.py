@@ -20,6 +20,7 @@ import nmcompile
 from nmcompile import graph as g
 from nmcompile import sparsity as sp
 from nmcompile.backends.cpu.lower import lower
+from nmcompile.backends.cpu.tuning import by_cost_model, keep, open_tuner
 from nmcompile.calibrate import Calibration, Data, open_data
 from nmcompile.calibrate.sources import Source
 from nmcompile.compare import Comparison, Difference, real_tokens
@@ -85,20 +86,24 @@ def canonical_passes() -> list[Pass]:
     ]
 
 
-def cpu_passes(preset: Preset, pruning: Iterable[Pass]) -> list[Pass]:
+def cpu_passes(preset: Preset, pruning: Iterable[Pass], attention: str = "int8") -> list[Pass]:
     """The CPU recipe: canonical form, pruning, then quantization of what is left."""
     return [
         *canonical_passes(),
         *pruning,
         SmoothActivations(),  # of the pruned model: what is left of the weights takes the outliers
-        InsertQdq(activations="uint8", clip=preset.clip),  # last: ranges are those of the smoothed model
+        # last: ranges are those of the smoothed model
+        InsertQdq(activations="uint8", clip=preset.clip, attention=attention),
     ]
 
 
-def tensorrt_passes(preset: Preset, pruning: Iterable[Pass]) -> list[Pass]:
+def tensorrt_passes(preset: Preset, pruning: Iterable[Pass], attention: str = "int8") -> list[Pass]:
     """The TensorRT recipe: symmetric int8 activations."""
-    return [*canonical_passes(), *pruning, SmoothActivations(), InsertQdq(activations="int8", clip=preset.clip)]
+    quantize = InsertQdq(activations="int8", clip=preset.clip, attention=attention)
+    return [*canonical_passes(), *pruning, SmoothActivations(), quantize]
 
+
+DEFAULT_TUNING: str | None = None  # what compile(tuning=None) means; a test run sets "off" and never times
 
 TARGETS = {"cpu": cpu_passes, "tensorrt": tensorrt_passes}
 
@@ -184,6 +189,8 @@ def compile(
     calibration: Source | Data | None = None,
     tokenizer: str | Path | None = None,
     max_length: int = 128,
+    attention: str = "int8",
+    tuning: str | os.PathLike[str] | None = None,
     emit_onnx: str | os.PathLike[str] | None = None,
     verify: bool = False,
     require: str | None = None,
@@ -197,13 +204,18 @@ def compile(
     model: path, ModelProto or gs.Graph; never modified. output: the plan to write; None compiles without writing one.
     passes: a spec string or passes that stand in for `sparsity`, `pattern` and `criterion`, run between canonical form
     and quantization. calibration: .npz, folder, .jsonl, iterable of feeds, or a Data; without it ranges come from
-    made-up samples. require "native": an error unless the whole model runs on the engine. measure: run the plan on
-    held-out samples against the model. Raises NmcompileError; a failed compile leaves no file behind.
+    made-up samples. attention "float": queries, keys, values and softmax stay float. tuning: each layer runs on the
+    kernel that is fastest by times measured on this machine, kept for the next compile (None), by a table that is read
+    from a file, or measured and written to it where it does not exist, or by the shipped cost model ("off"), which
+    chooses alike on every machine. require "native": an error unless the whole model runs on the engine. measure: run
+    the plan on held-out samples against the model. Raises NmcompileError; a failed compile leaves no file behind.
     """
     start = time.perf_counter()
     chosen = _check_options(target, preset, require, output)
-    for path in (output, emit_onnx, report):
+    table = DEFAULT_TUNING if tuning is None else tuning
+    for path in (output, emit_onnx, report, None if table == "off" else table):
         _check_path(path, model)
+    tuner = open_tuner(table)
     tell = progress or (lambda *_: None)
     tell("reading the model", 0, 1)
     source = g.load(model)
@@ -215,7 +227,7 @@ def compile(
     if passes is not None and (sparsity is not None or pattern is not None):
         raise PassError("give either passes or sparsity and pattern, not both")
     extra = pruning_passes(pattern, sparsity, criterion) if passes is None else _passes(passes)
-    recipe = TARGETS[target](chosen, extra)
+    recipe = TARGETS[target](chosen, extra, attention)
     log: list[tuple[str, Report, float]] = []
 
     def record(pass_: Pass, graph: gs.Graph, result: Report, seconds: float) -> None:
@@ -226,7 +238,8 @@ def compile(
     pipeline = Pipeline(recipe, observers=[record, *observers], verify=verify, calibration=collector)
     graph, reports = pipeline.run(source)
     g.infer_shapes(graph)
-    lowered = lower(graph)
+    tell("choosing kernels", 0, 1)
+    lowered = lower(graph, tuner or by_cost_model)
     notes = [note for result in reports for note in result.notes] + list(lowered.notes)
     if data.synthetic:
         notes.insert(0, "no calibration data: activation ranges come from made-up inputs and are not to be trusted; "
@@ -250,6 +263,7 @@ def compile(
         if emit_onnx is not None:
             g.save(graph, Path(emit_onnx))
             sizes["qdq_onnx"] = Path(emit_onnx).stat().st_size
+        notes += [] if tuner is None else keep(tuner, table)
         result = Result(
             plan=None if output is None else Path(output),
             passes=tuple(log),

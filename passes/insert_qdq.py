@@ -58,7 +58,7 @@ class InsertQdq(CalibratedPass):
     activations: str = "uint8"
     clip: str = "min-max"
     percentile: float = 99.99
-    attention: bool = True
+    attention: str = "int8"  # or float: q, k and v keep their floats, and with them the products and the softmax
     heads: bool = False  # quantize heads and poolers too
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
@@ -73,6 +73,8 @@ class InsertQdq(CalibratedPass):
             raise PassError(f"activations={self.activations} is not known; choose uint8 (CPU) or int8 (TensorRT)")
         if self.clip not in get_args(Method):
             raise PassError(f"clip={self.clip} is not known; choose one of {', '.join(get_args(Method))}")
+        if self.attention not in ("int8", "float"):
+            raise PassError(f"attention={self.attention} is not known; choose int8 or float")
         activations = cast("q8.QuantType", self.activations)
         sites: dict[tuple[str, str], Site] = {}
         layers, kept = [], {}
@@ -87,7 +89,7 @@ class InsertQdq(CalibratedPass):
                 continue
             layers.append(layer)
             _site(sites, layer.x, layer.x, activations).readers.append((layer.node, 0))
-        for found in attentions(graph) if self.attention else []:
+        for found in attentions(graph) if self.attention == "int8" else []:
             # Right before the products: there onnxruntime and TensorRT find the pairs that they fuse.
             kinds: tuple[q8.QuantType, ...] = (activations, "int8", "int8")
             parts = zip(found.operands, (found.q, found.k, found.v), found.readers, kinds, strict=True)
@@ -128,9 +130,7 @@ class InsertQdq(CalibratedPass):
         return Report(changed=changed, detail=detail, notes=notes)
 
 
-def _site(
-    sites: dict[tuple[str, str], Site], tensor: gs.Tensor, measured: gs.Tensor, dtype: q8.QuantType
-) -> Site:
+def _site(sites: dict[tuple[str, str], Site], tensor: gs.Tensor, measured: gs.Tensor, dtype: q8.QuantType) -> Site:
     return sites.setdefault((tensor.name, dtype), Site(tensor, measured, dtype))
 
 

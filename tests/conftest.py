@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -26,6 +26,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if "big" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="runs with --big only"))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def untimed() -> Iterator[None]:
+    """Tests compile with the cost model unless they say otherwise: none depends on how fast the machine is."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("nmcompile.compiler.DEFAULT_TUNING", "off")
+        yield
 
 
 @pytest.fixture

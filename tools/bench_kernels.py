@@ -1,81 +1,36 @@
 """Measure the engine's linear and attention kernels against the int8 peak of this CPU.
 
 python tools/bench_kernels.py [--tokens 128] [--threads 1] [--isa avx512vnni]
+python tools/bench_kernels.py --interpolation      # how far tuning's times between densities are off
 
 The peak is the best rate of a dense product that stays in cache (3072 inputs, 128 outputs, 64 tokens), so a
-share is of what this machine can do at that moment. Times are the least of several runs of the step alone.
+share is of what this machine can do at that moment. Times are the least of several runs of the step alone, the
+kernels of one shape in turn.
 """
 
 from __future__ import annotations
 
 import argparse
+from itertools import pairwise
 
 import numpy as np
 
 from nmcompile import _native
+from nmcompile.backends.cpu.measure import Case, in_turn, int8_peak, memory_bandwidth, seconds, step_timer, supported
+from nmcompile.backends.cpu.pack import BLOCKS, DENSE, FLOAT, GATHERS, Kind, pack_dense
+from nmcompile.backends.cpu.tuning import GRID, Table
 
 
-def dense(w: np.ndarray) -> dict[str, object]:
-    n, k = w.shape
-    tiles = w.reshape(n // 4, 4, k // 4, 4).transpose(0, 2, 1, 3)
-    return {"format": "dense", "values": np.ascontiguousarray(tiles)}
-
-
-def blocks(rng: np.random.Generator, n: int, k: int, rows: int, density: float) -> dict[str, object]:
-    keep = rng.random((n // rows, k // 4)) < density
-    count = int(keep.sum())
-    return {
-        "format": "blocks",
-        "rows": rows,
-        "values": rng.integers(-127, 128, (count, rows, 4)).astype(np.int8),
-        "columns": np.nonzero(keep)[1].astype(np.uint16),
-        "starts": np.concatenate([[0], np.cumsum(keep.sum(1))]).astype(np.uint32),
-    }
-
-
-def seconds(program: _native.Program, step: int, inputs: list[np.ndarray], repeats: int) -> float:
-    return min(program.run_profiled(inputs)[1][step] for _ in range(repeats)) * 1e-9
-
-
-def linear(
-    args: argparse.Namespace,
-    n: int,
-    k: int,
-    tokens: int,
-    weight: dict[str, object],
-    activation: str = "none",
-) -> float:
-    """Seconds of one linear step with a u8 result."""
-    p = _native.Program(isa=args.isa, threads=args.threads)
-    x, q = p.buffer(k, "f32"), p.buffer(k, "u8")
-    p.enter(y=x, slot=0)
-    p.quantize(x=x, y=q, scale=0.03, zero_point=128)
-    y = p.buffer(n, "u8")
-    ones = np.full(n, 0.001, np.float32)
-    p.linear(
-        x=q, y=y, weight=weight, w_scale=ones, bias=ones, x_scale=0.03, x_zero_point=128,
-        activation=activation, y_scale=0.1, y_zero_point=100,
-    )  # fmt: skip
-    p.leave(x=x, slot=0)
-    p.prepare()
-    data = np.random.default_rng(0).standard_normal((1, tokens, k)).astype(np.float32)
-    return seconds(p, 2, [data], args.repeats)
-
-
-def peak(args: argparse.Namespace) -> float:
-    """Multiply-adds per second of a dense product whose panel and weights stay in the first caches."""
-    w = np.ones((128, 3072), np.int8)
-    return max(w.size * 64 / linear(args, *w.shape, 64, dense(w)) for _ in range(3))
-
-
-def attention(args: argparse.Namespace, tokens: int, heads: int, depth: int) -> float:
+def attention(args: argparse.Namespace, heads: int, depth: int) -> float:
+    """Seconds of one attention step with a u8 result."""
     rows = heads * depth
     p = _native.Program(isa=args.isa, threads=args.threads)
     x, u = p.buffer(rows, "f32"), p.buffer(rows, "u8")
     p.enter(y=x, slot=0)
     p.quantize(x=x, y=u, scale=0.03, zero_point=128)
-    eye, ones = dense(np.eye(rows, dtype=np.int8)), np.ones(rows, np.float32)
-    q, k, v, y = (p.buffer(rows, layout) for layout in ("u8", "s8", "s8rows", "u8"))
+    eye = {"format": "dense", "values": pack_dense(np.eye(rows, dtype=np.int8))}
+    ones = np.ones(rows, np.float32)
+    q, k, v, y = (p.buffer(rows, layout) for layout in ("u8", "keys", "values", "u8"))
     for out in (q, k, v):
         p.linear(
             x=u, y=out, weight=eye, w_scale=ones, bias=None, x_scale=0.03, x_zero_point=128, y_scale=0.03,
@@ -87,8 +42,29 @@ def attention(args: argparse.Namespace, tokens: int, heads: int, depth: int) -> 
     )  # fmt: skip
     p.leave(x=x, slot=0)
     p.prepare()
-    data = np.random.default_rng(0).standard_normal((1, tokens, rows)).astype(np.float32)
-    return seconds(p, 5, [data], args.repeats)
+    data = np.random.default_rng(0).standard_normal((1, args.tokens, rows)).astype(np.float32)
+    return in_turn([step_timer(p, 5, [data])], args.repeats)[0]
+
+
+def linear_cases(n: int, k: int, tokens: int) -> list[Case]:
+    kinds = [kind for kind in (*BLOCKS, *GATHERS) if supported(kind)]
+    sparse = [Case(n, k, kind, density, tokens) for kind in kinds for density in (0.2, 0.1)]
+    gelu = [Case(n, k, Kind("blocks", 2), 0.1, tokens, activation) for activation in ("gelu", "gelu_tanh")]
+    return [Case(n, k, DENSE, 1.0, tokens), *sparse, Case(n, k, FLOAT, 1.0, tokens), *gelu]
+
+
+def interpolation(args: argparse.Namespace) -> None:
+    """Times at densities between those that tuning measures, next to what it makes of its own."""
+    for n, k in ((384, 384), (768, 768), (768, 3072)):
+        for kind in (kind for kind in (*BLOCKS, *GATHERS) if supported(kind)):
+            between = [(low + high) / 2 for low, high in pairwise(GRID)]
+            cases = [Case(n, k, kind, density, args.tokens) for density in (*GRID, *between)]
+            times = [time * 1e6 for time in seconds(cases, isa=args.isa, repeats=args.repeats)]
+            table = Table("", "", "", args.tokens, {(n, k, kind, d): t for d, t in zip(GRID, times, strict=False)})
+            made = [table.microseconds(n, k, kind, density) or 0.0 for density in between]
+            errors = [guess / time - 1 for guess, time in zip(made, times[len(GRID) :], strict=True)]
+            shown = "  ".join(f"{d:.1%} {e:+.1%}" for d, e in zip(between, errors, strict=True))
+            print(f"{n:5}x{k:<5} {kind!s:11} {shown}")
 
 
 def main() -> None:
@@ -97,25 +73,23 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--isa", default="")
     parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--interpolation", action="store_true")
     args = parser.parse_args()
-    rng = np.random.default_rng(0)
-    best = peak(args)
+    if args.interpolation:
+        return interpolation(args)
     p = _native.Program(isa=args.isa, threads=args.threads)
-    print(f"{p.isa}, {args.threads} threads, {args.tokens} tokens; peak {best / 1e9:.0f} G MAC/s")
+    best, bandwidth = int8_peak(args.isa, args.threads), memory_bandwidth(args.threads)
+    print(f"{p.isa}, {args.threads} threads, {args.tokens} tokens; peak {best / 1e9:.0f} G MAC/s, "
+          f"copying {bandwidth / 1e9:.0f} GB/s")  # fmt: skip
     for n, k in ((768, 768), (3072, 768), (768, 3072)):
-        w = rng.integers(-127, 128, (n, k)).astype(np.int8)
-        cases: list[tuple[str, float, dict[str, object]]] = [("dense", 1.0, dense(w))]
-        for rows in (1, 2, 4, 8, 16):
-            cases += [(f"{rows}x4", density, blocks(rng, n, k, rows, density)) for density in (0.2, 0.1)]
-        for name, density, weight in cases:
-            time = linear(args, n, k, args.tokens, weight)
-            rate = n * k * density * args.tokens / time
+        cases = linear_cases(n, k, args.tokens)
+        times = seconds(cases, threads=args.threads, isa=args.isa, repeats=args.repeats)
+        for case, time in zip(cases, times, strict=True):
+            rate = n * k * case.density * args.tokens / time
             facts = f"{time * 1e6:8.1f} us {rate / 1e9:6.0f} G MAC/s {rate / best:5.0%}"
-            print(f"{n:5}x{k:<5} {name:6} {density:4.0%} {facts}")
-        for activation in ("gelu", "gelu_tanh"):
-            time = linear(args, n, k, args.tokens, blocks(rng, n, k, 2, 0.1), activation=activation)
-            print(f"{n:5}x{k:<5} 2x4     10% {time * 1e6:8.1f} us with {activation}")
-    time = attention(args, args.tokens, 12, 64)
+            note = "" if case.activation == "none" else f" with {case.activation}"
+            print(f"{n:5}x{k:<5} {case.kind!s:11} {case.density:4.0%} {facts}{note}")
+    time = attention(args, 12, 64)
     print(f"attention 12 heads of 64 {time * 1e6:8.1f} us")
 
 

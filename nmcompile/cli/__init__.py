@@ -16,7 +16,7 @@ import click
 import nmcompile
 from nmcompile.errors import NmcompileError
 
-COMMANDS = ("compile", "inspect", "run", "bench", "compare", "check", "passes", "doctor")
+COMMANDS = ("compile", "inspect", "run", "bench", "profile", "compare", "check", "passes", "doctor")
 DEFAULT = "compile"
 
 HELP = """Prune, quantize and run exported Transformers.
@@ -31,6 +31,7 @@ See what came out of it, how fast and how exact it is, and run it:
 \b
   nmcompile inspect model.plan
   nmcompile bench model.plan --against model.onnx
+  nmcompile profile model.plan --plot roofline.svg
   nmcompile compare model.onnx model.plan --data samples.npz
   nmcompile run model.plan --input x.npz --output y.npz
 

@@ -12,7 +12,7 @@ from nmcompile.errors import NmcompileError
 
 KEPT = frozenset({
     "target", "preset", "passes", "sparsity", "pattern", "criterion", "calibration", "tokenizer", "max_length",
-    "require",
+    "attention", "tuning", "require",
 })  # fmt: skip
 
 HELP = """Compile a model and compare everything that comes out of it with a recorded baseline; for CI.

@@ -59,6 +59,11 @@ line. A recipe holds these options by their long names:
 @click.option("--calibration", type=click.Path(path_type=Path), metavar="DATA", help="Samples: .npz, .jsonl, folder.")
 @click.option("--tokenizer", type=click.Path(path_type=Path), metavar="PATH", help="tokenizer.json, for texts.")
 @click.option("--max-length", type=int, default=128, show_default=True, metavar="N", help="Tokens of a sample at most.")
+@click.option("--attention", type=click.Choice(["int8", "float"]), default="int8", show_default=True,
+              help="Whether queries, keys and values are quantized.")  # fmt: skip
+@click.option("--tuning", type=click.Path(path_type=Path), metavar="FILE",
+              help="Kernel times to choose by, of any machine; measured and written if there is none.")  # fmt: skip
+@click.option("--no-tune", is_flag=True, help="Time nothing; choose kernels by the shipped cost model.")
 @click.option("--recipe", "recipe_", type=click.Path(path_type=Path), metavar="FILE", is_eager=True,
               callback=recipe.as_defaults, help="Options from a .toml file; the command line wins.")  # fmt: skip
 @click.option("--emit-onnx", type=click.Path(path_type=Path), metavar="OUT", help="Write the quantized model as ONNX.")
@@ -68,11 +73,13 @@ line. A recipe holds these options by their long names:
 @click.option("--dump-text", type=click.Path(path_type=Path), metavar="DIR", help="Write the graph as text by pass.")
 @click.option("--measure/--no-measure", default=True, help="Compare the plan with the model (on by default).")
 def command(model: Path, output: Path | None, emit_onnx: Path | None, report: Path | None, dump_text: Path | None,
-            calibration: Path | None, **options: Any) -> None:  # fmt: skip
+            calibration: Path | None, tuning: Path | None, no_tune: bool, **options: Any) -> None:  # fmt: skip
     check_model(model)
+    if no_tune and tuning is not None:
+        raise click.UsageError("give either --tuning or --no-tune, not both")
     if output is None and emit_onnx is None and report is None and dump_text is None:
         raise click.UsageError("say what to write: -o PLAN (or --emit-onnx, --report, --dump-text)")
-    for path in (output, emit_onnx, report):
+    for path in (output, emit_onnx, report, tuning):
         terminal.check_writable(path, model, calibration)
     if output is not None and emit_onnx is not None and output.absolute() == emit_onnx.absolute():
         raise NmcompileError(f"-o and --emit-onnx are both {output}; give two names")
@@ -84,6 +91,7 @@ def command(model: Path, output: Path | None, emit_onnx: Path | None, report: Pa
         del options["recipe_"]
         result = nmcompile.compile(
             model, output, emit_onnx=emit_onnx, report=report, progress=progress, calibration=calibration,
+            tuning="off" if no_tune else tuning,
             observers=[] if dump_text is None else [dumper(dump_text)], **options)  # fmt: skip
     if result.synthetic:
         terminal.warn(
@@ -135,15 +143,23 @@ def _titled(title: str, lines: list[str]) -> Iterator[str]:
 
 
 def _layers(result: Result) -> list[str]:
-    groups: dict[tuple[str, str, str], list[float]] = {}
+    """How many layers run on which kernel, and why sparse ones run dense or quantized ones in float."""
+    groups: dict[tuple[str, str, str, str], list[float]] = {}
     for layer in result.layers:
-        key = (str(layer["precision"]), str(layer["kernel"]), str(layer["pattern"]))
+        sparse, by = layer["pattern"] != "dense", layer.get("chosen_by", "")
+        why = ""
+        if layer["precision"] == "int8" and layer["kernel"] == "dense" and sparse:
+            why = "; dense is faster here than its sparse kernels"
+        elif layer["precision"] != "int8" and by:
+            why = "; float is faster here than INT8"
+        why += " (by the cost model)" if why and by != "measured" else ""
+        key = (str(layer["precision"]), str(layer["kernel"]), str(layer["pattern"]), why)
         groups.setdefault(key, []).append(float(layer["density"]))
     lines = []
-    for (precision, kernel, pattern), shares in groups.items():
+    for (precision, kernel, pattern, why), shares in groups.items():
         density = terminal.percent(sum(shares) / len(shares))
         zeros = "dense weights" if pattern == "dense" else f"pattern {pattern}, density {density}"
-        lines.append(f"{len(shares)} x {precision}, kernel {kernel}, {zeros}")
+        lines.append(f"{len(shares)} x {precision}, kernel {kernel}, {zeros}{why}")
     return lines or ["none on the engine"]
 
 

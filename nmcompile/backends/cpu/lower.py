@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -10,12 +9,17 @@ import onnx_graphsurgeon as gs
 
 from nmcompile import graph as g
 from nmcompile import sparsity as sp
+from nmcompile.backends.cpu.fuse import Chain, Fusion
+from nmcompile.backends.cpu.kernels import choose_kernels
 from nmcompile.backends.cpu.ops import FLOAT, Form, Op
-from nmcompile.backends.cpu.pack import halved, pack
+from nmcompile.backends.cpu.pack import halved, pack_as
 from nmcompile.backends.cpu.partition import Segment, partition
+from nmcompile.backends.cpu.tuning import Choose, by_cost_model
 from nmcompile.plan import DTYPES
 
 Json = dict[str, object]
+
+REPORTED = ("chosen_by", "microseconds")  # of a layer, and not in the plan: its bytes follow from the choices alone
 
 
 @dataclass
@@ -35,8 +39,8 @@ class Lowered:
         return [segment["kind"] for segment in self.segments] == ["native"]
 
 
-def lower(graph: gs.Graph) -> Lowered:
-    """Segments, arrays and blobs for a sorted Q/DQ graph with inferred shapes."""
+def lower(graph: gs.Graph, choose: Choose = by_cost_model) -> Lowered:
+    """Segments, arrays and blobs for a sorted Q/DQ graph with inferred shapes; `choose` picks each layer's kernel."""
     parts = partition(graph)
     arrays: dict[str, np.ndarray] = {}
     blobs: dict[str, bytes] = {}
@@ -44,7 +48,7 @@ def lower(graph: gs.Graph) -> Lowered:
     layers: list[Json] = []
     for index, segment in enumerate(parts.segments):
         if segment.native:
-            emitter = Emitter(segment, f"segment{index}", arrays)
+            emitter = Emitter(segment, f"segment{index}", arrays, choose)
             segments.append(emitter.emit())
             layers += emitter.layers
         else:
@@ -53,7 +57,7 @@ def lower(graph: gs.Graph) -> Lowered:
         "inputs": [_info(info) for info in g.inputs(graph)],
         "outputs": [_info(info) for info in g.outputs(graph)],
         "segments": segments,
-        "layers": layers,
+        "layers": [{k: v for k, v in layer.items() if k not in REPORTED} for layer in layers],
     }
     shown = tuple({k: v for k, v in item.items() if k not in ("steps", "buffers", "weights")} for item in segments)
     return Lowered(header, arrays, blobs, shown, tuple(layers), parts.reasons)
@@ -87,16 +91,6 @@ def _info(info: g.TensorInfo) -> Json:
     return {"name": info.name, "dtype": info.dtype.name, "shape": list(info.shape)}
 
 
-@dataclass(frozen=True)
-class Chain:
-    """A linear layer with what its epilogue takes in: an activation, a residual."""
-
-    root: Op
-    last: Op
-    activation: str = "none"
-    residual: str | None = None
-
-
 @dataclass
 class Emitter:
     """Writes one native segment: buffers by id, steps as the engine's calls, arrays by reference."""
@@ -104,6 +98,7 @@ class Emitter:
     segment: Segment
     stem: str
     arrays: dict[str, np.ndarray]
+    choose: Choose = by_cost_model
     buffers: list[list[object]] = field(default_factory=list)
     steps: list[Json] = field(default_factory=list)
     layers: list[Json] = field(default_factory=list)
@@ -113,88 +108,23 @@ class Emitter:
     views: dict[str, str] = field(default_factory=dict)
 
     def emit(self) -> Json:
-        ops = self.segment.ops
+        ops, self.choices = choose_kernels(self.segment, self.choose)
         self.geometry = "tokens1" if any(op.kind == "patch_embed" for op in ops) else "tokens"
-        self.users: dict[str, list[tuple[Op, Form]]] = defaultdict(list)
-        for op in ops:
+        self.fusion = Fusion(ops, self.segment.outputs)
+        for op in self.fusion.ops:
             for read in op.reads:
-                self.users[read.tensor].append((op, read.form))
-        self.leaving = set(self.segment.outputs)
-        self.position = {op.y: i for i, op in enumerate(ops)}
-        self.smoothed = self._smoothed(ops)
-        ops = [op for op in ops if op.y not in self.smoothed]
-        chains = self._chains(ops)
-        absorbed = {id(op) for chain in chains.values() for op in (chain.root, chain.last)} | {
-            id(op) for chain in chains.values() for op in self._between(chain)
-        }
-        for op in ops:
-            for read in op.reads:
-                if read.tensor not in self.position and (read.tensor, FLOAT) not in self.values:
+                if read.tensor not in self.fusion.makers and (read.tensor, FLOAT) not in self.values:
                     self._enter(read.tensor, op)
-            chain = chains.get(id(op))
+            chain = self.fusion.chains.get(id(op))
             if chain is not None:
                 self._linear(chain)
-            elif id(op) not in absorbed:
+            elif id(op) not in self.fusion.absorbed:
                 getattr(self, f"_{op.kind}")(op)
         outputs = list(self.segment.outputs)
         for slot, name in enumerate(outputs):
             self.step("leave", x=self.values[(name, FLOAT)], slot=slot)
         return {"kind": "native", "inputs": list(self.slots), "mask": self.segment.mask, "outputs": outputs,
                 "views": self.views, "buffers": self.buffers, "steps": self.steps}  # fmt: skip
-
-    # ---- fusing ----
-
-    def _chains(self, ops: list[Op]) -> dict[int, Chain]:
-        """Linear layers with the operations their epilogues take in, keyed by the chain's last operation."""
-        chains: dict[int, Chain] = {}
-        taken: set[int] = set()
-        for op in ops:
-            if op.kind not in ("linear", "linear_float"):
-                continue
-            last, activation, residual = op, "none", None
-            user = self._only_user(last)
-            if user is not None and user.kind == "unary":
-                last, activation = user, str(user.data["op"])
-                user = self._only_user(last)
-            if user is not None and user.kind == "binary" and user.data["op"] == "add" and id(user) not in taken:
-                names = [read.tensor for read in user.reads]
-                other = names[1] if names[0] == last.y else names[0]
-                if other != last.y and self.position.get(other, -1) < self.position[op.y]:
-                    last, residual = user, other
-                    taken.add(id(user))
-            chains[id(last)] = Chain(op, last, activation, residual)
-        return chains
-
-    def _smoothed(self, ops: list[Op]) -> dict[str, Op]:
-        """Per-channel factors between a normalisation and one quantized form of it: the normalisation applies them.
-
-        Keyed by the factor's result; each normalisation takes one.
-        """
-        by_name = {op.y: op for op in ops}
-        found: dict[str, Op] = {}
-        for op in ops:
-            if op.kind != "affine" or op.y in self.leaving:
-                continue
-            norm = by_name.get(op.reads[0].tensor)
-            forms = {form for _, form in self.users[op.y]}
-            if norm is None or norm.kind != "layer_norm" or len(forms) != 1 or next(iter(forms)).layout != "u8":
-                continue
-            others = {form for user, form in self.users[norm.y] if user is not op}
-            taken = any(item.reads[0].tensor == norm.y for item in found.values())
-            if not taken and all(form == FLOAT for form in others):
-                found[op.y] = op
-        return found
-
-    def _between(self, chain: Chain) -> list[Op]:
-        """The activation between a chain's root and its residual."""
-        user = self._only_user(chain.root)
-        return [user] if user is not None and user.kind == "unary" else []
-
-    def _only_user(self, op: Op) -> Op | None:
-        users = self.users[op.y]
-        if len(users) != 1 or op.y in self.leaving or users[0][1] != FLOAT:
-            return None
-        return users[0][0]
 
     # ---- values ----
 
@@ -224,12 +154,8 @@ class Emitter:
         target = self.buffer(rows, "f32", op)
         self.step("enter", y=target, slot=self.slot(name))
         self.values[(name, FLOAT)] = target
-        for form in self._forms(name) - {FLOAT}:
+        for form in self.fusion.forms(name) - {FLOAT}:
             self._quantize(name, rows, form, op)
-
-    def _forms(self, name: str) -> set[Form]:
-        forms = {form for _, form in self.users[name]}
-        return forms | {FLOAT} if name in self.leaving or not forms else forms
 
     def _quantize(self, name: str, rows: int, form: Form, op: Op) -> None:
         y = self.buffer(rows, form.layout, op)
@@ -238,7 +164,7 @@ class Emitter:
 
     def _store(self, op: Op, name: str, fused: bool) -> tuple[int, Form, list[Form]]:
         """The buffer an operation writes, in the only form wanted if it can write that, and the forms to add after."""
-        forms = self._forms(name)
+        forms = self.fusion.forms(name)
         if fused and len(forms) == 1:
             form = next(iter(forms))
             rest: list[Form] = []
@@ -263,7 +189,8 @@ class Emitter:
         x = self._x(root)
         residual = -1 if chain.residual is None else self._residual(chain.residual, root)
         quantized = root.kind == "linear"
-        by_linear = [form for form in self._forms(last.y) if form.layout in ("s8", "s8rows")] if quantized else []
+        wanted = self.fusion.forms(last.y) if quantized else set()
+        by_linear = sorted((f for f in wanted if f.layout in ("keys", "values")), key=lambda f: (f.layout, f.scale))
         y, form, rest = self._store(last, last.y, fused=quantized)
         weight = np.asarray(root.data["weight"])
         bias = root.data["bias"]
@@ -272,9 +199,9 @@ class Emitter:
         facts: Json = {"name": root.name, "outputs": weight.shape[0], "inputs": weight.shape[1],
                        "density": round(float(sp.density(weight)), 4)}  # fmt: skip
         if quantized:
-            packed = pack(weight)
+            packed = pack_as(weight, self.choices[root.y].kind)
             read = root.reads[0].form
-            stored: Json = {"format": packed.format, **({"rows": packed.rows} if packed.format == "blocks" else {})}
+            stored: Json = {"format": packed.format, **({"rows": packed.rows} if packed.rows else {})}
             stored |= {name: self.array(values, name) for name, values in packed.arrays.items()}
             common |= {"weight": stored, "w_scale": self.array(np.asarray(root.data["scale"]), "scale"),
                        "x_scale": read.scale, "x_zero_point": read.zero_point}  # fmt: skip
@@ -284,13 +211,16 @@ class Emitter:
                 again = self.values[(last.y, other)] = self.buffer(last.rows, other.layout, last)
                 self.step("linear", **{**common, "y": again}, y_scale=other.scale, y_zero_point=other.zero_point)
                 rest.remove(other)
-            kernel = "dense" if packed.format == "dense" else f"blocks {packed.rows}x4"
-            facts |= {"precision": "int8", "kernel": kernel, "computed": round(packed.share, 4)}
+            facts |= {"precision": "int8", "kernel": str(packed.kind), "computed": round(packed.share, 4)}
         else:
             self.step("linear_float", **common, weight=self.array(np.ascontiguousarray(weight, np.float32), "weight"))
             facts |= {"precision": "float32", "kernel": "dense", "computed": 1.0}
         found = sp.detect(weight)
         facts["pattern"] = "dense" if found is None else str(found.pattern)
+        choice = self.choices.get(root.y)
+        if choice is not None:
+            facts |= {"reordered": True} if choice.reordered else {}
+            facts |= {"chosen_by": choice.by, "microseconds": {str(k): time for k, time in choice.microseconds.items()}}
         self.layers.append(facts)
         self._finish(last, rest)
 
@@ -315,15 +245,15 @@ class Emitter:
         self._finish(op, rest)
 
     def _layer_norm(self, op: Op) -> None:
-        factor = next((item for item in self.smoothed.values() if item.reads[0].tensor == op.y), None)
-        forms = {form for user, form in self.users[op.y] if user is not factor} | (
-            {FLOAT} if op.y in self.leaving else set()
+        factor = next((item for item in self.fusion.smoothed.values() if item.reads[0].tensor == op.y), None)
+        forms = {form for user, form in self.fusion.users[op.y] if user is not factor} | (
+            {FLOAT} if op.y in self.fusion.leaving else set()
         )
         small = sorted((f for f in forms if f.layout == "u8"), key=lambda f: (f.scale, f.zero_point))
         fused = small[0] if small else None
         name = op.y
         if factor is not None:
-            name, fused = factor.y, self.users[factor.y][0][1]
+            name, fused = factor.y, self.fusion.users[factor.y][0][1]
         rest = sorted(forms - {FLOAT, fused}, key=lambda f: (f.layout, f.scale, f.zero_point))
         y = q = -1
         if FLOAT in forms or rest:

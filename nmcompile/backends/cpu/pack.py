@@ -2,26 +2,60 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 GROUP = 4  # inputs that one dot-product instruction consumes
 MAX_INPUTS = GROUP * 65536  # a block's column is a 16-bit index of a group of inputs
+MAX_GATHERED = 65536  # inputs that "gather" can name: its columns are 16-bit indices of single inputs
 
-# Share of the int8 peak that each kernel reaches (measured by tools/bench_kernels.py on AVX512-VNNI, 128 tokens).
-# With it the work of two formats can be compared before a machine has been timed.
-EFFICIENCY = {"dense": 0.92, 1: 0.55, 2: 0.85, 4: 0.92, 8: 0.92, 16: 0.92}
+
+@dataclass(frozen=True, order=True)
+class Kind:
+    """A kernel: "dense", "blocks" of `rows` x 4, "gather" of `rows` outputs, "float", or the "quantize" step."""
+
+    format: str
+    rows: int = 0
+
+    def __str__(self) -> str:
+        return {"blocks": f"blocks {self.rows}x4", "gather": f"gather {self.rows}x1"}.get(self.format, self.format)
+
+
+DENSE, FLOAT, QUANTIZE = Kind("dense"), Kind("float"), Kind("quantize")
+BLOCKS = tuple(Kind("blocks", rows) for rows in (1, 2, 4, 8, 16))
+GATHERS = tuple(Kind("gather", rows) for rows in (1, 2, 4))
+
+# Share of the int8 peak that each kernel reaches, beside its epilogue, up to NEAR inputs and beyond, where a panel of
+# tokens outgrows the first cache. With it formats can be compared before a machine has been timed. Fitted to times of
+# tools/bench_kernels.py, 128 tokens on one core of an AVX512-VNNI machine (Zen 4), to 6 % root mean square.
+NEAR = 1024
+EFFICIENCY: Mapping[Kind, tuple[float, float]] = {
+    DENSE: (0.97, 0.96),
+    **dict(zip(BLOCKS, ((0.67, 0.46), (0.92, 0.77), (0.97, 0.94), (0.96, 0.94), (0.95, 0.94)), strict=True)),
+    **dict(zip(GATHERS, ((0.44, 0.36), (0.71, 0.64), (0.91, 0.9)), strict=True)),
+    FLOAT: (0.23, 0.23),
+}
+EPILOGUE = 17.0  # products per output and token that scaling and storing take as long as, same machine
+SPREADING = 8.0  # products per input and token that "gather" spends on laying each input out by itself
 
 
 @dataclass(frozen=True)
 class Packed:
-    """A weight as the engine takes it: `format` "dense" or "blocks" of `rows` x 4, with its arrays by name."""
+    """A weight as the engine takes it: its kernel, with its arrays by name."""
 
-    format: str
-    rows: int
+    kind: Kind
     arrays: dict[str, np.ndarray]
     share: float  # of the dense products that are computed
+
+    @property
+    def format(self) -> str:
+        return self.kind.format
+
+    @property
+    def rows(self) -> int:
+        return self.kind.rows
 
 
 def pack_dense(weight: np.ndarray) -> np.ndarray:
@@ -49,6 +83,41 @@ def pack_blocks(weight: np.ndarray, rows: int) -> dict[str, np.ndarray]:
     }
 
 
+def pack_gather(weight: np.ndarray, rows: int) -> dict[str, np.ndarray]:
+    """int8 [N, K] -> groups of `rows` outputs with the single inputs that any of them reads, four at a time.
+
+    values int8 [quads, rows, 4], columns uint16 [quads, 4] (indices of inputs, ascending in a group; the rest of its
+    last quad has column 0 and weight 0), starts uint32 [N/rows + 1]. K is at most 65536.
+    """
+    padded = _padded(weight, rows, 1)
+    n, k = padded.shape
+    grouped = padded.reshape(n // rows, rows, k)
+    used = np.any(grouped, axis=1)
+    slots, columns, starts = quads(used)
+    values = np.zeros((columns.size, rows), np.int8)
+    values[slots] = grouped.swapaxes(1, 2)[used]
+    return {
+        "values": np.ascontiguousarray(values.reshape(-1, GROUP, rows).swapaxes(1, 2)),
+        "columns": columns,
+        "starts": starts,
+    }
+
+
+def quads(used: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Where the inputs that groups of outputs read, bool [groups, K], stand in quads of one group each.
+
+    (slots [used.sum()] of the true entries in order, columns uint16 [quads, 4], starts uint32 [groups + 1])
+    """
+    counts = used.sum(axis=1)
+    starts = np.concatenate([[0], np.cumsum(-(-counts // GROUP))])
+    group, column = np.nonzero(used)
+    before = np.concatenate([[0], np.cumsum(counts)])
+    slots = starts[group] * GROUP + np.arange(len(group)) - before[group]
+    columns = np.zeros(starts[-1] * GROUP, np.uint16)
+    columns[slots] = column
+    return slots, columns.reshape(-1, GROUP), starts.astype(np.uint32)
+
+
 def halved(table: np.ndarray) -> np.ndarray:
     """An embedding table in float16 where that keeps it to 2^-10 of its root mean square, else as it is.
 
@@ -62,23 +131,69 @@ def halved(table: np.ndarray) -> np.ndarray:
     return half if bool(np.isfinite(half).all()) and float(np.sqrt(np.mean(error**2))) <= size / 1024 else table
 
 
-def pack(weight: np.ndarray) -> Packed:
-    """The cheapest format for this weight by the cost model: products to compute over the kernel's efficiency."""
+# ---- choosing ----------------------------------------------------------------------------------------------------
+
+
+def fills(weight: np.ndarray, gather: bool = False) -> dict[Kind, float]:
+    """The kernels that could run an int8 weight [N, K], with the share of their units that it fills.
+
+    A unit is a block of R x 4 weights, or one input of a group of R outputs; dense products are always full. Without
+    `gather` the engine is not asked for that kernel.
+    """
+    found = {DENSE: 1.0}
+    quads_filled = np.ascontiguousarray(_padded(weight, 1, GROUP)).view(np.uint32) != 0  # [N, K/4]
+    gathers = GATHERS if gather and weight.shape[1] <= MAX_GATHERED else ()
+    for kinds, used in ((BLOCKS, quads_filled), (gathers, weight != 0)):
+        units, rows = used, 1
+        for kind in kinds:
+            if kind.rows > rows:  # the units of twice as many rows are filled where either half is
+                units = _padded(units, 2, 1)
+                units = units[::2] | units[1::2]
+                rows = kind.rows
+            found[kind] = float(np.count_nonzero(units) / max(units.size, 1))
+    return found
+
+
+def predicted(outputs: int, inputs: int, kind: Kind, density: float) -> float:
+    """What a layer costs by the shipped model: products per token at the int8 peak."""
+    if kind == QUANTIZE:
+        return 21.0 * inputs  # measured like EPILOGUE
+    rows, columns = {"dense": (GROUP, GROUP), "blocks": (kind.rows, GROUP), "gather": (kind.rows, 1)}.get(
+        kind.format, (GROUP, 1))  # fmt: skip
+    padded = float(-(-outputs // rows) * rows * -(-inputs // columns) * columns)
+    rest = 0.0
+    if kind.format == "gather":
+        rest = 1.5 * outputs / EFFICIENCY[kind][0] + SPREADING * inputs  # 1.5: of the last quad of each group
+    return padded * density / EFFICIENCY[kind][inputs > NEAR] + EPILOGUE * outputs + rest
+
+
+def pack_as(weight: np.ndarray, kind: Kind) -> Packed:
+    """An int8 weight [N, K] for a kernel, whatever that costs."""
     n, k = weight.shape
     total = -(-n // GROUP) * GROUP * -(-k // GROUP) * GROUP
-    best, cost = 0, total / EFFICIENCY["dense"]
-    for rows in (16, 8, 4, 2, 1):
-        padded = _padded(weight, rows, GROUP)
-        blocks = padded.reshape(padded.shape[0] // rows, rows, -1, GROUP).any(axis=(1, 3))
-        work = float(np.count_nonzero(blocks)) * rows * GROUP / EFFICIENCY[rows]
-        if work < 0.97 * cost:
-            best, cost = rows, work
-    if best == 0:
-        return Packed("dense", GROUP, {"values": pack_dense(weight)}, 1.0)
-    arrays = pack_blocks(weight, best)
-    return Packed("blocks", best, arrays, arrays["values"].size / total)
+    if kind == DENSE:
+        return Packed(kind, {"values": pack_dense(weight)}, 1.0)
+    arrays = pack_blocks(weight, kind.rows) if kind.format == "blocks" else pack_gather(weight, kind.rows)
+    return Packed(kind, arrays, arrays["values"].size / total)
+
+
+def least(costs: Mapping[Kind, float]) -> Kind:
+    """The kernel of least cost; another than dense must win by 3 %, which is more than times and models are off."""
+    best = min(costs, key=lambda kind: (costs[kind], -kind.rows, kind.format))
+    return best if costs[best] < 0.97 * costs[DENSE] else DENSE
+
+
+def cheapest(weight: np.ndarray, gather: bool = False) -> Kind:
+    """The kernel for this weight by the shipped cost model."""
+    n, k = weight.shape
+    return least({kind: predicted(n, k, kind, density) for kind, density in fills(weight, gather).items()})
+
+
+def pack(weight: np.ndarray, gather: bool = False) -> Packed:
+    """An int8 weight [N, K] for the kernel that is cheapest by the cost model."""
+    return pack_as(weight, cheapest(weight, gather))
 
 
 def _padded(weight: np.ndarray, rows: int, columns: int) -> np.ndarray:
     n, k = weight.shape
-    return np.pad(weight, ((0, -n % rows), (0, -k % columns)))
+    return np.pad(weight, ((0, -n % rows), (0, -k % columns))) if n % rows or k % columns else weight

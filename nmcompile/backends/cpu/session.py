@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from time import perf_counter_ns
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,34 @@ STEPS = frozenset({
     "embed", "enter", "leave", "first", "layer_norm", "quantize", "linear", "linear_float", "attention",
     "attention_float", "unary", "binary", "affine", "add_positions", "patches", "prepend",
 })  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Span:
+    """A segment within a traced run: its steps [first, first + steps) of the run's, and what it was given.
+
+    shapes: of its inputs; real: tokens of each sequence that the mask leaves, int64 [batch], None without a mask.
+    """
+
+    native: bool
+    first: int
+    steps: int
+    shapes: tuple[tuple[int, ...], ...]
+    real: np.ndarray | None
+
+
+@dataclass(frozen=True, eq=False)
+class Trace:
+    """What each thread did in one run. steps: (kind, description), segment by segment.
+
+    events: int64 [n, 5] of step, thread, panel of 64 tokens (-1: onnxruntime), begin and end in nanoseconds since the
+    run began; a step has one for each thread and panel. nanoseconds: of the whole run, in and out included.
+    """
+
+    steps: tuple[tuple[str, str], ...]
+    events: np.ndarray
+    spans: tuple[Span, ...]
+    nanoseconds: int
 
 
 class Session:
@@ -101,6 +131,27 @@ class Session:
             times += spent
         return times
 
+    def trace(self, feeds: Mapping[str, np.ndarray]) -> Trace:
+        """One run with every step's begin and end on every thread. Raises InputError as `run` does."""
+        start = perf_counter_ns()
+        values: Arrays = check_feeds(feeds, self.inputs)
+        found: list[tuple[int, np.ndarray]] = []
+        for segment in self._segments:
+            begin = perf_counter_ns() - start
+            made, events = segment.trace(values)
+            found.append((begin, events))
+            values.update(made)
+        total = perf_counter_ns() - start
+        steps: list[tuple[str, str]] = []
+        spans: list[Span] = []
+        parts = [np.zeros((0, 5), np.int64)]
+        for segment, (begin, events) in zip(self._segments, found, strict=True):
+            described = segment.described()
+            parts.append(events + np.array([len(steps), 0, 0, begin, begin]))
+            spans.append(segment.span(values, len(steps), len(described)))
+            steps += described
+        return Trace(tuple(steps), np.concatenate(parts), tuple(spans), total)
+
 
 class NativeSegment:
     """A program of the engine, bound to the model's names."""
@@ -163,6 +214,23 @@ class NativeSegment:
         steps = [f"{kind} {text}".strip() for kind, text in self.program.steps()]
         return self._viewed(results), list(zip(steps, spent, strict=True))
 
+    def trace(self, values: Arrays) -> tuple[Arrays, np.ndarray]:
+        """Outputs, and events counted from the segment's first step and begin."""
+        arrays, mask = self._feeds(values)
+        try:
+            results, events = self.program.run_traced(inputs=arrays, mask=mask)
+        except ValueError as error:
+            raise InputError(self._named(str(error))) from None
+        return self._viewed(results), events
+
+    def described(self) -> list[tuple[str, str]]:
+        return list(self.program.steps())
+
+    def span(self, values: Arrays, first: int, steps: int) -> Span:
+        shapes = tuple(values[name].shape for name in self.inputs)
+        real = None if self.mask is None else np.count_nonzero(values[self.mask], axis=1)
+        return Span(True, first, steps, shapes, real)
+
     def _named(self, text: str) -> str:
         """The engine speaks of slots; users know names."""
         if text.startswith("position "):
@@ -196,11 +264,21 @@ class OrtSegment:
         return dict(zip(self.outputs, results, strict=True))
 
     def profile(self, values: Arrays) -> tuple[Arrays, list[tuple[str, int]]]:
-        from time import perf_counter_ns
-
         start = perf_counter_ns()
         made = self.run(values)
         return made, [(f"onnxruntime {self.model}", perf_counter_ns() - start)]
+
+    def trace(self, values: Arrays) -> tuple[Arrays, np.ndarray]:
+        """Outputs, and the one event of the segment, on thread 0."""
+        start = perf_counter_ns()
+        made = self.run(values)
+        return made, np.array([[0, 0, -1, 0, perf_counter_ns() - start]])
+
+    def described(self) -> list[tuple[str, str]]:
+        return [("onnxruntime", self.model)]
+
+    def span(self, values: Arrays, first: int, steps: int) -> Span:
+        return Span(False, first, steps, tuple(values[name].shape for name in self.inputs), None)
 
     def _start(self) -> Any:
         import onnxruntime as ort
