@@ -164,6 +164,13 @@ NB_MODULE(_native, m) {
   m.def("cpu_features", &nm::cpu_features);
   m.def("available_isas", &nm::available_isas);
   m.def("default_threads", &nm::default_threads);
+  m.def("time_products",
+        [](const nb::dict& weight, int64_t inputs, int64_t outputs, int64_t tokens, int64_t repeats,
+           const std::string& isa) {
+          return nm::time_products(isa, weight_of(weight), static_cast<size_t>(inputs), static_cast<size_t>(outputs),
+                                   static_cast<size_t>(tokens), static_cast<size_t>(repeats));
+        },
+        "weight"_a, "inputs"_a, "outputs"_a, "tokens"_a, "repeats"_a = 20, "isa"_a = "");
 
   nb::class_<Program>(m, "Program")
       .def("__init__",

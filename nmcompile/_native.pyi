@@ -6,7 +6,7 @@ tiles that attention reads).
 Every argument is checked when its step is added: ValueError names it. Arrays are kept, not copied.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,11 @@ def cpu_features() -> list[str]:
 
 def available_isas() -> list[str]:
     """What this CPU can run, best first, of "avx512vnni", "avxvnni", "avx2", "scalar"."""
+
+def time_products(
+    weight: Mapping[str, Any], inputs: int, outputs: int, tokens: int, repeats: int = 20, isa: str = ""
+) -> float:
+    """Seconds of a linear layer's products alone, on one thread, nothing stored: the least of `repeats`."""
 
 def default_threads() -> int:
     """The number of CPUs this process may run on (its affinity mask)."""

@@ -206,6 +206,10 @@ struct Work {
   size_t width(int buffer) const { return panel_width(run.of(buffer).count, panel); }
 };
 
+// Seconds of the products of a linear layer alone, nothing stored: the least of `repeats`, on one thread.
+double time_products(const std::string& isa, Weight weight, size_t inputs, size_t outputs, size_t tokens,
+                     size_t repeats);
+
 // ---- checks shared by the files that add steps
 [[noreturn]] void fail(const std::string& message);
 void check(bool ok, const char* what, const std::string& problem);

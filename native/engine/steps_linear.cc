@@ -1,7 +1,7 @@
 // Adding and running the linear steps.
 #include <algorithm>
+#include <chrono>
 #include <cmath>
-#include <cstdlib>
 
 #include "activation_table.h"
 #include "program.h"
@@ -26,16 +26,10 @@ struct Packed {
   std::vector<uint32_t> starts;
   std::vector<int32_t> init;
   std::vector<float> scale, bias;
-  std::vector<double> reach;      // [N] the greatest |sum|
   std::unique_ptr<ActivationTable> table;
   std::vector<size_t> shares;     // [strips + 1] maps equal shares of the strips to equal shares of their work
   double work = 0;                // multiply-adds per token
 };
-
-// The greatest |sum| that four weights give with unsigned bytes.
-double size(const int8_t* w) {
-  return 255.0 * (std::abs(w[0]) + std::abs(w[1]) + std::abs(w[2]) + std::abs(w[3]));
-}
 
 // `cost` of each strip, beside a constant part for its epilogue.
 void share_out(Packed& p, const std::vector<size_t>& cost) {
@@ -52,10 +46,12 @@ void pack_dense(Packed& p, int32_t zero) {
   const size_t tiles = (p.outputs + 3) / 4;
   check_array("linear: weight values", p.weight.values, {DType::kI8}, {tiles, p.groups, 4, 4});
   const int8_t* w = p.weight.values.as<int8_t>();
-  for (size_t t = 0; t < tiles; ++t)
-    for (size_t g = 0; g < p.groups; ++g)
-      for (size_t r = 0; r < 4; ++r, w += 4)
-        p.init[t * 4 + r] -= zero * (w[0] + w[1] + w[2] + w[3]), p.reach[t * 4 + r] += size(w);
+  for (size_t t = 0; t < tiles; ++t) {
+    int32_t sums[16] = {};  // of each place in the tiles, which the compiler adds up in vectors
+    for (size_t g = 0; g < p.groups; ++g, w += 16)
+      for (size_t i = 0; i < 16; ++i) sums[i] += w[i];
+    for (size_t i = 0; i < 16; ++i) p.init[t * 4 + i / 4] -= zero * sums[i];
+  }
   p.work = static_cast<double>(p.outputs) * p.groups * 4;
   share_out(p, std::vector<size_t>((p.outputs + 15) / 16, 1));
 }
@@ -76,25 +72,41 @@ void pack_blocks(Packed& p, int32_t zero, bool gather) {
   check(p.starts.front() == 0 && p.starts.back() == blocks, "linear: weight starts",
         "must run from 0 to the number of blocks, " + std::to_string(blocks));
   for (size_t i = 0; i < block_rows; ++i)
-    check(p.starts[i] <= p.starts[i + 1], "linear: weight starts",
-          "must not fall, but does at row " + std::to_string(i));
+    if (p.starts[i] > p.starts[i + 1])
+      fail("linear: weight starts must not fall, but do at row " + std::to_string(i));
   std::vector<size_t> cost((p.outputs + 15) / 16, 0);
   for (size_t i = 0; i < block_rows; ++i) {
     cost[i * rows / 16] += (p.starts[i + 1] - p.starts[i]) * rows;
-    check(p.starts[i + 1] - p.starts[i] <= p.groups, "linear: weight starts",
-          "give row " + std::to_string(i) + " more blocks than there are groups of inputs");
-    for (size_t b = p.starts[i]; b < p.starts[i + 1]; ++b) {
-      for (size_t c = b * each; c < (b + 1) * each; ++c)
-        check(p.columns[c] < limit, "linear: weight columns",
-              "must lie below " + std::to_string(limit) + ", but block " + std::to_string(b) + " has " +
-                  std::to_string(p.columns[c]));
-      const int8_t* w = p.weight.values.as<int8_t>() + b * rows * 4;
-      for (size_t r = 0; r < rows; ++r, w += 4)
-        p.init[i * rows + r] -= zero * (w[0] + w[1] + w[2] + w[3]), p.reach[i * rows + r] += size(w);
-    }
+    if (p.starts[i + 1] - p.starts[i] > p.groups)
+      fail("linear: weight starts give row " + std::to_string(i) + " more blocks than there are groups of inputs");
+    for (size_t c = p.starts[i] * each; c < p.starts[i + 1] * each; ++c)
+      if (p.columns[c] >= limit)
+        fail("linear: weight columns must lie below " + std::to_string(limit) + ", but block " +
+             std::to_string(c / each) + " has " + std::to_string(p.columns[c]));
+    int32_t sums[16] = {};
+    const int8_t* w = p.weight.values.as<int8_t>() + p.starts[i] * rows * 4;
+    for (size_t b = p.starts[i]; b < p.starts[i + 1]; ++b)
+      for (size_t r = 0; r < rows; ++r, w += 4) sums[r] += w[0] + w[1] + w[2] + w[3];
+    for (size_t r = 0; r < rows; ++r) p.init[i * rows + r] = -zero * sums[r];
   }
   p.work = static_cast<double>(blocks) * rows * 4;
   share_out(p, cost);
+}
+
+// Checks the weight and packs what belongs to it; the arguments that follow from it alone.
+LinearArgs pack(Packed& p, int32_t zero) {
+  const std::string& format = p.weight.format;
+  const Form form = format == "dense" ? Form::kDense : format == "gather" ? Form::kGather : Form::kBlocks;
+  check(form != Form::kBlocks || format == "blocks", "linear: weight format",
+        "'" + format + "' is unknown; choose dense, blocks or gather");
+  p.init.assign(round_up(p.outputs, 16), 0);
+  if (form == Form::kDense) p.weight.rows = 0, pack_dense(p, zero);
+  else pack_blocks(p, zero, form == Form::kGather);
+  LinearArgs a{};
+  a.form = form, a.groups = p.groups, a.outputs = p.outputs, a.rows = p.weight.rows;
+  a.values = p.weight.values.as<int8_t>(), a.columns = p.columns.data(), a.starts = p.starts.data();
+  a.init = p.init.data();
+  return a;
 }
 
 // The cheapest epilogue that can give this result, and scale and bias in its unit.
@@ -105,9 +117,9 @@ Epilogue choose_epilogue(Packed& p, Layout layout, int activation, bool residual
   if (!residual && !plain) p.table = activation_table(activation, out.scale, out.zero, &unit);
   if (residual || (!plain && !p.table)) return Epilogue::kGeneral;
   const float factor = unit / out.scale;
-  for (size_t n = 0; n < p.outputs; ++n) {  // int32 must hold what is rounded
-    const double greatest = std::abs(p.scale[n] * factor) * (p.reach[n] + std::abs(double(p.init[n]))) +
-                            std::abs(p.bias[n] * factor) + 256;
+  const double most = 2.0 * 255 * 128 * 4 * static_cast<double>(p.groups);  // |init + sum|
+  for (size_t n = 0; n < p.outputs; ++n) {                                   // int32 must hold what is rounded
+    const double greatest = std::abs(p.scale[n] * factor) * most + std::abs(p.bias[n] * factor) + 256;
     if (!(greatest < 2e9)) return p.table.reset(), Epilogue::kGeneral;
   }
   for (size_t n = 0; n < p.outputs; ++n) {
@@ -143,18 +155,8 @@ void Program::linear(int x, int y, Weight weight, const Array& w_scale, const Ar
   p->weight = std::move(weight);
   p->scale = padded(&w_scale, to.rows, in.scale);
   p->bias = padded(bias, to.rows);
-  p->init.assign(round_up(to.rows, 16), 0);
-  p->reach.assign(round_up(to.rows, 16), 0.0);
-  const std::string& format = p->weight.format;
-  const Form form = format == "dense" ? Form::kDense : format == "gather" ? Form::kGather : Form::kBlocks;
-  check(form != Form::kBlocks || format == "blocks", "linear: weight format",
-        "'" + format + "' is unknown; choose dense, blocks or gather");
-  if (form == Form::kDense) p->weight.rows = 0, pack_dense(*p, in.zero);
-  else pack_blocks(*p, in.zero, form == Form::kGather);
-
-  LinearArgs common{};
-  common.form = form, common.groups = p->groups, common.outputs = p->outputs, common.rows = p->weight.rows;
-  common.values = p->weight.values.as<int8_t>(), common.columns = p->columns.data(), common.starts = p->starts.data();
+  LinearArgs common = pack(*p, in.zero);
+  const Form form = common.form;
   common.activation = act;
   common.store = to.layout == Layout::kF32      ? Store::kFloat
                  : to.layout == Layout::kKeys   ? Store::kKeys
@@ -163,7 +165,7 @@ void Program::linear(int x, int y, Weight weight, const Array& w_scale, const Ar
   common.y_inverse = 1.0f / out.scale, common.y_zero = out.zero;
   common.y_low = to.layout == Layout::kU8 ? 0 : -128, common.y_high = to.layout == Layout::kU8 ? 255 : 127;
   common.epilogue = choose_epilogue(*p, to.layout, act, residual != -1, out);
-  common.init = p->init.data(), common.scale = p->scale.data(), common.bias = p->bias.data();
+  common.scale = p->scale.data(), common.bias = p->bias.data();
   common.table = p->table.get();
   scratch_ = std::max(scratch_, linear_scratch(form, p->weight.rows, p->groups));
 
@@ -182,6 +184,32 @@ void Program::linear(int x, int y, Weight weight, const Array& w_scale, const Ar
     a.scratch = work.scratch;
     work.run.kernels.linear->run(a);
   }});
+}
+
+double time_products(const std::string& isa, Weight weight, size_t inputs, size_t outputs, size_t tokens,
+                     size_t repeats) {
+  check(inputs > 0 && inputs <= kMostInputs, "inputs", "must lie in 1..65536");
+  check(outputs > 0 && outputs <= kMostInputs, "outputs", "must lie in 1..65536");
+  check(tokens > 0 && tokens <= 65536, "tokens", "must lie in 1..65536");
+  Packed p;
+  p.outputs = outputs, p.groups = (inputs + 3) / 4, p.weight = std::move(weight);
+  LinearArgs a = pack(p, 0);
+  const Kernels& kernels = choose_kernels(isa);
+  std::vector<uint8_t> x(p.groups * 4 * lanes(tokens) + 64, 1);
+  std::vector<uint8_t> scratch(linear_scratch(a.form, a.rows, a.groups) + 64);
+  const auto aligned = [](uint8_t* at) { return at + (64 - reinterpret_cast<uintptr_t>(at) % 64) % 64; };
+  a.scratch = aligned(scratch.data());
+  a.epilogue = Epilogue::kSums, a.first = 0, a.last = (outputs + 15) / 16;
+  double best = 1e9;
+  for (size_t i = 0; i < std::max<size_t>(repeats, 1); ++i) {
+    const auto begin = std::chrono::steady_clock::now();
+    for (size_t panel = 0; panel < panels(tokens); ++panel) {
+      a.x = aligned(x.data()) + panel * kPanelTokens * p.groups * 4, a.width = panel_width(tokens, panel);
+      kernels.linear->run(a);
+    }
+    best = std::min(best, std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count());
+  }
+  return best;
 }
 
 void Program::linear_float(int x, int y, const Array& weight, const Array* bias, const std::string& activation,

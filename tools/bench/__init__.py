@@ -1,0 +1,1 @@
+"""Speed next to the runtimes that people use: `python -m tools.bench --help`."""
