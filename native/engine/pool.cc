@@ -20,7 +20,8 @@ inline void pause() {
 #endif
 }
 
-constexpr int kSpins = 3000;  // about 30 us
+constexpr int kSpins = 3000;       // about 30 us, then others may have the core
+constexpr int kIdleSpins = 20000;  // about 250 us: the next run of a busy session comes before, and waking costs some 50
 
 enum State : int { kIdle, kAsleep, kWork };
 
@@ -42,7 +43,7 @@ struct Pool {
     for (;;) {
       int spins = 0;
       while (worker.state.load(std::memory_order_acquire) != kWork) {
-        if (++spins < kSpins) {
+        if (++spins < kIdleSpins) {
           pause();
           continue;
         }

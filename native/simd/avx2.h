@@ -83,21 +83,42 @@ NM_INLINE void store_sum4(int32_t* p, Vi a) {
 }
 NM_INLINE Vi wset(uint32_t a) { return _mm256_set1_epi16(static_cast<int16_t>(a)); }
 NM_INLINE Vi wnarrow(Vi a, Vi b) { return _mm256_packus_epi32(a, b); }
-NM_INLINE Vi wsub(Vi a, Vi b) { return _mm256_sub_epi16(a, b); }
+NM_INLINE Vi wsum(Vi ab) {
+  const Vi zero = _mm256_setzero_si256();
+  return _mm256_add_epi32(_mm256_unpacklo_epi16(ab, zero), _mm256_unpackhi_epi16(ab, zero));
+}
+NM_INLINE Vi wadd(Vi a, Vi b) { return _mm256_add_epi16(a, b); }
 NM_INLINE Vi wmulhi(Vi a, Vi b) { return _mm256_mulhi_epu16(a, b); }
-NM_INLINE Vi waverage(Vi a, Vi b) { return _mm256_avg_epu16(a, b); }
-template <int kBits>
-NM_INLINE Vi wshl(Vi a) { return _mm256_slli_epi16(a, kBits); }
 template <int kBits>
 NM_INLINE Vi wshr(Vi a) { return _mm256_srli_epi16(a, kBits); }
-// AVX2 has no shift by a count per 16 bits: the high half of a * 2^(9 - n). The low byte of that power comes from a
-// table (for n of 16 and more the top bit of n + 0x70 gives zero), the high byte is 2 - n for n = 0 and 1.
-NM_INLINE Vi wshr7(Vi a, Vi n) {
-  const __m256i powers = _mm256_broadcastsi128_si256(
-      _mm_setr_epi8(0, 0, static_cast<char>(128), 64, 32, 16, 8, 4, 2, 1, 0, 0, 0, 0, 0, 0));
-  const __m256i low = _mm256_shuffle_epi8(powers, _mm256_add_epi16(n, wset(0x8070)));
-  const __m256i high = _mm256_slli_epi16(_mm256_subs_epu16(wset(2), n), 8);
-  return _mm256_mulhi_epu16(a, _mm256_or_si256(low, high));
+struct Falling {
+  uint16_t high[4], middle[16], slope, bend;
+};
+struct FallingVectors {
+  Vi high[2], middle[2], slope, bend;  // high and middle: tables of 16 low bytes and of 16 high bytes
+};
+NM_INLINE void load(FallingVectors& to, const Falling& f) {
+  uint8_t bytes[4][16] = {};
+  for (int i = 0; i < 16; ++i) {
+    bytes[0][i] = static_cast<uint8_t>(f.high[i & 3]), bytes[1][i] = static_cast<uint8_t>(f.high[i & 3] >> 8);
+    bytes[2][i] = static_cast<uint8_t>(f.middle[i]), bytes[3][i] = static_cast<uint8_t>(f.middle[i] >> 8);
+  }
+  const auto table = [&](int i) {
+    return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes[i])));
+  };
+  to = {{table(0), table(1)}, {table(2), table(3)}, wset(f.slope), wset(f.bend)};
+}
+// The word that tables of bytes have at the lowest 4 bits of each word of i, which is below 128; an index with its top
+// bit set gives zero.
+NM_INLINE Vi wlookup16(const Vi* bytes, Vi i) {
+  const Vi low = _mm256_shuffle_epi8(bytes[0], _mm256_or_si256(i, wset(0x8000)));
+  return _mm256_or_si256(low, _mm256_shuffle_epi8(bytes[1], _mm256_or_si256(_mm256_slli_epi16(i, 8), wset(0x80))));
+}
+NM_INLINE Vi wfall(const FallingVectors& f, Vi d) {
+  const Vi high = wmulhi(wlookup16(f.high, wshr<14>(d)), wlookup16(f.middle, wshr<10>(d)));
+  const Vi rest = _mm256_and_si256(_mm256_slli_epi16(d, 6), wset(0xfc00));
+  const Vi slope = _mm256_sub_epi16(f.slope, wmulhi(rest, f.bend));
+  return wmulhi(high, _mm256_sub_epi16(wset(65535), wmulhi(rest, slope)));
 }
 // Bytes [a0..a3 b0..b3 c0..c3 d0..d3] of each 128 bits to [a0 b0 c0 d0 a1 ...].
 NM_INLINE Vi by_lane(Vi bytes) {

@@ -36,11 +36,13 @@ struct AttentionKernels {
   void (*run_float)(const AttentionArgs&);
 };
 
-constexpr size_t kKeyBlock = 512;       // keys of an int8 block: the scores of 64 queries take 128 KiB, an L2's share
-constexpr size_t kFloatKeyBlock = 64;   // a panel
+constexpr size_t kKeyBlock = 512;      // keys of an int8 block: the scores of 64 queries take 128 KiB, an L2's share
+constexpr size_t kFloatKeyBlock = 64;  // a panel
 
 // Bytes of scratch a thread needs; the int8 kernel's need covers the float one's.
-//   scores i32 [keys][64], probabilities u8 [keys][64], output f32 [depth][64], rows of 64
-static inline size_t attention_scratch(size_t depth) { return 5 * 64 * kKeyBlock + 4 * 64 * (depth + 16); }
+//   scores i32 [keys][64], probabilities u8 [keys][64], output f32 [depth][64], rows of 64, a sum for each key
+static inline size_t attention_scratch(size_t depth) {
+  return 5 * 64 * kKeyBlock + 4 * 64 * (depth + 16) + 4 * kKeyBlock;
+}
 
 }  // namespace nm
