@@ -15,23 +15,21 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 
 from nmcompile.errors import InputError, NmcompileError
+from nmcompile.json_process import Json, JsonProcess
 from nmcompile.made_up import limits, made_up
 from nmcompile.tensorinfo import TensorInfo
 
 Arrays = dict[str, np.ndarray]
-Json = dict[str, Any]
 Progress = Callable[[str, int, int], None]  # (what, done, total)
 
 PLAN_START = b"PK"  # a plan is a zip archive
@@ -182,55 +180,23 @@ def peak_memory() -> int:
 # ---- the parent --------------------------------------------------------------------------------------------
 
 
-class Worker:
+class Worker(JsonProcess):
     """A worker process with its model open."""
 
     def __init__(self, model: str, threads: int | None) -> None:
         self.model = model
-        self.process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "nmcompile.bench"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
+        super().__init__([sys.executable, "-P", "-m", "nmcompile.bench"])
         try:
             self.facts = self.ask(do="open", model=model, threads=threads)
         except BaseException:
             self.close()
             raise
 
-    def ask(self, **request: object) -> Json:
-        assert self.process.stdin is not None and self.process.stdout is not None
-        try:
-            self.process.stdin.write(json.dumps(request) + "\n")
-            self.process.stdin.flush()
-            line = self.process.stdout.readline()
-        except BrokenPipeError:
-            line = ""
-        if not line:
-            code = self.process.wait()
-            why = f"was killed by signal {-code}" if code < 0 else f"ended with status {code}"
-            raise NmcompileError(f"the process that measures {self.model} {why}; was there enough memory?")
-        answer: Json = json.loads(line)
-        if "error" in answer:
-            raise InputError(str(answer["error"]))
-        return answer
+    def refused(self, message: str) -> NmcompileError:
+        return InputError(message)
 
-    def close(self) -> None:
-        """End the process."""
-        self.process.kill()
-        self.process.wait()
-        for stream in (self.process.stdin, self.process.stdout):
-            if stream is not None:
-                try:
-                    stream.close()
-                except BrokenPipeError:
-                    continue
-
-    def __enter__(self) -> Worker:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+    def ended(self, why: str) -> NmcompileError:
+        return NmcompileError(f"the process that measures {self.model} {why}; was there enough memory?")
 
 
 @dataclass(frozen=True)

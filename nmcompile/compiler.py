@@ -25,6 +25,7 @@ from nmcompile.calibrate import Calibration, Data, open_data
 from nmcompile.calibrate.sources import Source
 from nmcompile.compare import Comparison, Difference, real_tokens
 from nmcompile.errors import NmcompileError, PassError, UnsupportedError
+from nmcompile.files import write
 from nmcompile.passes import (
     BlockPrune,
     CanonicaliseEmbeddings,
@@ -277,7 +278,7 @@ def compile(
             sizes=sizes,
         )
         if report is not None:
-            _write_text(Path(report), json.dumps(result.to_json(), indent=1) + "\n")
+            write(Path(report), json.dumps(result.to_json(), indent=1) + "\n")
         if partial is not None and output is not None:
             os.replace(partial, output)
     return result
@@ -364,11 +365,3 @@ def _check_path(path: str | os.PathLike[str] | None, model: Model) -> None:
         raise NmcompileError(f"cannot write {path}: the folder {folder} is not writable; choose another")
 
 
-def _write_text(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_text(text)
-        os.replace(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise NmcompileError(f"cannot write {path}: {error.strerror or error}") from None

@@ -28,6 +28,7 @@ import nmcompile
 from nmcompile import graph as g
 from nmcompile.compiler import canonical_passes
 from nmcompile.errors import NmcompileError
+from nmcompile.files import write
 from nmcompile.made_up import made_up
 from nmcompile.pipeline import Pass, Report
 
@@ -76,10 +77,10 @@ def record(model: str | os.PathLike[str], folder: str | os.PathLike[str], **comp
         target.mkdir(parents=True, exist_ok=True)
         for stage in STAGES:
             if stage in texts:
-                _write(target / f"{stage}.txt", texts[stage])
+                write(target / f"{stage}.txt", texts[stage])
             else:
                 (target / f"{stage}.txt").unlink(missing_ok=True)
-        _write(target / FACTS, json.dumps({"tolerance": dict(TOLERANCE), **asdict(facts)}, indent=1) + "\n")
+        write(target / FACTS, json.dumps({"tolerance": dict(TOLERANCE), **asdict(facts)}, indent=1) + "\n")
     except OSError as error:
         why = error.strerror or error
         raise NmcompileError(f"cannot write the baseline {target}: {why}; give another folder") from None
@@ -154,12 +155,6 @@ def machine(isa: str, threads: int) -> str:
     """What the last bits of floats may depend on."""
     packages = ", ".join(f"{name} {version(name)}" for name in ("numpy", "onnx", "onnxruntime"))
     return f"nmcompile {nmcompile.__version__}, {packages}, {platform.machine()} {isa}, {threads} threads"
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, "utf-8")
-    os.replace(partial, path)
 
 
 def _read(target: Path) -> tuple[dict[str, str], Facts, Mapping[str, float]]:

@@ -8,6 +8,10 @@ namespace {
 // Nanoseconds until the last of `members` threads knows that all have come.
 double barrier(size_t members) { return members < 2 ? 0.0 : 150.0 + 40.0 * static_cast<double>(members); }
 
+// Nanoseconds until the other threads work at all: waking sleeping ones takes some 50 us, spinning ones are there at
+// once, and which it will be is not known when the schedule is made.
+double wake(size_t threads) { return threads < 2 ? 0.0 : 20e3; }
+
 // One panel taken by a team.
 double panel_time(const std::vector<StepCost>& steps, size_t width, size_t members) {
   double total = 0;
@@ -56,6 +60,7 @@ Forecast forecast(const std::vector<std::vector<StepCost>>& costs, const std::ve
   for (size_t count = 1; count <= threads; count = count < threads ? std::min(count * 2, threads) : count + 1) {
     Forecast here;
     here.threads = count;
+    here.shared = wake(count);
     for (size_t phase = 0; phase < costs.size(); ++phase) {
       double time = 0;
       here.turns.push_back(share_panels(costs[phase], tokens[phase], count, &time));

@@ -31,7 +31,7 @@ void check_score_scale(const char* what, float scale) {
 
 // The heads of a share, for the queries of one panel. The cost of a token is that of 128 keys.
 Body attention_body(AttentionArgs common, int q, int k, int v, int y, bool bytes) {
-  return {0.02 * 128 * common.rows * (bytes ? 1.0 : 3.0), common.heads, [=](const Work& work) {
+  return {0.01 * 128 * common.rows * (bytes ? 1.0 : 6.0), common.heads, [=](const Work& work) {
             const Tokens& t = work.run.of(q);
             AttentionArgs a = common;
             a.q = work.own<uint8_t>(q), a.y = work.own<uint8_t>(y);

@@ -65,12 +65,6 @@ NM_INLINE void store_bytes(void* p, Vi a) {
   const __m128i both = _mm_unpacklo_epi32(_mm256_castsi256_si128(b), _mm256_extracti128_si256(b, 1));
   _mm_storel_epi64(static_cast<__m128i*>(p), both);
 }
-
-}  // namespace
-
-// ---- for the fused attention: sums over groups of lanes, 16-bit arithmetic, packing to bytes
-namespace {
-
 NM_INLINE Vi imin(Vi a, Vi b) { return _mm256_min_epi32(a, b); }
 NM_INLINE Vi ishr_each(Vi a, Vi n) { return _mm256_srlv_epi32(a, n); }
 NM_INLINE Vi ishl_each(Vi a, Vi n) { return _mm256_sllv_epi32(a, n); }
@@ -80,54 +74,6 @@ NM_INLINE Vi iload4(const void* p) {
 NM_INLINE void store_sum4(int32_t* p, Vi a) {
   const __m128i sum = _mm_add_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), sum);
-}
-NM_INLINE Vi wset(uint32_t a) { return _mm256_set1_epi16(static_cast<int16_t>(a)); }
-NM_INLINE Vi wnarrow(Vi a, Vi b) { return _mm256_packus_epi32(a, b); }
-NM_INLINE Vi wsum(Vi ab) {
-  const Vi zero = _mm256_setzero_si256();
-  return _mm256_add_epi32(_mm256_unpacklo_epi16(ab, zero), _mm256_unpackhi_epi16(ab, zero));
-}
-NM_INLINE Vi wadd(Vi a, Vi b) { return _mm256_add_epi16(a, b); }
-NM_INLINE Vi wmulhi(Vi a, Vi b) { return _mm256_mulhi_epu16(a, b); }
-template <int kBits>
-NM_INLINE Vi wshr(Vi a) { return _mm256_srli_epi16(a, kBits); }
-struct Falling {
-  uint16_t high[4], middle[16], slope, bend;
-};
-struct FallingVectors {
-  Vi high[2], middle[2], slope, bend;  // high and middle: tables of 16 low bytes and of 16 high bytes
-};
-NM_INLINE void load(FallingVectors& to, const Falling& f) {
-  uint8_t bytes[4][16] = {};
-  for (int i = 0; i < 16; ++i) {
-    bytes[0][i] = static_cast<uint8_t>(f.high[i & 3]), bytes[1][i] = static_cast<uint8_t>(f.high[i & 3] >> 8);
-    bytes[2][i] = static_cast<uint8_t>(f.middle[i]), bytes[3][i] = static_cast<uint8_t>(f.middle[i] >> 8);
-  }
-  const auto table = [&](int i) {
-    return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes[i])));
-  };
-  to = {{table(0), table(1)}, {table(2), table(3)}, wset(f.slope), wset(f.bend)};
-}
-// The word that tables of bytes have at the lowest 4 bits of each word of i, which is below 128; an index with its top
-// bit set gives zero.
-NM_INLINE Vi wlookup16(const Vi* bytes, Vi i) {
-  const Vi low = _mm256_shuffle_epi8(bytes[0], _mm256_or_si256(i, wset(0x8000)));
-  return _mm256_or_si256(low, _mm256_shuffle_epi8(bytes[1], _mm256_or_si256(_mm256_slli_epi16(i, 8), wset(0x80))));
-}
-NM_INLINE Vi wfall(const FallingVectors& f, Vi d) {
-  const Vi high = wmulhi(wlookup16(f.high, wshr<14>(d)), wlookup16(f.middle, wshr<10>(d)));
-  const Vi rest = _mm256_and_si256(_mm256_slli_epi16(d, 6), wset(0xfc00));
-  const Vi slope = _mm256_sub_epi16(f.slope, wmulhi(rest, f.bend));
-  return wmulhi(high, _mm256_sub_epi16(wset(65535), wmulhi(rest, slope)));
-}
-// Bytes [a0..a3 b0..b3 c0..c3 d0..d3] of each 128 bits to [a0 b0 c0 d0 a1 ...].
-NM_INLINE Vi by_lane(Vi bytes) {
-  const __m128i order = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-  return _mm256_shuffle_epi8(bytes, _mm256_broadcastsi128_si256(order));
-}
-NM_INLINE Vi wbytes(Vi ab, Vi cd) { return by_lane(_mm256_packus_epi16(ab, cd)); }
-NM_INLINE Vi pack4(Vi a, Vi b, Vi c, Vi d) {
-  return by_lane(_mm256_packus_epi16(_mm256_packs_epi32(a, b), _mm256_packs_epi32(c, d)));
 }
 
 }  // namespace

@@ -50,12 +50,6 @@ NM_INLINE Vi dword(const void* p) {
 }
 NM_INLINE Vi dot(Vi acc, Vi x, Vi w) { return _mm512_dpbusd_epi32(acc, x, w); }
 NM_INLINE void store_bytes(void* p, Vi a) { _mm_storeu_si128(static_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a)); }
-
-}  // namespace
-
-// ---- for the fused attention: sums over groups of lanes, 16-bit arithmetic, packing to bytes
-namespace {
-
 NM_INLINE Vi imin(Vi a, Vi b) { return _mm512_min_epi32(a, b); }
 NM_INLINE Vi ishr_each(Vi a, Vi n) { return _mm512_srlv_epi32(a, n); }
 NM_INLINE Vi ishl_each(Vi a, Vi n) { return _mm512_sllv_epi32(a, n); }
@@ -66,43 +60,6 @@ NM_INLINE void store_sum4(int32_t* p, Vi a) {
   const __m256i half = _mm256_add_epi32(_mm512_castsi512_si256(a), _mm512_extracti64x4_epi64(a, 1));
   const __m128i sum = _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), sum);
-}
-NM_INLINE Vi wset(uint32_t a) { return _mm512_set1_epi16(static_cast<int16_t>(a)); }
-NM_INLINE Vi wnarrow(Vi a, Vi b) { return _mm512_packus_epi32(a, b); }
-NM_INLINE Vi wsum(Vi ab) {
-  const Vi zero = _mm512_setzero_si512();
-  return _mm512_add_epi32(_mm512_unpacklo_epi16(ab, zero), _mm512_unpackhi_epi16(ab, zero));
-}
-NM_INLINE Vi wadd(Vi a, Vi b) { return _mm512_add_epi16(a, b); }
-NM_INLINE Vi wmulhi(Vi a, Vi b) { return _mm512_mulhi_epu16(a, b); }
-template <int kBits>
-NM_INLINE Vi wshr(Vi a) { return _mm512_srli_epi16(a, kBits); }
-struct Falling {
-  uint16_t high[4], middle[16], slope, bend;
-};
-struct FallingVectors {  // tables of 64 words
-  Vi high[2], low[2];
-};
-NM_INLINE void load(FallingVectors& to, const Falling& f) {
-  uint16_t high[64], low[64];
-  for (uint32_t i = 0; i < 64; ++i) {
-    high[i] = static_cast<uint16_t>(uint32_t{f.high[i >> 4]} * f.middle[i & 15] >> 16);
-    low[i] = static_cast<uint16_t>(65535 - ((i << 10) * (f.slope - ((i << 10) * f.bend >> 16)) >> 16));
-  }
-  to = {{iload(high), iload(high + 32)}, {iload(low), iload(low + 32)}};
-}
-NM_INLINE Vi wfall(const FallingVectors& f, Vi d) {  // a lookup takes the lowest 6 bits of its index
-  return wmulhi(_mm512_permutex2var_epi16(f.high[0], wshr<10>(d), f.high[1]),
-                _mm512_permutex2var_epi16(f.low[0], wshr<4>(d), f.low[1]));
-}
-// Bytes [a0..a3 b0..b3 c0..c3 d0..d3] of each 128 bits to [a0 b0 c0 d0 a1 ...].
-NM_INLINE Vi by_lane(Vi bytes) {
-  const __m128i order = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-  return _mm512_shuffle_epi8(bytes, _mm512_broadcast_i32x4(order));
-}
-NM_INLINE Vi wbytes(Vi ab, Vi cd) { return by_lane(_mm512_packus_epi16(ab, cd)); }
-NM_INLINE Vi pack4(Vi a, Vi b, Vi c, Vi d) {
-  return by_lane(_mm512_packus_epi16(_mm512_packs_epi32(a, b), _mm512_packs_epi32(c, d)));
 }
 
 }  // namespace

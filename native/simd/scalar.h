@@ -80,32 +80,8 @@ NM_INLINE Vi dot(Vi acc, Vi x, Vi w) {
 NM_INLINE void store_bytes(void* p, Vi a) {
   for (int l = 0; l < kLanes; ++l) static_cast<uint8_t*>(p)[l] = static_cast<uint8_t>(a.v[l]);
 }
-
-}  // namespace
-
-// ---- for the fused attention: sums over groups of lanes, 16-bit arithmetic, packing to bytes
-//
 // imin is the signed minimum; ishr_each and ishl_each shift each lane, logically, by 0..31. iload4 fills the first four
 // lanes and zeroes the rest. store_sum4 stores four sums, the i-th of the lanes l = i (mod 4).
-//
-// w* work on 16-bit halves of lanes, unsigned: wnarrow(a, b) saturates the lanes of two vectors of signed int32 to
-// 0..65535. Which half of which lane a value lands in is the ISA's business: wsum adds a lane's value of a to that of
-// b, wbytes(ab, cd) puts the low bytes of a, b, c and d (values below 256) into each lane, a lowest. wadd wraps, wmulhi
-// is the high half of the product. wfall(f, d) is a falling curve of the upper 12 bits of d: falling_high of the first
-// 6 times falling_low of the rest, by whatever way is short on the ISA. pack4 puts four int32, clamped to 0..255, into
-// each lane.
-namespace {
-
-#define NM_HALF(a, l, h) ((static_cast<uint32_t>((a).v[l]) >> (16 * (h))) & 0xffffu)
-#define NM_HALVES(expression)                                               \
-  Vi r;                                                                     \
-  for (int l = 0; l < kLanes; ++l) {                                        \
-    uint32_t both = 0;                                                      \
-    for (int h = 0; h < 2; ++h) both |= ((expression) & 0xffffu) << 16 * h; \
-    r.v[l] = static_cast<int32_t>(both);                                    \
-  }                                                                         \
-  return r
-
 NM_INLINE Vi imin(Vi a, Vi b) { Vi r; NM_EACH(a.v[l] < b.v[l] ? a.v[l] : b.v[l]); }
 NM_INLINE Vi ishr_each(Vi a, Vi n) { Vi r; NM_EACH(NM_WRAP(a.v[l], >>, n.v[l])); }
 NM_INLINE Vi ishl_each(Vi a, Vi n) { Vi r; NM_EACH(NM_WRAP(a.v[l], <<, n.v[l])); }
@@ -119,38 +95,6 @@ NM_INLINE void store_sum4(int32_t* p, Vi a) {
     p[i] = 0;
     for (int l = i; l < kLanes; l += 4) p[i] = NM_WRAP(p[i], +, a.v[l]);
   }
-}
-NM_INLINE int32_t clamped(int32_t a, int32_t high) { return a < 0 ? 0 : a > high ? high : a; }
-NM_INLINE Vi wset(uint32_t a) { NM_HALVES(a); }
-NM_INLINE Vi wnarrow(Vi a, Vi b) { NM_HALVES(static_cast<uint32_t>(clamped((h ? b : a).v[l], 65535))); }
-NM_INLINE Vi wsum(Vi ab) { Vi r; NM_EACH(static_cast<int32_t>(NM_HALF(ab, l, 0) + NM_HALF(ab, l, 1))); }
-NM_INLINE Vi wbytes(Vi ab, Vi cd) {
-  Vi r;
-  NM_EACH(static_cast<int32_t>((NM_HALF(ab, l, 0) & 0xff) | (NM_HALF(ab, l, 1) & 0xff) << 8 |
-                               (NM_HALF(cd, l, 0) & 0xff) << 16 | (NM_HALF(cd, l, 1) & 0xff) << 24));
-}
-NM_INLINE Vi wadd(Vi a, Vi b) { NM_HALVES(NM_HALF(a, l, h) + NM_HALF(b, l, h)); }
-NM_INLINE Vi wmulhi(Vi a, Vi b) { NM_HALVES(NM_HALF(a, l, h) * NM_HALF(b, l, h) >> 16); }
-template <int kBits>
-NM_INLINE Vi wshr(Vi a) { NM_HALVES(NM_HALF(a, l, h) >> kBits); }
-struct Falling {
-  uint16_t high[4], middle[16], slope, bend;
-};
-NM_INLINE uint32_t falling_high(const Falling& f, uint32_t i) {
-  return uint32_t{f.high[i >> 4]} * f.middle[i & 15] >> 16;
-}
-NM_INLINE uint32_t falling_low(const Falling& f, uint32_t i) {
-  return 65535 - ((i << 10) * (f.slope - ((i << 10) * f.bend >> 16)) >> 16);
-}
-using FallingVectors = Falling;
-NM_INLINE void load(FallingVectors& to, const Falling& from) { to = from; }
-NM_INLINE Vi wfall(const FallingVectors& f, Vi d) {
-  NM_HALVES(falling_high(f, NM_HALF(d, l, h) >> 10) * falling_low(f, NM_HALF(d, l, h) >> 4 & 63) >> 16);
-}
-NM_INLINE Vi pack4(Vi a, Vi b, Vi c, Vi d) {
-  Vi r;
-  NM_EACH(clamped(a.v[l], 255) | clamped(b.v[l], 255) << 8 | clamped(c.v[l], 255) << 16 |
-          static_cast<int32_t>(static_cast<uint32_t>(clamped(d.v[l], 255)) << 24));
 }
 
 }  // namespace

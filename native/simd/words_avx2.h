@@ -4,7 +4,7 @@
 
 namespace {
 
-NM_INLINE Vi hset(int16_t a) { return _mm256_set1_epi16(a); }
+NM_INLINE Vi hset(int a) { return _mm256_set1_epi16(static_cast<int16_t>(a)); }
 NM_INLINE Vi hadd(Vi a, Vi b) { return _mm256_add_epi16(a, b); }
 NM_INLINE Vi hadds(Vi a, Vi b) { return _mm256_adds_epi16(a, b); }
 NM_INLINE Vi hmax(Vi a, Vi b) { return _mm256_max_epi16(a, b); }
@@ -17,8 +17,13 @@ template <int kBits>
 NM_INLINE Vi hshr(Vi a) { return _mm256_srli_epi16(a, kBits); }
 NM_INLINE Vi hsra(Vi a, int bits) { return _mm256_sra_epi16(a, _mm_cvtsi32_si128(bits)); }
 NM_INLINE Vi hpack(Vi a, Vi b) { return _mm256_packs_epi32(a, b); }
+NM_INLINE Vi hpack_unsigned(Vi a, Vi b) { return _mm256_packus_epi32(a, b); }
 NM_INLINE Vi bpack(Vi a, Vi b) { return _mm256_packs_epi16(a, b); }
 NM_INLINE Vi bpack_unsigned(Vi a, Vi b) { return _mm256_packus_epi16(a, b); }
+NM_INLINE Vi hsum(Vi ab) {
+  const Vi zero = _mm256_setzero_si256();
+  return iadd(_mm256_unpacklo_epi16(ab, zero), _mm256_unpackhi_epi16(ab, zero));
+}
 NM_INLINE Vi transpose_bytes(Vi a) {
   const __m128i turn = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
   return _mm256_shuffle_epi8(a, _mm256_broadcastsi128_si256(turn));

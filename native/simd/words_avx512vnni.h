@@ -4,7 +4,7 @@
 
 namespace {
 
-NM_INLINE Vi hset(int16_t a) { return _mm512_set1_epi16(a); }
+NM_INLINE Vi hset(int a) { return _mm512_set1_epi16(static_cast<int16_t>(a)); }
 NM_INLINE Vi hadd(Vi a, Vi b) { return _mm512_add_epi16(a, b); }
 NM_INLINE Vi hadds(Vi a, Vi b) { return _mm512_adds_epi16(a, b); }
 NM_INLINE Vi hmax(Vi a, Vi b) { return _mm512_max_epi16(a, b); }
@@ -17,8 +17,13 @@ template <int kBits>
 NM_INLINE Vi hshr(Vi a) { return _mm512_srli_epi16(a, kBits); }
 NM_INLINE Vi hsra(Vi a, int bits) { return _mm512_sra_epi16(a, _mm_cvtsi32_si128(bits)); }
 NM_INLINE Vi hpack(Vi a, Vi b) { return _mm512_packs_epi32(a, b); }
+NM_INLINE Vi hpack_unsigned(Vi a, Vi b) { return _mm512_packus_epi32(a, b); }
 NM_INLINE Vi bpack(Vi a, Vi b) { return _mm512_packs_epi16(a, b); }
 NM_INLINE Vi bpack_unsigned(Vi a, Vi b) { return _mm512_packus_epi16(a, b); }
+NM_INLINE Vi hsum(Vi ab) {
+  const Vi zero = _mm512_setzero_si512();
+  return iadd(_mm512_unpacklo_epi16(ab, zero), _mm512_unpackhi_epi16(ab, zero));
+}
 NM_INLINE Vi transpose_bytes(Vi a) {
   const __m128i turn = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
   return _mm512_shuffle_epi8(a, _mm512_broadcast_i32x4(turn));

@@ -5,7 +5,7 @@
 namespace {
 
 // A vector is also 128-bit blocks of 8 words or 16 bytes; packing stays inside them, as on x86: hpack gives [4 of a]
-// [4 of b] in each block, saturated to int16, bpack [8 of a][8 of b] saturated to int8 (bpack_unsigned: to 0..255).
+// [4 of b] in each block, saturated to int16 (hpack_unsigned: to 0..65535), bpack [8 of a][8 of b] saturated to int8 (bpack_unsigned: to 0..255).
 // hadds saturates, hadd wraps; hmul_round is the product over 2^15, rounded; hmin and hmulhi_unsigned, the high half of
 // the product, take words as unsigned. transpose_bytes turns [4][4] bytes of each block to [4][4] the other way.
 #define NM_WORDS(expression)                                                       \
@@ -16,7 +16,7 @@ namespace {
   __builtin_memcpy(r.v, x, sizeof x);                                              \
   return r
 NM_INLINE int32_t clamp(int32_t v, int32_t low, int32_t high) { return v < low ? low : v > high ? high : v; }
-NM_INLINE Vi hset(int16_t a) { return iset(static_cast<int32_t>(static_cast<uint16_t>(a) * 0x10001u)); }
+NM_INLINE Vi hset(int a) { return iset(static_cast<int32_t>(static_cast<uint16_t>(a) * 0x10001u)); }
 NM_INLINE Vi hadd(Vi a, Vi b) { NM_WORDS(x[l] + y[l]); }
 NM_INLINE Vi hadds(Vi a, Vi b) { NM_WORDS(clamp(x[l] + y[l], -32768, 32767)); }
 NM_INLINE Vi hmax(Vi a, Vi b) { NM_WORDS(x[l] > y[l] ? x[l] : y[l]); }
@@ -30,14 +30,25 @@ NM_INLINE Vi hshl(Vi a, int bits) { const Vi b = a; NM_WORDS(static_cast<uint16_
 template <int kBits>
 NM_INLINE Vi hshr(Vi a) { const Vi b = a; NM_WORDS(static_cast<uint16_t>(y[l]) >> kBits); }
 NM_INLINE Vi hsra(Vi a, int bits) { const Vi b = a; NM_WORDS(y[l] >> bits); }
-NM_INLINE Vi hpack(Vi a, Vi b) {
+template <int kLow, int kHigh>
+NM_INLINE Vi hpack_to(Vi a, Vi b) {
   Vi r;
-  int16_t out[2 * kLanes];
+  uint16_t out[2 * kLanes];
   for (int l = 0; l < kLanes; ++l) {
-    out[l / 4 * 8 + l % 4] = static_cast<int16_t>(clamp(a.v[l], -32768, 32767));
-    out[l / 4 * 8 + 4 + l % 4] = static_cast<int16_t>(clamp(b.v[l], -32768, 32767));
+    out[l / 4 * 8 + l % 4] = static_cast<uint16_t>(clamp(a.v[l], kLow, kHigh));
+    out[l / 4 * 8 + 4 + l % 4] = static_cast<uint16_t>(clamp(b.v[l], kLow, kHigh));
   }
   __builtin_memcpy(r.v, out, sizeof out);
+  return r;
+}
+NM_INLINE Vi hpack(Vi a, Vi b) { return hpack_to<-32768, 32767>(a, b); }
+NM_INLINE Vi hpack_unsigned(Vi a, Vi b) { return hpack_to<0, 65535>(a, b); }
+// Lane l of a plus lane l of b, of the words that hpack_unsigned gave.
+NM_INLINE Vi hsum(Vi ab) {
+  Vi r;
+  uint16_t x[2 * kLanes];
+  __builtin_memcpy(x, ab.v, sizeof x);
+  for (int l = 0; l < kLanes; ++l) r.v[l] = x[l / 4 * 8 + l % 4] + x[l / 4 * 8 + 4 + l % 4];
   return r;
 }
 template <int kLow, int kHigh>

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,8 @@ import numpy as np
 
 from nmcompile.cli import terminal
 from nmcompile.cli.bench import Shape
-from nmcompile.errors import InputError, NmcompileError, UnsupportedError
+from nmcompile.errors import InputError, UnsupportedError
+from nmcompile.files import write
 
 if TYPE_CHECKING:
     from nmcompile.backends.cpu.session import Session
@@ -297,13 +297,3 @@ def _plot(path: Path | None, profiles: Sequence[Profile], titles: Sequence[str],
     return b"" if path is None else draw(profiles, titles, machine, path.suffix.lower().lstrip("."))
 
 
-def write(path: Path, content: bytes) -> None:
-    """All of the file or nothing."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_bytes(content)
-        os.replace(partial, path)
-    except OSError as error:
-        raise NmcompileError(f"cannot write {path}: {error.strerror or error}") from None
-    finally:
-        partial.unlink(missing_ok=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import zipfile
 from pathlib import Path
 
@@ -10,7 +9,8 @@ import click
 import numpy as np
 
 from nmcompile.cli import terminal
-from nmcompile.errors import InputError, NmcompileError
+from nmcompile.errors import InputError
+from nmcompile.files import replacing
 
 HELP = """Run a plan on inputs from a .npz file, one array per input of the model.
 
@@ -61,12 +61,5 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
 
 def write_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
     """All of the file or nothing."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with partial.open("wb") as stream:
-            np.savez(stream, **arrays)  # type: ignore[arg-type]  # numpy has an option between the arrays
-        os.replace(partial, path)
-    except OSError as error:
-        raise NmcompileError(f"cannot write {path}: {error.strerror or error}") from None
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(path) as partial, partial.open("wb") as stream:
+        np.savez(stream, **arrays)  # type: ignore[arg-type]  # numpy has an option between the arrays

@@ -1,6 +1,7 @@
 #include "attention.h"
 
 #include "../../simd/avx512vnni.h"
+#include "../../simd/falling_avx512vnni.h"
 #include "../../simd/math.inc"
 
 #include "attention.inc"

@@ -1,6 +1,7 @@
 #include "attention.h"
 
 #include "../../simd/avxvnni.h"
+#include "../../simd/falling_avx2.h"
 #include "../../simd/math.inc"
 
 #include "attention.inc"

@@ -1,6 +1,7 @@
 #include "attention.h"
 
 #include "../../simd/scalar.h"
+#include "../../simd/falling_scalar.h"
 #include "../../simd/math.inc"
 
 #include "attention.inc"

@@ -24,7 +24,8 @@ import numpy as np
 from nmcompile import _native
 from nmcompile.backends.cpu import measure
 from nmcompile.backends.cpu.pack import BLOCKS, DENSE, FLOAT, GATHERS, QUANTIZE, Kind, cheapest, fills, least, predicted
-from nmcompile.errors import InputError
+from nmcompile.errors import InputError, NmcompileError
+from nmcompile.files import write
 
 VERSION = 1
 TOKENS = 128
@@ -110,14 +111,8 @@ class Table:
         return json.dumps(content, indent=1) + "\n"
 
     def save(self, path: Path) -> None:
-        """Write the table, whole or not at all. OSError where that cannot be."""
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        try:
-            partial.write_text(self.to_json())
-            os.replace(partial, path)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
+        """Write the table, whole or not at all. NmcompileError where that cannot be."""
+        write(path, self.to_json())
 
 
 def read_table(path: Path) -> Table:
@@ -281,14 +276,11 @@ def open_tuner(source: str | os.PathLike[str] | None) -> Tuner | None:
 def keep(tuner: Tuner, source: str | os.PathLike[str] | None) -> list[str]:
     """Store what was measured for the next time, and in the file that was asked for; notes on what is worth knowing.
 
-    InputError when that file cannot be written; a cache that cannot be is a note.
+    NmcompileError when that file cannot be written; a cache that cannot be is a note.
     """
     notes = []
     if tuner.measures and source is not None:
-        try:
-            tuner.table.save(Path(source))
-        except OSError as error:
-            raise InputError(f"cannot write the tuning table {source}: {error.strerror or error}") from None
+        tuner.table.save(Path(source))
     elif source is not None:
         notes.append(f"kernels chosen by {source}, measured on {tuner.table.cpu} ({tuner.table.isa})")
     if tuner.untimed:
@@ -299,8 +291,8 @@ def keep(tuner: Tuner, source: str | os.PathLike[str] | None) -> list[str]:
         if tuner.changed:
             path.parent.mkdir(parents=True, exist_ok=True)
             tuner.table.save(path)
-    except OSError as error:
+    except (OSError, NmcompileError) as error:
         if source is None:
-            notes.append(f"kernel times were not kept: {path} cannot be written ({error.strerror or error}); "
+            notes.append(f"kernel times were not kept ({error}); "
                          "give --tuning FILE to keep them elsewhere")  # fmt: skip
     return notes
