@@ -5,125 +5,40 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TypeAlias
 
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-import nmcompile
 from nmcompile import graph as g
 from nmcompile import sparsity as sp
-from nmcompile.backends.cpu.lower import lower
-from nmcompile.backends.cpu.tuning import by_cost_model, keep, open_tuner
+from nmcompile.backends.cpu.tuning import keep, open_tuner
 from nmcompile.calibrate import Calibration, Data, open_data
 from nmcompile.calibrate.sources import Source
 from nmcompile.compare import Comparison, Difference, real_tokens
+from nmcompile.control import Noise, hold, layer_noise, worst_first
 from nmcompile.errors import NmcompileError, PassError, UnsupportedError
 from nmcompile.files import write
-from nmcompile.passes import (
-    BlockPrune,
-    CanonicaliseEmbeddings,
-    CanonicaliseLinear,
-    ExpandFused,
-    FoldConstants,
-    FuseAttention,
-    FuseGelu,
-    FuseLayerNorm,
-    InsertQdq,
-    MagnitudePrune,
-    NMPrune,
-    RaiseOpset,
-    SimplifyShapes,
-    SmoothActivations,
-    WidenFloats,
-)
-from nmcompile.pipeline import Observer, Pass, Pipeline, Report
-from nmcompile.plan import write_plan
+from nmcompile.job import Job
+from nmcompile.metrics import Limit, parse_limit
+from nmcompile.pipeline import Observer, Pass, Report
+from nmcompile.recipes import PRESETS, TARGETS, Preset, pruning_passes
 from nmcompile.session import load
-from nmcompile.spec import parse_spec, spec
+from nmcompile.spec import parse_spec
 
 Model: TypeAlias = "str | os.PathLike[str] | onnx.ModelProto | gs.Graph"
 Progress = Callable[[str, int, int], None]  # (what, done, total)
 
 
-@dataclass(frozen=True)
-class Preset:
-    """How much time the compiler may spend: how activation ranges are clipped, on how many samples."""
-
-    clip: str
-    limit: int
-
-
-PRESETS: Mapping[str, Preset] = {
-    "default": Preset(clip="mse", limit=128),
-    "fast": Preset(clip="min-max", limit=32),
-}
-
-
-# ---- the passes, target by target ------------------------------------------------------------------------------
-
-
-def canonical_passes() -> list[Pass]:
-    """From any exporter's graph to few operators; every one of them keeps what the graph computes."""
-    return [
-        RaiseOpset(),  # first: one version of each operator for all that follows
-        ExpandFused(),  # before shapes are simplified: a fused node hides them
-        WidenFloats(),
-        FoldConstants(),  # transposed weights, masks of fixed size
-        SimplifyShapes(),  # needs folded constants to see fixed sizes
-        FoldConstants(),  # sizes that have just become constant
-        CanonicaliseLinear(),
-        FuseLayerNorm(),
-        FuseGelu(),
-        FuseAttention(),  # after linear: merged projections must be linear layers before they are taken apart
-        CanonicaliseLinear(),  # the product after attention has lost the reshapes that hid it
-        CanonicaliseEmbeddings(),
-    ]
-
-
-def cpu_passes(preset: Preset, pruning: Iterable[Pass], attention: str = "int8") -> list[Pass]:
-    """The CPU recipe: canonical form, pruning, then quantization of what is left."""
-    return [
-        *canonical_passes(),
-        *pruning,
-        SmoothActivations(),  # of the pruned model: what is left of the weights takes the outliers
-        # last: ranges are those of the smoothed model
-        InsertQdq(activations="uint8", clip=preset.clip, attention=attention),
-    ]
-
-
-def tensorrt_passes(preset: Preset, pruning: Iterable[Pass], attention: str = "int8") -> list[Pass]:
-    """The TensorRT recipe: symmetric int8 activations."""
-    quantize = InsertQdq(activations="int8", clip=preset.clip, attention=attention)
-    return [*canonical_passes(), *pruning, SmoothActivations(), quantize]
-
-
 DEFAULT_TUNING: str | None = None  # what compile(tuning=None) means; a test run sets "off" and never times
-
-TARGETS = {"cpu": cpu_passes, "tensorrt": tensorrt_passes}
-
-
-def pruning_passes(pattern: str | None, sparsity: float | None, criterion: str = "magnitude") -> list[Pass]:
-    """The pass for a pattern ("2x4", "2:4", "unstructured") and a share of zeros; none when neither is given."""
-    if pattern is None and sparsity is None:
-        return []
-    kind = sp.parse_pattern(pattern or "2x4")
-    if isinstance(kind, sp.NM):
-        if sparsity is not None and abs(sparsity - (1 - kind.n / kind.m)) > 1e-6:
-            raise PassError(f"pattern {kind} always has {1 - kind.n / kind.m:.3g} zeros; leave --sparsity out")
-        return [NMPrune(pattern=str(kind), criterion=criterion)]
-    share = 0.8 if sparsity is None else sparsity
-    if not 0 <= share < 1:
-        raise PassError(f"sparsity {share} is not a share of zeros between 0 and 1, for example 0.8")
-    if isinstance(kind, sp.Block):
-        return [BlockPrune(sparsity=share, block=str(kind), criterion=criterion)]
-    return [MagnitudePrune(sparsity=share, criterion=criterion)]
 
 
 # ---- compile ----------------------------------------------------------------------------------------------------
@@ -135,7 +50,8 @@ class Result:
 
     `loss` compares the plan with the model it came from in onnxruntime, output by output, on samples that calibration
     did not see (where there were enough to hold some out); empty when there was no plan. `synthetic` says that these
-    samples were made up.
+    samples were made up. `noise` is that of each layer's output against the dense model. `held` says how a limit on
+    the loss was held: metric, limit, drop, and the layers that went back to dense or float.
     """
 
     plan: Path | None
@@ -148,6 +64,8 @@ class Result:
     held_out: bool
     seconds: float
     sizes: Mapping[str, int] = field(default_factory=dict)
+    noise: Mapping[str, Noise] = field(default_factory=dict)
+    held: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def measured_on(self) -> str:
@@ -173,6 +91,8 @@ class Result:
             "notes": list(self.notes),
             "loss": {name: difference.to_json() for name, difference in self.loss.items()},
             "loss_on": self.measured_on,
+            "held": dict(self.held),
+            "sqnr_db": {name: round(noise.sqnr, 2) for name, noise in self.noise.items()},
             "sizes": dict(self.sizes),
         }  # fmt: skip
 
@@ -182,11 +102,12 @@ def compile(
     output: str | os.PathLike[str] | None = None,
     *,
     target: str = "cpu",
-    preset: str = "default",
+    preset: str | Preset = "default",
     passes: str | Iterable[Pass] | None = None,
     sparsity: float | None = None,
     pattern: str | None = None,
-    criterion: str = "magnitude",
+    solver: str | None = None,
+    size: str | None = None,
     calibration: Source | Data | None = None,
     tokenizer: str | Path | None = None,
     max_length: int = 128,
@@ -197,19 +118,25 @@ def compile(
     require: str | None = None,
     report: str | os.PathLike[str] | None = None,
     measure: bool = True,
+    max_drop: str | Limit | None = None,
+    checkpoints: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
     observers: Iterable[Observer] = (),
 ) -> Result:
     """Compile an ONNX model to a plan.
 
     model: path, ModelProto or gs.Graph; never modified. output: the plan to write; None compiles without writing one.
-    passes: a spec string or passes that stand in for `sparsity`, `pattern` and `criterion`, run between canonical form
-    and quantization. calibration: .npz, folder, .jsonl, iterable of feeds, or a Data; without it ranges come from
-    made-up samples. attention "float": queries, keys, values and softmax stay float. tuning: each layer runs on the
-    kernel that is fastest by times measured on this machine, kept for the next compile (None), by a table that is read
-    from a file, or measured and written to it where it does not exist, or by the shipped cost model ("off"), which
-    chooses alike on every machine. require "native": an error unless the whole model runs on the engine. measure: run
-    the plan on held-out samples against the model. Raises NmcompileError; a failed compile leaves no file behind.
+    passes: a spec string or passes that stand in for `sparsity`, `pattern`, `size` and `solver`, run between canonical
+    form and quantization. solver: magnitude, wanda, obs or admm; None is the preset's for real samples and magnitude
+    for made-up ones. size: of the plan, as a share of the model's file ("0.25x"), instead of `sparsity`. calibration:
+    .npz, folder, .jsonl, iterable of feeds, or a Data; without it ranges come from made-up samples. attention "float":
+    queries, keys, values and softmax stay float. tuning: each layer runs on the kernel that is fastest by times
+    measured on this machine, kept for the next compile (None), by a table that is read from a file, or measured and
+    written to it where it does not exist, or by the shipped cost model ("off"), which chooses alike on every machine.
+    require "native": an error unless the whole model runs on the engine. measure: run the plan on held-out samples
+    against the model. max_drop: "cosine=0.01" and the like (nmcompile.metrics): layers go back to dense and to float,
+    worst first, until it holds on held-out samples. checkpoints: a folder from which an interrupted pruning goes on.
+    Raises NmcompileError; a failed compile leaves no file behind.
     """
     start = time.perf_counter()
     chosen = _check_options(target, preset, require, output)
@@ -223,51 +150,58 @@ def compile(
     if calibration is None:
         max_length = longest(source, max_length)
     data = calibration if isinstance(calibration, Data) else open_data(
-        calibration, g.inputs(source), tokenizer=tokenizer, max_length=max_length, limit=chosen.limit)  # fmt: skip
+        calibration, g.inputs(source), tokenizer=tokenizer, max_length=max_length,
+        limit=chosen.made_up if calibration is None else chosen.limit)  # fmt: skip
     seen, held_out = split(data)
-    if passes is not None and (sparsity is not None or pattern is not None):
-        raise PassError("give either passes or sparsity and pattern, not both")
-    extra = pruning_passes(pattern, sparsity, criterion) if passes is None else _passes(passes)
-    recipe = TARGETS[target](chosen, extra, attention)
-    log: list[tuple[str, Report, float]] = []
-
-    def record(pass_: Pass, graph: gs.Graph, result: Report, seconds: float) -> None:
-        log.append((spec(pass_), result, seconds))
-        tell(f"pass {pass_.name}", len(log), len(recipe))
-
-    collector = Calibration(seen, progress=lambda done, total: tell("calibrating", done, total))
-    pipeline = Pipeline(recipe, observers=[record, *observers], verify=verify, calibration=collector)
-    graph, reports = pipeline.run(source)
-    g.infer_shapes(graph)
-    tell("choosing kernels", 0, 1)
-    lowered = lower(graph, tuner or by_cost_model)
-    notes = [note for result in reports for note in result.notes] + list(lowered.notes)
+    if passes is not None and not (sparsity is None and pattern is None and size is None):
+        raise PassError("give either passes or sparsity, pattern and size, not both")
+    if size is not None and sparsity is not None:
+        raise PassError("give either a size or a sparsity, not both")
+    if size is not None:
+        sparsity = sparsity_for(size, model, pattern)
+    notes: list[str] = []
     if data.synthetic:
-        notes.insert(0, "no calibration data: activation ranges come from made-up inputs and are not to be trusted; "
-                        "give samples of the model's real inputs with --calibration")  # fmt: skip
-    if require == "native" and not lowered.native:
-        why = [note for note in notes if "not matched" in note] or [*lowered.notes, *notes, "it has no layers"]
-        raise UnsupportedError(f"not one native segment: {why[0]}")
-    sizes: dict[str, int] = {}
-    loss: Mapping[str, Difference] = {}
+        notes.append("no calibration data: activation ranges come from made-up inputs and are not to be trusted; "
+                     "give samples of the model's real inputs with --calibration")  # fmt: skip
+    if passes is not None:
+        extra = parse_spec(passes) if isinstance(passes, str) else list(passes)
+    else:
+        by = solver or ("magnitude" if data.synthetic else chosen.solver)
+        extra = pruning_passes(pattern, sparsity, by, chosen.options if solver is None and not data.synthetic else {})
+    limit = parse_limit(max_drop, list(held_out)) if isinstance(max_drop, str) else max_drop
+    if limit is not None and output is None:
+        raise PassError("a limit on the loss needs a plan to measure; give an output")
+    calibration_run = Calibration(seen, tell, None if checkpoints is None else Path(checkpoints))
+    job = Job(source, target, chosen, attention, extra, calibration_run, verify, tuner, tuple(observers), tell)
+    job.prepare()
     with ExitStack() as unfinished:  # what it holds is removed unless everything was written
         partial = None if output is None else Path(output).with_name(f".{Path(output).name}.partial")
         if partial is not None:
             unfinished.callback(partial.unlink, missing_ok=True)
-            tell("writing the plan", 0, 1)
-            header = {"nmcompile": nmcompile.__version__, "target": target, "source": fingerprint(source),
-                      "passes": [name for name, _, _ in log], **lowered.header}  # fmt: skip
-            write_plan(partial, header, lowered.arrays, lowered.blobs)
+        held: Mapping[str, Any] = {}
+        if limit is None or partial is None:
+            job.quantize()
+        else:
+            held = _held(job, limit, partial, held_out)
+        lowered = job.lowered
+        notes += job.notes
+        if require == "native" and not lowered.native:
+            why = [note for note in notes if "not matched" in note] or [*lowered.notes, *notes, "it has no layers"]
+            raise UnsupportedError(f"not one native segment: {why[0]}")
+        sizes: dict[str, int] = {}
+        loss: Mapping[str, Difference] = {}
+        if partial is not None:
+            job.write(partial, fingerprint(source))
             sizes["plan"] = partial.stat().st_size
             if measure:
                 loss = _loss(source, partial, held_out, tell)
         if emit_onnx is not None:
-            g.save(graph, Path(emit_onnx))
+            g.save(job.graph, Path(emit_onnx))
             sizes["qdq_onnx"] = Path(emit_onnx).stat().st_size
         notes += [] if tuner is None else keep(tuner, table)
         result = Result(
             plan=None if output is None else Path(output),
-            passes=tuple(log),
+            passes=job.log,
             layers=lowered.layers,
             segments=lowered.segments,
             notes=tuple(notes),
@@ -276,6 +210,8 @@ def compile(
             held_out=held_out is not seen,
             seconds=time.perf_counter() - start,
             sizes=sizes,
+            noise=layer_noise(job.dense, job.graph, held_out) if measure else {},
+            held=held,
         )
         if report is not None:
             write(Path(report), json.dumps(result.to_json(), indent=1) + "\n")
@@ -284,18 +220,68 @@ def compile(
     return result
 
 
-def _check_options(target: str, preset: str, require: str | None, output: object) -> Preset:
+def _held(job: Job, limit: Limit, plan: Path, data: Data) -> dict[str, Any]:
+    """Quantize so that the plan stays within the limit; what it took."""
+    names = [info.name for info in g.outputs(job.source)]
+    reference = g.runner(job.source, names, optimise=True)
+
+    def attempt(dense: Sequence[str], floating: Sequence[str]) -> float:
+        job.quantize(dense, floating)
+        job.write(plan, "")
+        return limit.score(reference, load(plan).run)
+
+    job.quantize()
+    noise = layer_noise(job.dense, job.graph, data)
+    quantized = [layer.name for layer in g.linear_layers(job.graph) if layer.quantized]
+    found = hold(limit, attempt, worst_first(noise, job.changed), worst_first(noise, quantized), job.tell)
+    return {"metric": limit.name, "limit": limit.value, "drop": found.drop,
+            "dense": list(found.dense), "float": list(found.floating)}  # fmt: skip
+
+
+def sparsity_for(size: str, model: Model, pattern: str | None) -> float:
+    """The share of zeros at which a plan has a size, "0.25x" of the model's file: two plans are tried, and the size is
+    linear in what is left. PassError when that is no size, or no share of zeros reaches it."""
+    match = re.fullmatch(r"(0?\.[0-9]+|1|1\.0*)x", size.strip())
+    if match is None:
+        raise PassError(f"size {size!r} is not a share of the model's file; write for example 0.25x")
+    if isinstance(sp.parse_pattern(pattern or "2x4"), sp.NM):
+        raise PassError(f"pattern {pattern} always has the same size; leave --size out")
+    wanted, found = float(match[1]), {}
+    with TemporaryDirectory() as folder:
+        for share in (0.5, 0.9):
+            plan = Path(folder) / "m.plan"
+            compile(model, plan, sparsity=share, pattern=pattern, solver="magnitude", preset="fast", tuning="off",
+                    measure=False, calibration=None)  # fmt: skip
+            found[share] = plan.stat().st_size / weight_bytes(model)
+    slope = (found[0.9] - found[0.5]) / 0.4
+    share = 0.5 + (wanted - found[0.5]) / slope if slope < 0 else 1.0
+    if share >= 0.99:
+        raise PassError(f"size {size}: with 90 % zeros the plan still has {found[0.9]:.3g} of the model's size; "
+                        "take a larger size")  # fmt: skip
+    return max(share, 0.0)
+
+
+def weight_bytes(model: Model) -> int:
+    """Size of a model's file with its external data, or of its weights."""
+    graph = g.load(model)
+    seen = {id(t.values): np.asarray(t.values).nbytes for t in graph.tensors().values() if isinstance(t, gs.Constant)}
+    return sum(seen.values())
+
+
+
+
+def _check_options(target: str, preset: str | Preset, require: str | None, output: object) -> Preset:
     if target not in TARGETS:
         raise UnsupportedError(f"target {target!r} is not known; choose one of {', '.join(TARGETS)}")
     if target == "tensorrt" and output is not None:
         raise UnsupportedError(
             "target tensorrt is not built yet; --emit-onnx writes its Q/DQ graph, --target cpu a plan"
         )
-    if preset not in PRESETS:
+    if isinstance(preset, str) and preset not in PRESETS:
         raise UnsupportedError(f"preset {preset!r} is not known; choose one of {', '.join(PRESETS)}")
     if require not in (None, "native"):
         raise UnsupportedError(f"require {require!r} is not known; the only requirement is native")
-    return PRESETS[preset]
+    return PRESETS[preset] if isinstance(preset, str) else preset
 
 
 def _passes(passes: str | Iterable[Pass]) -> list[Pass]:

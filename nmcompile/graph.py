@@ -32,7 +32,7 @@ from nmcompile.graph_edit import (
     sort,
     unused,
 )
-from nmcompile.graph_linear import Linear, dequantized, linear_layers, set_weight
+from nmcompile.graph_linear import Linear, dequantized, linear_layers, set_bias, set_weight
 from nmcompile.graph_model import DOMAINS, export_model, import_model, weightless
 from nmcompile.graph_proto import Dim, Export, annotate
 from nmcompile.graph_run import random_feeds, run, runner
@@ -63,6 +63,7 @@ __all__ = [
     "run",
     "runner",
     "save",
+    "set_bias",
     "set_weight",
     "to_model",
     "to_text",

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
 from nmcompile.errors import GraphError
-from nmcompile.graph_edit import constant, consumers, is_output, producer, source_constant
+from nmcompile.graph_edit import constant, consumers, fresh, is_output, producer, source_constant
 
 Array = npt.NDArray[Any]
 
@@ -90,6 +90,17 @@ def _spread(values: Array, shape: tuple[int, ...], axis: int, block: int) -> Arr
     dims = [1] * len(shape)
     dims[axis] = -1
     return values.reshape(dims)
+
+
+def set_bias(graph: gs.Graph, linear: Linear, bias: Array) -> None:
+    """Bind a new bias [N] to a layer that has one, and to this layer alone. GraphError for a layer without."""
+    if linear.bias is None or bias.shape != linear.bias.shape:
+        raise GraphError(f"layer '{linear.name}' has no bias of shape {list(bias.shape)} to replace")
+    add = producer(linear.y)
+    assert add is not None
+    at = next(i for i, t in enumerate(add.inputs) if constant(t) is not None)
+    kind = np.asarray(constant(add.inputs[at])).dtype
+    add.inputs[at] = gs.Constant(fresh(graph, f"{linear.name}/bias"), np.ascontiguousarray(bias, kind))
 
 
 def set_weight(graph: gs.Graph, linear: Linear, weight: Array) -> None:

@@ -16,7 +16,7 @@ from nmcompile import graph as g
 from nmcompile.errors import CalibrationError, GraphError, NmcompileError, PassError
 from nmcompile.spec import parse_spec, spec
 
-__all__ = ["CalibratedPass", "Collector", "Observer", "Pass", "Pipeline", "Report", "parse_spec", "spec"]
+__all__ = ["CalibratedPass", "Collector", "DataPass", "Observer", "Pass", "Pipeline", "Report", "parse_spec", "spec"]
 
 Array = npt.NDArray[Any]
 Values = Mapping[str, Array]
@@ -68,6 +68,14 @@ class CalibratedPass(Pass):
     def run(self, graph: gs.Graph, statistics: Any = None) -> Report:
         """As Pass.run; `statistics` (nmcompile.calibrate.Statistics) holds what `needs` asked for, None if
         nothing."""
+        raise NotImplementedError
+
+
+class DataPass(Pass):
+    """A pass that runs the graph on the calibration data itself."""
+
+    def run(self, graph: gs.Graph, calibration: Any = None) -> Report:
+        """As Pass.run; `calibration` (nmcompile.calibrate.Calibration) is the pipeline's, None where it has none."""
         raise NotImplementedError
 
 
@@ -126,6 +134,8 @@ class Pipeline:
         return graph, tuple(reports)
 
     def _run(self, pass_: Pass, graph: gs.Graph) -> Report:
+        if isinstance(pass_, DataPass):
+            return pass_.run(graph, self.calibration)
         if not isinstance(pass_, CalibratedPass):
             return pass_.run(graph)
         needs = pass_.needs(graph)

@@ -26,11 +26,11 @@ import onnx_graphsurgeon as gs
 
 import nmcompile
 from nmcompile import graph as g
-from nmcompile.compiler import canonical_passes
 from nmcompile.errors import NmcompileError
 from nmcompile.files import write
 from nmcompile.made_up import made_up
 from nmcompile.pipeline import Pass, Report
+from nmcompile.recipes import canonical_passes
 
 FACTS = "facts.json"
 STAGES = ("canonical", "pruned", "quantized")

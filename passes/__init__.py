@@ -13,6 +13,7 @@ from nmcompile.passes.fuse_layer_norm import FuseLayerNorm
 from nmcompile.passes.insert_qdq import InsertQdq
 from nmcompile.passes.magnitude_prune import MagnitudePrune
 from nmcompile.passes.n_m_prune import NMPrune
+from nmcompile.passes.permute_features import PermuteFeatures
 from nmcompile.passes.raise_opset import RaiseOpset
 from nmcompile.passes.simplify_shapes import SimplifyShapes
 from nmcompile.passes.smooth_activations import SmoothActivations
@@ -30,6 +31,7 @@ BUILTIN: tuple[type[Pass], ...] = (
     FuseGelu,
     FuseAttention,
     CanonicaliseEmbeddings,
+    PermuteFeatures,
     MagnitudePrune,
     NMPrune,
     BlockPrune,
@@ -50,6 +52,7 @@ __all__ = [
     "InsertQdq",
     "MagnitudePrune",
     "NMPrune",
+    "PermuteFeatures",
     "RaiseOpset",
     "SimplifyShapes",
     "SmoothActivations",

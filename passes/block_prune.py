@@ -9,11 +9,11 @@ import onnx_graphsurgeon as gs
 
 from nmcompile import sparsity as sp
 from nmcompile.errors import PassError
-from nmcompile.passes.pruning import PruningPass, prune, select
+from nmcompile.passes.pruning import PruningPass, select
 from nmcompile.pipeline import Report
 
 if TYPE_CHECKING:
-    from nmcompile.calibrate import Statistics
+    from nmcompile.calibrate import Calibration
 
 
 @dataclass(frozen=True)
@@ -25,14 +25,10 @@ class BlockPrune(PruningPass):
 
     sparsity: float = 0.8
     block: str = "2x4"  # outputs x inputs
-    criterion: str = "magnitude"
-    ranking: str = "uniform"
-    include: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
 
-    def run(self, graph: gs.Graph, statistics: Statistics | None = None) -> Report:
+    def run(self, graph: gs.Graph, calibration: Calibration | None = None) -> Report:
         pattern = sp.parse_pattern(self.block)
         if not isinstance(pattern, sp.Block):
             raise PassError(f"block={self.block} is not a block; write outputs x inputs, for example 2x4")
         selection = select(graph, self.include, self.exclude)
-        return prune(graph, pattern, self.sparsity, self.criterion, self.ranking, selection, statistics)
+        return self.prune(graph, pattern, self.sparsity, selection, calibration)

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 import onnx_graphsurgeon as gs
 
 from nmcompile import sparsity as sp
-from nmcompile.passes.pruning import PruningPass, prune, select
+from nmcompile.passes.pruning import PruningPass, select
 from nmcompile.pipeline import Report
 
 if TYPE_CHECKING:
-    from nmcompile.calibrate import Statistics
+    from nmcompile.calibrate import Calibration
 
 
 @dataclass(frozen=True)
@@ -23,11 +23,7 @@ class MagnitudePrune(PruningPass):
     """
 
     sparsity: float = 0.8
-    criterion: str = "magnitude"
-    ranking: str = "uniform"
-    include: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
 
-    def run(self, graph: gs.Graph, statistics: Statistics | None = None) -> Report:
+    def run(self, graph: gs.Graph, calibration: Calibration | None = None) -> Report:
         selection = select(graph, self.include, self.exclude)
-        return prune(graph, sp.Unstructured(), self.sparsity, self.criterion, self.ranking, selection, statistics)
+        return self.prune(graph, sp.Unstructured(), self.sparsity, selection, calibration)

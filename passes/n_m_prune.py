@@ -9,11 +9,11 @@ import onnx_graphsurgeon as gs
 
 from nmcompile import sparsity as sp
 from nmcompile.errors import PassError
-from nmcompile.passes.pruning import PruningPass, Selection, prune, select
+from nmcompile.passes.pruning import PruningPass, Selection, select
 from nmcompile.pipeline import Report
 
 if TYPE_CHECKING:
-    from nmcompile.calibrate import Statistics
+    from nmcompile.calibrate import Calibration
 
 
 @dataclass(frozen=True)
@@ -25,11 +25,8 @@ class NMPrune(PruningPass):
 
     name: ClassVar[str] = "n-m-prune"
     pattern: str = "2:4"
-    criterion: str = "magnitude"
-    include: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
 
-    def run(self, graph: gs.Graph, statistics: Statistics | None = None) -> Report:
+    def run(self, graph: gs.Graph, calibration: Calibration | None = None) -> Report:
         pattern = sp.parse_pattern(self.pattern)
         if not isinstance(pattern, sp.NM):
             raise PassError(f"pattern={self.pattern} is not n:m; write for example 2:4")
@@ -39,5 +36,4 @@ class NMPrune(PruningPass):
         for layer in chosen.layers:
             if layer.weight.shape[1] % pattern.m:
                 kept[layer.name] = f"K={layer.weight.shape[1]} is not a multiple of {pattern.m}"
-        return prune(graph, pattern, 1 - pattern.n / pattern.m, self.criterion, "uniform", Selection(fitting, kept),
-                     statistics)  # fmt: skip
+        return self.prune(graph, pattern, 1 - pattern.n / pattern.m, Selection(fitting, kept), calibration)

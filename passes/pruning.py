@@ -1,8 +1,8 @@
-"""What the pruning passes share: which layers, by which criterion, ranked over which weights."""
+"""What the pruning passes share: which layers, by which solver, ranked over which weights."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
@@ -14,32 +14,16 @@ from nmcompile import graph as g
 from nmcompile import sparsity as sp
 from nmcompile.canonical import role
 from nmcompile.errors import PassError
-from nmcompile.pipeline import CalibratedPass, Report
+from nmcompile.passes import sensitivity
+from nmcompile.passes.fitting import Fit, fit
+from nmcompile.pipeline import DataPass, Report
+from nmcompile.solvers import SOLVERS
 
 if TYPE_CHECKING:
-    from nmcompile.calibrate import Statistics
+    from nmcompile.calibrate import Calibration
 
-
-@dataclass(frozen=True)
-class Criterion:
-    """How much a weight matters: `score(weight [N, K], statistics of its inputs)` -> [N, K].
-
-    `needs` names the statistics of the layer's input that the score is made of.
-    """
-
-    needs: tuple[str, ...]
-    score: Callable[[np.ndarray, np.ndarray | None], np.ndarray]
-
-
-def _wanda(weight: np.ndarray, squares: np.ndarray | None) -> np.ndarray:
-    assert squares is not None
-    return sp.wanda(weight, squares)
-
-
-CRITERIA: Mapping[str, Criterion] = {
-    "magnitude": Criterion((), lambda weight, _: sp.magnitude(weight)),
-    "wanda": Criterion(("squares",), _wanda),  # |w| * ||x||, Sun et al. 2023 (arXiv 2306.11695)
-}
+MASKS = ("magnitude", "wanda")  # solvers that leave the kept weights as they are
+RANKINGS = ("uniform", "global", "sensitivity")
 
 
 @dataclass(frozen=True)
@@ -71,63 +55,118 @@ def select(graph: gs.Graph, include: Sequence[str], exclude: Sequence[str]) -> S
     return Selection(tuple(layers), kept)
 
 
-def prune(
-    graph: gs.Graph,
-    pattern: sp.Pattern,
-    sparsity: float,
-    criterion: str,
-    ranking: str,
-    selection: Selection,
-    statistics: Statistics | None,
-) -> Report:
-    """Zero the least units of each layer (`ranking` "uniform") or of all together ("global")."""
-    if not 0 <= sparsity < 1:
-        raise PassError(f"sparsity={sparsity} is not a share of zeros between 0 and 1, for example 0.8")
-    if criterion not in CRITERIA:
-        raise PassError(f"criterion={criterion} is not known; choose one of {', '.join(CRITERIA)}")
-    if ranking not in ("uniform", "global"):
-        raise PassError(f"ranking={ranking} is not known; choose uniform or global")
-    rule = CRITERIA[criterion]
-    scores: dict[str, np.ndarray] = {}
-    for layer in selection.layers:
-        squares = statistics.squares(layer.x.name) if rule.needs and statistics is not None else None
-        scores[layer.name] = rule.score(layer.weight, squares)
-    threshold = None
-    if ranking == "global" and not isinstance(pattern, sp.NM) and scores:
-        units = [sp.unit_scores(score, pattern) for score in scores.values()]
-        sizes = [score.size // unit.size for score, unit in zip(scores.values(), units, strict=True)]
-        threshold = sp.global_threshold(units, sizes, sparsity)
-    layers: dict[str, object] = {}
-    changed, done = 0, set()
-    emptied: list[str] = []
-    for layer in selection.layers:
-        stored = layer.node.inputs[1].name
-        if stored in done:
-            continue  # a weight shared by several layers is pruned once, by its first user's inputs
-        done.add(stored)
-        score = scores[layer.name]
-        mask = sp.keep_mask(score, pattern, sparsity) if threshold is None else sp.keep_above(score, pattern, threshold)
-        pruned = layer.weight * mask
-        if np.count_nonzero(pruned) != np.count_nonzero(layer.weight):
-            g.set_weight(graph, layer, pruned)
-            changed += 1
-        layers[layer.name] = round(float(sp.density(pruned)), 4)
-        if not pruned.any() and layer.weight.any():
-            n, k = layer.weight.shape
-            emptied.append(f"{layer.name}: nothing is left of its {n}x{k} weights at {pattern}; take smaller units")
-    notes = (*emptied, *(f"{name}: kept dense, {reason}" for name, reason in selection.kept.items()))
-    return Report(changed=changed, detail={"pattern": str(pattern), "density": layers}, notes=notes)
+@dataclass(frozen=True, kw_only=True)
+class PruningPass(DataPass):
+    """The options that all pruning passes have.
+
+    solver: magnitude and wanda choose weights and leave the others as they are; obs (SparseGPT) and admm (ALPS) fit
+    what is left to the dense model's outputs on the calibration data. ranking: every layer gets the same share of
+    zeros (uniform), the least units of all layers together go (global; magnitude and wanda), or shares follow what each
+    layer's zeros cost (sensitivity). The other options are those of nmcompile.passes.fitting.Fit; damping 0 chooses it
+    by held-out batches.
+    """
+
+    solver: str = "magnitude"
+    ranking: str = "uniform"
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    sequential: bool = True
+    residual: bool = True
+    bias: bool = True
+    norms: bool = True
+    damping: float = 0.0
+    rounding: bool = False
+
+    def prune(
+        self,
+        graph: gs.Graph,
+        pattern: sp.Pattern,
+        sparsity: float,
+        selection: Selection,
+        calibration: Calibration | None,
+    ) -> Report:
+        """Zero `sparsity` of the weights of the selected layers, in units of the pattern."""
+        if not 0 <= sparsity < 1:
+            raise PassError(f"sparsity={sparsity} is not a share of zeros between 0 and 1, for example 0.8")
+        if self.solver not in SOLVERS:
+            raise PassError(f"solver={self.solver} is not known; choose one of {', '.join(SOLVERS)}")
+        if self.ranking not in RANKINGS:
+            raise PassError(f"ranking={self.ranking} is not known; choose one of {', '.join(RANKINGS)}")
+        fitted = self.solver not in MASKS
+        if self.ranking == "global" and fitted:
+            raise PassError("ranking=global is for solver=magnitude and solver=wanda; take ranking=sensitivity")
+        if self.damping < 0:
+            raise PassError(f"damping={self.damping} is negative; 0.01 is usual, 0 chooses it")
+        needed = fitted or self.solver == "wanda" or self.ranking == "sensitivity"
+        if needed and calibration is None and selection.layers:
+            raise PassError("needs calibration data; give the pipeline calibration=..., or --calibration")
+        layers = _each_weight_once(selection.layers)
+        shares = dict.fromkeys((layer.name for layer in selection.layers), sparsity)
+        detail: dict[str, object] = {"pattern": str(pattern)}
+        if self.ranking == "sensitivity" and not isinstance(pattern, sp.NM) and layers:
+            assert calibration is not None
+            table = sensitivity.measure(graph, calibration.data, layers, pattern, calibration.progress)
+            shares = sensitivity.densities(table, sparsity)
+            detail["table"] = [unit.to_json() for unit in table]
+        before = {layer.name: layer.weight for layer in layers}
+        if fitted and layers:
+            assert calibration is not None
+            how = Fit(self.solver, self.sequential, self.residual, self.bias, self.norms, self.damping or None,
+                      self.rounding)  # fmt: skip
+            found = fit(graph, calibration.data, layers, pattern, shares, how, calibration.progress,
+                        calibration.checkpoints)  # fmt: skip
+            detail["fitted"] = {name: {"error": round(item.error, 6), "damping": item.damping}
+                                for name, item in found.items()}  # fmt: skip
+        else:
+            self._mask(graph, layers, pattern, sparsity, shares, calibration)
+        after = {layer.name: layer.weight for layer in g.linear_layers(graph)}
+        n_changed = sum(not np.array_equal(after[name], weight) for name, weight in before.items())
+        detail["density"] = {name: round(float(sp.density(after[name])), 4) for name in before}
+        notes = [*_emptied(before, after, pattern),
+                 *(f"{name}: kept dense, {reason}" for name, reason in selection.kept.items())]  # fmt: skip
+        return Report(changed=n_changed, detail=detail, notes=tuple(notes))
+
+    def _mask(
+        self,
+        graph: gs.Graph,
+        layers: Sequence[g.Linear],
+        pattern: sp.Pattern,
+        sparsity: float,
+        shares: Mapping[str, float],
+        calibration: Calibration | None,
+    ) -> None:
+        """Zero the units of least score, the rest stays."""
+        scores: dict[str, np.ndarray] = {}
+        if self.solver == "wanda" and calibration is not None:
+            statistics = calibration.collect(graph, {layer.x.name: ("squares",) for layer in layers})
+            scores = {layer.name: sp.wanda(layer.weight, statistics.squares(layer.x.name)) for layer in layers}
+        else:
+            scores = {layer.name: sp.magnitude(layer.weight) for layer in layers}
+        threshold = None
+        if self.ranking == "global" and not isinstance(pattern, sp.NM) and scores:
+            units = [sp.unit_scores(score, pattern) for score in scores.values()]
+            sizes = [score.size // unit.size for score, unit in zip(scores.values(), units, strict=True)]
+            threshold = sp.global_threshold(units, sizes, sparsity)
+        for layer in layers:
+            score = scores[layer.name]
+            mask = (sp.keep_mask(score, pattern, shares[layer.name]) if threshold is None
+                    else sp.keep_above(score, pattern, threshold))  # fmt: skip
+            pruned = layer.weight * mask
+            if np.count_nonzero(pruned) != np.count_nonzero(layer.weight):
+                g.set_weight(graph, layer, pruned)
 
 
-class PruningPass(CalibratedPass):
-    """A pass with the fields `criterion`, `include` and `exclude`; asks for what its criterion needs."""
+def _each_weight_once(layers: Sequence[g.Linear]) -> list[g.Linear]:
+    """A weight shared by several layers is pruned once, by its first user's inputs."""
+    found: dict[str, g.Linear] = {}
+    for layer in layers:
+        found.setdefault(layer.node.inputs[1].name, layer)
+    return list(found.values())
 
-    criterion: str
-    include: tuple[str, ...]
-    exclude: tuple[str, ...]
 
-    def needs(self, graph: gs.Graph) -> dict[str, tuple[str, ...]]:
-        wanted = CRITERIA[self.criterion].needs if self.criterion in CRITERIA else ()
-        if not wanted:
-            return {}
-        return {layer.x.name: wanted for layer in select(graph, self.include, self.exclude).layers}
+def _emptied(
+    before: Mapping[str, np.ndarray], after: Mapping[str, np.ndarray], pattern: sp.Pattern
+) -> list[str]:
+    return [f"{name}: nothing is left of its {weight.shape[0]}x{weight.shape[1]} weights at {pattern}; "
+            "take smaller units"
+            for name, weight in before.items() if weight.any() and not after[name].any()]  # fmt: skip

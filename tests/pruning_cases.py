@@ -8,7 +8,7 @@ from onnx_text import parse
 
 from nmcompile import graph as g
 from nmcompile.calibrate import Calibration, open_data
-from nmcompile.pipeline import CalibratedPass, Pipeline, Report
+from nmcompile.pipeline import Pass, Pipeline, Report
 
 UP, DOWN, POOLER, HEAD = "MatMul_0", "MatMul_3", "MatMul_6", "MatMul_8"
 DENSE = (
@@ -34,7 +34,7 @@ def zeros(graph: gs.Graph) -> dict[str, int]:
     return {name: int((weight == 0).sum()) for name, weight in weights(graph).items()}
 
 
-def calibrated(pass_: CalibratedPass, graph: gs.Graph, verify: bool = False) -> tuple[gs.Graph, Report]:
+def calibrated(pass_: Pass, graph: gs.Graph, verify: bool = False) -> tuple[gs.Graph, Report]:
     """As onnx_text.apply, with statistics of two seeded batches."""
     before = g.to_text(graph)
     infos = g.inputs(graph)
@@ -44,7 +44,7 @@ def calibrated(pass_: CalibratedPass, graph: gs.Graph, verify: bool = False) -> 
     return after, reports[0]
 
 
-def prunes(pass_: CalibratedPass, text: str = MODEL) -> tuple[gs.Graph, gs.Graph, Report]:
+def prunes(pass_: Pass, text: str = MODEL) -> tuple[gs.Graph, gs.Graph, Report]:
     """(before, after, report) of a pass that only zeroes weights, and does nothing the second time."""
     graph = parse(text)
     after, report = calibrated(pass_, graph)

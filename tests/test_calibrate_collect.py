@@ -71,10 +71,10 @@ def test_the_batch_size_changes_nothing(graph: Any) -> None:
 
 
 def test_progress_counts_samples(graph: Any) -> None:
-    seen: list[tuple[int, int]] = []
-    calibration = Calibration(data(graph, ragged()), progress=lambda done, total: seen.append((done, total)))
+    seen: list[tuple[str, int, int]] = []
+    calibration = Calibration(data(graph, ragged()), progress=lambda *state: seen.append(state))
     calibration.collect(graph, {"h": ("range",)})
-    assert seen == [(8, 20), (16, 20), (20, 20)]
+    assert seen == [("calibrating", done, 20) for done in (8, 16, 20)]
 
 
 def test_needs_of_inputs_only_run_no_model(graph: Any) -> None:

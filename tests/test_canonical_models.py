@@ -12,8 +12,8 @@ import pytest
 
 from nmcompile import graph as g
 from nmcompile.canonical import attentions
-from nmcompile.compiler import canonical_passes
 from nmcompile.pipeline import Pipeline, Report
+from nmcompile.recipes import canonical_passes
 
 MODELS = {path.stem: path for path in sorted((Path(__file__).parent.parent / "models").glob("*.onnx"))}
 BERTS = [name for name in MODELS if name.startswith("bert-")]

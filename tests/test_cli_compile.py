@@ -86,7 +86,7 @@ def test_texts_after_each_pass(tmp_path: Path) -> None:
 def test_a_recipe_holds_the_options_and_the_command_line_wins(tmp_path: Path) -> None:
     data = samples(tmp_path)
     (tmp_path / "r.toml").write_text(
-        f'sparsity = 0.5\npattern = "4x4"\ncalibration = "{data.name}"\n'
+        f'sparsity = 0.5\npattern = "4x4"\nsolver = "magnitude"\ncalibration = "{data.name}"\n'
         'max_length = 16\nno-measure = true\npreset = "fast"\n'
     )
     assert compile_(MODEL, "-o", tmp_path / "a.plan", "--recipe", tmp_path / "r.toml").exit_code == 0

@@ -96,7 +96,7 @@ def test_zeros_that_are_there_stay() -> None:
         (BlockPrune(block="0x4"), "a block needs at least one output and one input"),
         (BlockPrune(sparsity=1.5), "sparsity=1.5 is not a share of zeros"),
         (BlockPrune(include=("decoder*",)), "include=decoder* matches no linear layer"),
-        (BlockPrune(criterion="wanda"), "needs calibration data"),
+        (BlockPrune(solver="wanda"), "needs calibration data"),
     ],
 )
 def test_errors_name_the_option(pass_: BlockPrune, message: str) -> None:
@@ -107,7 +107,7 @@ def test_errors_name_the_option(pass_: BlockPrune, message: str) -> None:
 
 def test_wanda_ranks_blocks_by_their_inputs() -> None:
     _, by_size, _ = prunes(BlockPrune(sparsity=0.5))
-    _, by_wanda, _ = prunes(BlockPrune(sparsity=0.5, criterion="wanda"))
+    _, by_wanda, _ = prunes(BlockPrune(sparsity=0.5, solver="wanda"))
     assert zeros(by_wanda) == zeros(by_size) and not same(by_wanda, by_size)
 
 

@@ -69,7 +69,7 @@ def test_layers_are_chosen_by_name() -> None:
         (NMPrune(pattern="2x4"), "pattern=2x4 is not n:m; write for example 2:4"),
         (NMPrune(pattern="half"), "unknown sparsity pattern 'half'"),
         (NMPrune(include=("decoder*",)), "include=decoder* matches no linear layer"),
-        (NMPrune(criterion="wanda"), "needs calibration data"),
+        (NMPrune(solver="wanda"), "needs calibration data"),
     ],
 )
 def test_errors_name_the_option(pass_: NMPrune, message: str) -> None:
@@ -80,7 +80,7 @@ def test_errors_name_the_option(pass_: NMPrune, message: str) -> None:
 
 def test_wanda_weighs_by_the_inputs() -> None:
     _, by_size, _ = prunes(NMPrune(include=(DOWN,)))
-    graph, by_wanda, _ = prunes(NMPrune(criterion="wanda", include=(DOWN,)))
+    graph, by_wanda, _ = prunes(NMPrune(solver="wanda", include=(DOWN,)))
     assert zeros(by_wanda) == zeros(by_size) and not same(by_wanda, by_size)
     feeds = [g.random_feeds(g.inputs(graph), seed, {"B": 4, "S": 6}) for seed in (5, 6)]
     relu = np.concatenate([g.run(graph, feed, ["r"])["r"].reshape(-1, 16) for feed in feeds])

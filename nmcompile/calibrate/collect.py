@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,10 +21,14 @@ Array = npt.NDArray[Any]
 
 @dataclass(frozen=True)
 class Calibration:
-    """A run over `data`; `progress(done, total)` is called with samples after each batch."""
+    """A run over `data`; `progress(what, done, total)` is called after each batch and each stage.
+
+    checkpoints: folder for what long passes have done so far, so that an interrupted run goes on from there.
+    """
 
     data: Data
-    progress: Callable[[int, int], None] | None = None
+    progress: Callable[[str, int, int], None] | None = None
+    checkpoints: Path | None = None
 
     def collect(self, graph: gs.Graph, needs: Mapping[str, Sequence[str]]) -> Statistics:
         """Statistics of the tensors in `needs` (name -> "range", "histogram", "squares"), in memory that no
@@ -47,16 +52,16 @@ class Calibration:
                 raise CalibrationError(
                     f"the model does not run on the calibration data: {error}; are they this model's inputs?"
                 ) from None
-            real = _real_tokens(feed)
+            real = real_tokens(feed)
             for name, kinds in needs.items():
-                statistics.add(name, _without_padding(values[name], real), kinds)
+                statistics.add(name, without_padding(values[name], real), kinds)
             statistics.count += next((array.shape[0] for array in feed.values() if array.ndim), 1)
             if self.progress is not None:
-                self.progress(statistics.count, total)
+                self.progress("calibrating", statistics.count, total)
         return statistics
 
 
-def _real_tokens(feed: Mapping[str, Array]) -> Array | None:
+def real_tokens(feed: Mapping[str, Array]) -> Array | None:
     """bool [batch, tokens], or None when nothing is padded."""
     for name, array in feed.items():
         if is_mask(name) and array.ndim == 2 and array.min() >= 0:  # an additive mask has negative values
@@ -69,7 +74,8 @@ def _real_tokens(feed: Mapping[str, Array]) -> Array | None:
     return None
 
 
-def _without_padding(values: Array, real: Array | None) -> Array:
+def without_padding(values: Array, real: Array | None) -> Array:
+    """The rows of [batch, tokens, ...] or [batch * tokens, K] where `real` [batch, tokens] holds."""
     if real is None:
         return values
     if values.shape[:2] == real.shape:

@@ -11,7 +11,7 @@ from nmcompile.cli import recipe, terminal
 from nmcompile.errors import NmcompileError
 
 KEPT = frozenset({
-    "target", "preset", "passes", "sparsity", "pattern", "criterion", "calibration", "tokenizer", "max_length",
+    "target", "preset", "passes", "sparsity", "pattern", "solver", "calibration", "tokenizer", "max_length",
     "attention", "tuning", "require",
 })  # fmt: skip
 

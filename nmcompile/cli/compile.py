@@ -29,11 +29,14 @@ HELP = """Compile an ONNX model to a plan.
   nmcompile model.onnx -o model.plan --calibration samples.npz
   nmcompile model.onnx -o model.plan --calibration texts.jsonl --tokenizer tokenizer.json
   nmcompile model.onnx -o model.plan --sparsity 0.8 --pattern 2x4 --calibration samples.npz
+  nmcompile model.onnx -o model.plan --sparsity 0.6 --pattern 1x4 --max-drop cosine=0.05 --calibration samples.npz
   nmcompile model.onnx -o model.plan --passes "block-prune(block=4x4, sparsity=0.9, exclude=*pooler*)"
   nmcompile model.onnx -o model.plan --recipe recipe.toml --report report.json
 
-Without --sparsity, --pattern and --passes nothing is pruned; zeros that the model has already are used all the same.
-Pruning without training costs accuracy: the summary says how much. Calibration data are samples of the model's real
+Without --sparsity, --pattern, --size and --passes nothing is pruned; zeros that the model has already are used all the
+same. With calibration data, what is left of the weights is fitted to what the dense model computes (minutes for
+BERT-base; --fast: less). It costs accuracy all the same: the summary says how much, --max-drop bounds it.
+Calibration data are samples of the model's real
 inputs: .npz with one array per input, a folder of such, or .jsonl with {"input_ids": [...]} or {"text": "..."} per
 line. A recipe holds these options by their long names:
 
@@ -50,12 +53,18 @@ line. A recipe holds these options by their long names:
 @click.option("--target", type=click.Choice(["cpu", "tensorrt"]), default="cpu", show_default=True,
               help="What the plan runs on.")  # fmt: skip
 @click.option("--preset", type=click.Choice(["default", "fast"]), default="default", show_default=True,
-              help="fast: fewer samples, ranges without search.")  # fmt: skip
+              help="fast: fewer samples, a quicker solver, ranges without search.")  # fmt: skip
 @click.option("--passes", metavar="SPEC", help="Passes between canonical form and quantization; see passes.")
 @click.option("--sparsity", type=float, metavar="S", help="Share of weights to zero, for example 0.8.")
 @click.option("--pattern", metavar="PATTERN", help="Shape of the zeros: 2x4 (outputs x inputs), 2:4, unstructured.")
-@click.option("--criterion", type=click.Choice(["magnitude", "wanda"]), default="magnitude", show_default=True,
-              help="wanda weighs with the activations; it needs calibration.")  # fmt: skip
+@click.option("--size", metavar="SHARE", help="Size of the plan, 0.25x the model's, instead of --sparsity.")
+@click.option("--solver", type=click.Choice(["magnitude", "wanda", "obs", "admm"]),
+              help="Which weights go, and what the others become. Default: admm with data, else magnitude.")
+@click.option("--fast", is_flag=True, help="The same as --preset fast.")
+@click.option("--max-drop", metavar="METRIC=VALUE", help="Let layers go back to dense and float, worst first, until "
+              "cosine=0.01, kl=0.05, top1=0.02 or score.py:function=0.5 holds on held-out samples.")  # fmt: skip
+@click.option("--checkpoints", type=click.Path(path_type=Path), metavar="DIR",
+              help="Keep finished stages of pruning here; run again, it goes on from them.")  # fmt: skip
 @click.option("--calibration", type=click.Path(path_type=Path), metavar="DATA", help="Samples: .npz, .jsonl, folder.")
 @click.option("--tokenizer", type=click.Path(path_type=Path), metavar="PATH", help="tokenizer.json, for texts.")
 @click.option("--max-length", type=int, default=128, show_default=True, metavar="N", help="Tokens of a sample at most.")
@@ -73,7 +82,8 @@ line. A recipe holds these options by their long names:
 @click.option("--dump-text", type=click.Path(path_type=Path), metavar="DIR", help="Write the graph as text by pass.")
 @click.option("--measure/--no-measure", default=True, help="Compare the plan with the model (on by default).")
 def command(model: Path, output: Path | None, emit_onnx: Path | None, report: Path | None, dump_text: Path | None,
-            calibration: Path | None, tuning: Path | None, no_tune: bool, **options: Any) -> None:  # fmt: skip
+            calibration: Path | None, tuning: Path | None, no_tune: bool, fast: bool,
+            **options: Any) -> None:  # fmt: skip
     check_model(model)
     if no_tune and tuning is not None:
         raise click.UsageError("give either --tuning or --no-tune, not both")
@@ -89,6 +99,8 @@ def command(model: Path, output: Path | None, emit_onnx: Path | None, report: Pa
         from nmcompile.observers import dump_text as dumper
 
         del options["recipe_"]
+        if fast:
+            options["preset"] = "fast"
         result = nmcompile.compile(
             model, output, emit_onnx=emit_onnx, report=report, progress=progress, calibration=calibration,
             tuning="off" if no_tune else tuning,

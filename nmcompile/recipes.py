@@ -1,0 +1,110 @@
+"""Which passes run for a target, in which order: the recipes of the compiler."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from nmcompile import sparsity as sp
+from nmcompile.errors import PassError
+from nmcompile.passes import (
+    BlockPrune,
+    CanonicaliseEmbeddings,
+    CanonicaliseLinear,
+    ExpandFused,
+    FoldConstants,
+    FuseAttention,
+    FuseGelu,
+    FuseLayerNorm,
+    InsertQdq,
+    MagnitudePrune,
+    NMPrune,
+    PermuteFeatures,
+    RaiseOpset,
+    SimplifyShapes,
+    SmoothActivations,
+    WidenFloats,
+)
+from nmcompile.passes.pruning import MASKS
+from nmcompile.pipeline import Pass
+
+TARGETS: Mapping[str, str] = {"cpu": "uint8", "tensorrt": "int8"}  # target -> type of its activations
+
+
+@dataclass(frozen=True)
+class Preset:
+    """How much time the compiler may spend: the solver that prunes where there are real samples, how activation ranges
+    are clipped, on how many samples, real and made-up ones."""
+
+    solver: str
+    clip: str
+    limit: int
+    made_up: int
+    options: Mapping[str, object] = field(default_factory=dict)  # of the pruning pass
+    smooth: bool = True  # outlier channels move into the weights
+
+
+PRESETS: Mapping[str, Preset] = {
+    "default": Preset("admm", "mse", 256, 128),
+    "fast": Preset("obs", "min-max", 128, 32, {"damping": 0.05, "norms": False, "ranking": "uniform"}),
+}
+
+
+def canonical_passes() -> list[Pass]:
+    """From any exporter's graph to few operators; every one of them keeps what the graph computes."""
+    return [
+        RaiseOpset(),  # first: one version of each operator for all that follows
+        ExpandFused(),  # before shapes are simplified: a fused node hides them
+        WidenFloats(),
+        FoldConstants(),  # transposed weights, masks of fixed size
+        SimplifyShapes(),  # needs folded constants to see fixed sizes
+        FoldConstants(),  # sizes that have just become constant
+        CanonicaliseLinear(),
+        FuseLayerNorm(),
+        FuseGelu(),
+        FuseAttention(),  # after linear: merged projections must be linear layers before they are taken apart
+        CanonicaliseLinear(),  # the product after attention has lost the reshapes that hid it
+        CanonicaliseEmbeddings(),
+    ]
+
+
+def pruning_passes(
+    pattern: str | None, sparsity: float | None, solver: str, options: Mapping[str, object] | None = None
+) -> list[Pass]:
+    """The passes for a pattern ("2x4", "2:4", "unstructured") and a share of zeros; none when neither is given.
+
+    Solvers that fit what is left also get the features in a good order first, and zeros where they harm least.
+    """
+    if pattern is None and sparsity is None:
+        return []
+    kind = sp.parse_pattern(pattern or "2x4")
+    fitted = solver not in MASKS
+    given = {"solver": solver, **({"ranking": "sensitivity"} if fitted else {}), **(options or {})}
+    order: list[Pass] = []
+    if fitted and not isinstance(kind, sp.Unstructured) and given["ranking"] != "uniform":
+        order = [PermuteFeatures(pattern=str(kind))]
+    if isinstance(kind, sp.NM):
+        given.pop("ranking", None)
+        if sparsity is not None and abs(sparsity - (1 - kind.n / kind.m)) > 1e-6:
+            raise PassError(f"pattern {kind} always has {1 - kind.n / kind.m:.3g} zeros; leave --sparsity out")
+        return [*order, NMPrune(pattern=str(kind), **given)]  # type: ignore[arg-type]
+    share = 0.8 if sparsity is None else sparsity
+    if not 0 <= share < 1:
+        raise PassError(f"sparsity {share} is not a share of zeros between 0 and 1, for example 0.8")
+    if isinstance(kind, sp.Block):
+        return [*order, BlockPrune(sparsity=share, block=str(kind), **given)]  # type: ignore[arg-type]
+    return [MagnitudePrune(sparsity=share, **given)]  # type: ignore[arg-type]
+
+
+def quantizing_passes(target: str, preset: Preset, attention: str = "int8", exclude: Sequence[str] = ()) -> list[Pass]:
+    """What follows pruning; `exclude` names layers that stay in float."""
+    # of the pruned model: what is left of the weights takes the outliers
+    smooth: list[Pass] = [SmoothActivations()] if preset.smooth else []
+    # last: ranges are those of the smoothed model
+    quantize = InsertQdq(activations=TARGETS[target], clip=preset.clip, attention=attention, exclude=tuple(exclude))
+    return [*smooth, quantize]
+
+
+def recipe(target: str, preset: Preset, pruning: Iterable[Pass], attention: str = "int8") -> list[Pass]:
+    """All passes of a target: canonical form, pruning, quantization of what is left."""
+    return [*canonical_passes(), *pruning, *quantizing_passes(target, preset, attention)]

@@ -1,0 +1,41 @@
+"""Which weights of a linear layer to keep and what they become, from calibration alone; arrays only, knows no graph.
+
+A layer with inputs x [T, K] and weight W [N, K] is fitted by its Hessian H = X^T X [K, K]: the error of another weight
+V is |X (V - W)^T|^2 = tr((V - W) H (V - W)^T). A solver takes W and H and returns the pruned V of the same shape.
+
+moments    H and the target W from streams of inputs, damped
+masks      magnitude and Wanda: which weights to keep, values left as they are
+obs        SparseGPT: column by column, what was lost goes to the columns that follow
+admm       ALPS: the mask by alternating between the error and the pattern
+refit      the best values for a mask
+rounding   int8 levels, each rounding error made up for by what follows
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+from nmcompile.solvers.admm import admm
+from nmcompile.solvers.allocate import allocate
+from nmcompile.solvers.masks import magnitude, wanda
+from nmcompile.solvers.moments import LEAST, Moments, damped
+from nmcompile.solvers.obs import obs
+from nmcompile.solvers.refit import refit
+from nmcompile.solvers.rounding import rounded
+from nmcompile.sparsity import Pattern
+
+__all__ = ["LEAST", "SOLVERS", "Moments", "Solver", "admm", "allocate", "damped", "magnitude", "obs", "refit",
+           "relative_error", "rounded", "wanda"]  # fmt: skip
+
+# (weight [N, K], hessian [K, K], pattern, share of zeros) -> the weight that is left, [N, K]
+Solver = Callable[[np.ndarray, np.ndarray, Pattern, float], np.ndarray]
+
+SOLVERS: Mapping[str, Solver] = {"magnitude": magnitude, "wanda": wanda, "obs": obs, "admm": admm}
+
+
+def relative_error(pruned: np.ndarray, weight: np.ndarray, hessian: np.ndarray) -> float:
+    """|X (V - W)^T|^2 / |X W^T|^2: the share of a layer's output power that is lost."""
+    lost = pruned - weight
+    return float(np.sum((lost @ hessian) * lost) / max(float(np.sum((weight @ hessian) * weight)), 1e-300))

@@ -1,0 +1,47 @@
+"""The mask by alternating directions: ALPS (Meng et al. 2024, arXiv 2406.07831)."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from nmcompile import sparsity as sp
+from nmcompile.solvers.refit import refit
+
+STEPS = 300
+EVERY = 3  # steps between changes of the penalty
+FIRST = 0.1  # penalty, in units of the Hessian's diagonal
+# share of the kept weights that moved since the last change -> how much faster the penalty may grow
+GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))
+
+
+def admm(weight: np.ndarray, hessian: np.ndarray, pattern: sp.Pattern, sparsity: float, *,
+         fitted: bool = True) -> np.ndarray:  # fmt: skip
+    """min tr((V - W) H (V - W)^T) with V of the pattern, split into the error of V and the pattern of a copy D.
+
+    V minimizes error + penalty/2 |V - D + U|^2, D is the nearest of the pattern to V + U, U sums up their difference;
+    the penalty grows the faster the more of D's support still moves, until it stands still. Inputs are scaled so that
+    H has a diagonal of ones. `fitted`: the kept weights are refitted at the end.
+    """
+    scale = np.sqrt(np.diag(hessian))
+    matrix = (hessian / np.outer(scale, scale)).astype(np.float32)
+    goal = (weight * scale).astype(np.float32)
+    pull = goal @ matrix
+    mask = sp.keep_mask(goal**2, pattern, sparsity)
+    near, drift = goal * mask, np.zeros_like(goal)  # D, and U times the penalty
+    penalty, inverse = FIRST, np.empty(0)
+    before = mask
+    for step in range(STEPS):
+        if step % EVERY == 0:
+            if step:
+                moved = int(np.count_nonzero(mask != before)) / max(2 * int(np.count_nonzero(mask)), 1)
+                if moved == 0.0 and step > 2 * EVERY:
+                    break
+                penalty *= next(growth for least, growth in GROWTH if moved >= least)
+                before = mask
+            inverse = np.linalg.inv(matrix + np.float32(penalty) * np.eye(len(matrix), dtype=np.float32))
+        free = (pull - drift + np.float32(penalty) * near) @ inverse
+        reached = free + drift / np.float32(penalty)
+        mask = sp.keep_mask(reached**2, pattern, sparsity)
+        near = reached * mask
+        drift += np.float32(penalty) * (free - near)
+    return refit(weight, hessian, mask) if fitted else np.asarray(weight * mask)

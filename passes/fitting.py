@@ -1,0 +1,181 @@
+"""Fits pruned layers to what the dense model computes, stage by stage, each on the inputs that it will see."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from nmcompile import graph as g
+from nmcompile import solvers
+from nmcompile import sparsity as sp
+from nmcompile.calibrate.cascade import Batch, Cascade, Stage, stages
+from nmcompile.calibrate.checkpoints import Checkpoints
+from nmcompile.calibrate.data import Data
+from nmcompile.errors import CalibrationError
+
+DAMPING = (0.01, 0.05, 0.2, 0.8)  # of the Hessian's diagonal
+QUICK = 8  # steps of the solutions that are only compared
+HELD_OUT = 5  # every fifth batch chooses the damping
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How layers are fitted.
+
+    sequential: inputs are those of the compressed model, targets the outputs of the dense one; otherwise both are the
+    dense model's. residual: what the residual has lost so far is part of the target of the layer that is added to it.
+    bias: biases take on the mean error. norms: gain and bias of a normalisation are fitted to its dense output before
+    the layers that read it. damping: None chooses by held-out batches. rounding: weights end on int8 levels, each
+    rounding error made up for by later ones.
+    """
+
+    solver: str = "admm"
+    sequential: bool = True
+    residual: bool = True
+    bias: bool = True
+    norms: bool = True
+    damping: float | None = None
+    rounding: bool = False
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """Of one layer: the damping taken, and |error|^2 / |output|^2 against the dense model's output."""
+
+    damping: float
+    error: float
+
+
+def fit(
+    graph: gs.Graph,
+    data: Data,
+    layers: Sequence[g.Linear],
+    pattern: sp.Pattern,
+    sparsity: Mapping[str, float],
+    how: Fit,
+    progress: Progress | None = None,
+    checkpoints: Path | None = None,
+) -> dict[str, Fitted]:
+    """Prune `layers` of the graph, in place, to the share of zeros that `sparsity` gives by name.
+
+    checkpoints: a folder for finished stages, which a later call with the same arguments takes from there.
+    CalibrationError names the layer whose inputs are not finite.
+    """
+    kept = None
+    if checkpoints is not None:
+        kept = Checkpoints(checkpoints, graph, data, str(pattern), sorted(sparsity.items()), asdict(how))
+    cascade = Cascade(graph, g.copy(graph), data, stages(graph, layers))
+    found: dict[str, Fitted] = {}
+    for index, stage in enumerate(cascade.stages):
+        if progress is not None:
+            progress("fitting layers", index, len(cascade.stages))
+        batches = list(cascade.batches(index))
+        saved = kept.load(index) if kept is not None else None
+        if saved is None:
+            saved = _solve(stage, batches, pattern, sparsity, how)
+            if kept is not None:
+                kept.save(index, saved)
+        if "gain" in saved:
+            cascade.scale(index, saved["gain"], saved["shift"])
+        for i, layer in enumerate(stage.layers):
+            g.set_weight(graph, layer, saved[f"weight{i}"])
+            if f"bias{i}" in saved:
+                g.set_bias(graph, layer, saved[f"bias{i}"])
+            found[layer.name] = Fitted(*map(float, saved[f"facts{i}"]))
+    if progress is not None:
+        progress("fitting layers", len(cascade.stages), len(cascade.stages))
+    return found
+
+
+def _solve(
+    stage: Stage, batches: list[Batch], pattern: sp.Pattern, sparsity: Mapping[str, float], how: Fit
+) -> dict[str, np.ndarray]:
+    """What becomes of a stage: weight, bias and facts of each layer by its place, gain and shift of the norm."""
+    saved: dict[str, np.ndarray] = {}
+    if how.sequential and how.norms and stage.normalised:
+        saved["gain"], saved["shift"] = gain, shift = _norm(batches)
+        batches = [Batch(b.index, b.x * gain + shift, b.dense_x, b.residuals) for b in batches]
+    parts = _moments(stage, batches, how)
+    for i, layer in enumerate(stage.layers):
+        weight, bias, facts = _fit_layer(layer, parts, pattern, sparsity[layer.name], how)
+        saved[f"weight{i}"], saved[f"facts{i}"] = weight.astype(np.float32), np.array([facts.damping, facts.error])
+        if bias is not None:
+            saved[f"bias{i}"] = bias.astype(np.float32)
+    return saved
+
+
+def _moments(stage: Stage, batches: Sequence[Batch], how: Fit) -> tuple[solvers.Moments, solvers.Moments]:
+    """(of the batches to fit, of those to choose the damping by)."""
+    sizes = {layer.name: layer.weight.shape[0] for layer in stage.layers}
+    width = batches[0].x.shape[-1]
+    parts = (solvers.Moments(width, sizes), solvers.Moments(width, sizes))
+    for batch in batches:
+        targets = {}
+        for layer in stage.layers:
+            targets[layer.name] = batch.dense_x @ layer.weight.T
+            residual = stage.residuals.get(layer.name)
+            if how.sequential and how.residual and residual is not None:
+                now, before = batch.residuals[residual]
+                targets[layer.name] += before - now
+        held = len(batches) >= HELD_OUT and batch.index % HELD_OUT == HELD_OUT - 1
+        try:
+            parts[held].add(batch.x if how.sequential else batch.dense_x, targets)
+        except CalibrationError as error:
+            raise CalibrationError(f"layer '{stage.layers[0].name}', input '{stage.tensor}': {error}") from None
+    return parts
+
+
+def _fit_layer(
+    layer: g.Linear,
+    parts: tuple[solvers.Moments, solvers.Moments],
+    pattern: sp.Pattern,
+    sparsity: float,
+    how: Fit,
+) -> tuple[np.ndarray, np.ndarray | None, Fitted]:
+    """(weight, bias if it has one that is fitted, facts)."""
+    weight, name = layer.weight.astype(np.float64), layer.name
+    whole = parts[0] + parts[1]
+    biased = how.bias and layer.bias is not None
+    fitting, held, both = (part.centred() if biased else part for part in (*parts, whole))
+    share = how.damping
+    if share is None:
+        share = _best_damping(fitting, held, name, weight, pattern, sparsity) if held.rows else DAMPING[1]
+    target, hessian = solvers.damped(both, name, weight, share)
+    new = solvers.SOLVERS[how.solver](target, hessian, pattern, sparsity) if sparsity > 0 else target
+    if how.rounding:
+        new = solvers.rounded(new, hessian, new != 0)
+    bias = layer.bias + (whole.shift(name, new)) if biased and layer.bias is not None else None
+    return new, bias, Fitted(share, both.error(name, new))
+
+
+def _best_damping(
+    fitting: solvers.Moments,
+    held: solvers.Moments,
+    name: str,
+    weight: np.ndarray,
+    pattern: sp.Pattern,
+    sparsity: float,
+) -> float:
+    """The damping whose quick solution does best on rows it has not seen."""
+    errors = []
+    for share in DAMPING:
+        target, hessian = solvers.damped(fitting, name, weight, share)
+        mask = sp.keep_mask(target**2 * np.diag(hessian), pattern, sparsity)
+        errors.append(held.error(name, solvers.refit(target, hessian, mask, exact=False, steps=QUICK)))
+    return DAMPING[int(np.argmin(errors))]
+
+
+def _norm(batches: Sequence[Batch]) -> tuple[np.ndarray, np.ndarray]:
+    """gain and shift [K] with which the stage's input comes nearest to the dense model's, channel by channel."""
+    x, y = (np.concatenate([getattr(batch, side) for batch in batches]) for side in ("x", "dense_x"))
+    x_mean, y_mean = x.mean(axis=0, dtype=np.float64), y.mean(axis=0, dtype=np.float64)
+    x, y = x - x_mean, y - y_mean
+    power = np.einsum("tk,tk->k", x, x)
+    gain = np.where(power > 0, np.einsum("tk,tk->k", x, y) / np.maximum(power, 1e-30), 1.0)
+    return gain.astype(np.float32), (y_mean - gain * x_mean).astype(np.float32)

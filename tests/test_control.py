@@ -1,0 +1,161 @@
+"""Accuracy control: the noise of layers, the search for those that go back, metrics, sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import nmcompile
+from nmcompile.control import Noise, hold, worst_first
+from nmcompile.errors import InputError, NmcompileError, UnsupportedError
+from nmcompile.metrics import Limit, cosine, disagreement, divergence, parse_limit
+from nmcompile.plan import read_plan
+
+BERT = Path(__file__).parent.parent / "models" / "bert-torchscript.onnx"
+
+
+def samples(count: int = 24) -> Iterator[dict[str, np.ndarray]]:
+    rng = np.random.default_rng(0)
+    for _ in range(count):
+        yield {"input_ids": rng.integers(5, 200, rng.integers(4, 20))}
+
+
+# ---- metrics
+
+
+def test_metrics_by_hand() -> None:
+    a = np.array([[3.0, 4.0], [1.0, 0.0]])
+    b = np.array([[4.0, 3.0], [1.0, 0.0]])
+    one, other = (lambda feeds: {"y": a}), (lambda feeds: {"y": b})
+    assert cosine(one, other, [{}]) == pytest.approx(1 - (24 / 25 + 1) / 2)
+    assert disagreement(one, other, [{}]) == 0.5
+    p, q = np.exp(a[0]) / np.exp(a[0]).sum(), np.exp(b[0]) / np.exp(b[0]).sum()
+    assert divergence(one, other, [{}]) == pytest.approx(np.sum(p * np.log(p / q)) / 2)
+    assert cosine(one, one, [{}]) == pytest.approx(0)
+    assert divergence(one, one, [{}]) == 0 == disagreement(one, one, [{}])
+
+
+def test_padding_does_not_count() -> None:
+    feeds = {"attention_mask": np.array([[1, 0]])}
+    one = {"y": np.array([[[1.0, 0.0], [5.0, 5.0]]])}
+    other = {"y": np.array([[[1.0, 0.0], [-5.0, 9.0]]])}
+    assert cosine(lambda _: one, lambda _: other, [feeds]) == pytest.approx(0)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("cosine", "is not METRIC=VALUE"),
+        ("cosine=much", "is not METRIC=VALUE"),
+        ("cosine=-1", "is not METRIC=VALUE"),
+        ("accuracy=0.1", "is not known; choose cosine, kl, top1"),
+        ("nosuch.py:score=0.1", "there is no file nosuch.py"),
+    ],
+)
+def test_wrong_limits(text: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        parse_limit(text, [])
+
+
+def test_a_function_of_the_users(tmp_path: Path) -> None:
+    file = tmp_path / "score.py"
+    file.write_text("def mean(run):\n    return float(run({})['y'].mean())\ndef wrong(run):\n    return 'good'\n")
+    limit = parse_limit(f"{file}:mean=0.5", [])
+    assert limit.score(lambda _: {"y": np.ones(3)}, lambda _: {"y": np.zeros(3)}) == 1.0
+    with pytest.raises(InputError, match="has no function nosuch"):
+        parse_limit(f"{file}:nosuch=0.5", [])
+    with pytest.raises(NmcompileError, match="gave 'good'"):
+        parse_limit(f"{file}:wrong=0.5", []).score(lambda _: {}, lambda _: {})
+    file.write_text("1 / 0")
+    with pytest.raises(InputError, match="does not run: division by zero"):
+        parse_limit(f"{file}:mean=0.5", [])
+
+
+# ---- the search
+
+
+def search(harm: dict[str, float], allowed: float, float_harm: dict[str, float] | None = None) -> object:
+    """Each layer costs its harm until it is dense, and float_harm until it is float."""
+    rest = float_harm or {}
+
+    def attempt(dense: Sequence[str], floating: Sequence[str]) -> float:
+        return sum(v for k, v in harm.items() if k not in dense) + sum(v for k, v in rest.items() if k not in floating)
+
+    order = worst_first({name: Noise(0.0, value) for name, value in harm.items()}, harm)
+    second = worst_first({name: Noise(0.0, value) for name, value in rest.items()}, rest)
+    return hold(Limit("cosine", allowed, lambda a, b: 0.0), attempt, order, second, lambda *_: None)
+
+
+def test_the_fewest_layers_go_back() -> None:
+    harm = {"a": 1.0, "b": 5.0, "c": 2.0, "d": 0.5}
+    for allowed, expected in ((9.0, ""), (4.0, "b"), (3.4, "bc"), (1.0, "bca"), (0.1, "bcad")):
+        found = search(harm, allowed)
+        assert found.dense == tuple(expected) and found.drop <= allowed and not found.floating  # type: ignore[attr-defined]
+
+
+def test_then_layers_go_to_float() -> None:
+    found = search({"a": 1.0, "b": 2.0}, 0.5, {"a": 0.4, "b": 0.3, "c": 0.6})
+    assert (found.dense, found.floating) == (("b", "a"), ("c", "a"))  # type: ignore[attr-defined]
+    with pytest.raises(UnsupportedError, match="even without pruning and quantization"):
+        hold(Limit("kl", 0.1, lambda a, b: 0.0), lambda dense, floating: 1.0, ["a"], ["a"], lambda *_: None)
+
+
+def test_a_limit_holds_on_the_plan(tmp_path: Path) -> None:
+    data = list(samples())
+    given = {"calibration": data, "sparsity": 0.8, "pattern": "2x4"}
+    free = nmcompile.compile(BERT, tmp_path / "free.plan", **given)  # type: ignore[arg-type]
+    lost = 1 - free.loss["last_hidden_state"].cosine
+    half = f"cosine={lost / 2}"
+    held = nmcompile.compile(BERT, tmp_path / "held.plan", max_drop=half, **given)  # type: ignore[arg-type]
+    assert held.held["dense"] and held.held["drop"] <= lost / 2
+    dense = {layer["name"] for layer in held.layers if layer["density"] > 0.9}  # rounding makes a few
+    assert set(held.held["dense"]) <= dense
+    assert 1 - held.loss["last_hidden_state"].cosine < lost
+    assert read_plan(tmp_path / "held.plan").header["passes"] == [name for name, _, _ in held.passes]
+    loose = nmcompile.compile(BERT, tmp_path / "loose.plan", max_drop="cosine=1", **given)  # type: ignore[arg-type]
+    assert not loose.held["dense"] and (tmp_path / "loose.plan").read_bytes() == (tmp_path / "free.plan").read_bytes()
+
+
+def test_layers_go_to_float_where_int8_is_too_coarse(tmp_path: Path) -> None:
+    result = nmcompile.compile(BERT, tmp_path / "m.plan", calibration=list(samples()), max_drop="cosine=1e-5")
+    assert result.held["float"] and not result.held["dense"] and result.held["drop"] <= 1e-5
+    precision = {layer["name"]: layer["precision"] for layer in result.layers}
+    assert all(precision[name] != "int8" for name in result.held["float"])
+
+
+def test_what_cannot_be_held_leaves_no_file(tmp_path: Path) -> None:
+    (tmp_path / "s.py").write_text("calls = []\ndef score(run):\n    calls.append(1)\n    return -float(len(calls))\n")
+    with pytest.raises(UnsupportedError, match="even without"):
+        nmcompile.compile(BERT, tmp_path / "m.plan", calibration=list(samples()), max_drop=f"{tmp_path}/s.py:score=0.5")
+    assert not list(tmp_path.glob("*.plan*")) and not list(tmp_path.glob(".*plan*"))
+
+
+# ---- sizes
+
+
+def test_a_plan_of_a_size(tmp_path: Path) -> None:
+    given = {"calibration": list(samples()), "solver": "magnitude", "measure": False}
+    smaller = nmcompile.compile(BERT, tmp_path / "a.plan", size="0.45x", **given)  # type: ignore[arg-type]
+    zeros = 1 - np.mean([layer["density"] for layer in smaller.layers[:12]])
+    assert 0 < zeros < 1
+    weights = nmcompile.compiler.weight_bytes(BERT)
+    assert smaller.sizes["plan"] / weights == pytest.approx(0.45, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"size": "small"}, "is not a share"),
+        ({"size": "0.01x"}, "take a larger size"),
+        ({"size": "0.5x", "sparsity": 0.5}, "either a size or a sparsity"),
+        ({"size": "0.5x", "pattern": "2:4"}, "always has the same size"),
+        ({"size": "0.5x", "passes": "fold-constants"}, "give either passes or"),
+    ],
+)
+def test_wrong_sizes(options: dict[str, object], message: str, tmp_path: Path) -> None:
+    with pytest.raises(NmcompileError, match=message):
+        nmcompile.compile(BERT, tmp_path / "m.plan", calibration=list(samples(8)), **options)  # type: ignore[arg-type]
+    assert not list(tmp_path.iterdir())

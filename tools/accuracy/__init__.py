@@ -1,0 +1,1 @@
+"""How much accuracy compression costs, on tasks that anyone can rerun."""
