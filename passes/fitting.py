@@ -46,10 +46,12 @@ class Fit:
 
 @dataclass(frozen=True)
 class Fitted:
-    """Of one layer: the damping taken, and |error|^2 / |output|^2 against the dense model's output."""
+    """Of one layer: the damping taken, |error|^2 / |output|^2 against the dense model's output, and the rows (tokens) it
+    was fitted to."""
 
     damping: float
     error: float
+    rows: int
 
 
 def fit(
@@ -87,7 +89,8 @@ def fit(
             g.set_weight(graph, layer, saved[f"weight{i}"])
             if f"bias{i}" in saved:
                 g.set_bias(graph, layer, saved[f"bias{i}"])
-            found[layer.name] = Fitted(*map(float, saved[f"facts{i}"]))
+            damping, error, rows = saved[f"facts{i}"]
+            found[layer.name] = Fitted(float(damping), float(error), int(rows))
     if progress is not None:
         progress("fitting layers", len(cascade.stages), len(cascade.stages))
     return found
@@ -104,7 +107,7 @@ def _solve(
     parts = _moments(stage, batches, how)
     for i, layer in enumerate(stage.layers):
         weight, bias, facts = _fit_layer(layer, parts, pattern, sparsity[layer.name], how)
-        saved[f"weight{i}"], saved[f"facts{i}"] = weight.astype(np.float32), np.array([facts.damping, facts.error])
+        saved[f"weight{i}"], saved[f"facts{i}"] = weight.astype(np.float32), np.array([facts.damping, facts.error, facts.rows])
         if bias is not None:
             saved[f"bias{i}"] = bias.astype(np.float32)
     return saved
@@ -151,7 +154,7 @@ def _fit_layer(
     if how.rounding:
         new = solvers.rounded(new, hessian, new != 0)
     bias = layer.bias + (whole.shift(name, new)) if biased and layer.bias is not None else None
-    return new, bias, Fitted(share, both.error(name, new))
+    return new, bias, Fitted(share, both.error(name, new), whole.rows)
 
 
 def _best_damping(

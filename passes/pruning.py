@@ -109,6 +109,7 @@ class PruningPass(DataPass):
             shares = sensitivity.densities(table, sparsity)
             detail["table"] = [unit.to_json() for unit in table]
         before = {layer.name: layer.weight for layer in layers}
+        few: list[str] = []
         if fitted and layers:
             assert calibration is not None
             how = Fit(self.solver, self.sequential, self.residual, self.bias, self.norms, self.damping or None,
@@ -117,12 +118,13 @@ class PruningPass(DataPass):
                         calibration.checkpoints)  # fmt: skip
             detail["fitted"] = {name: {"error": round(item.error, 6), "damping": item.damping}
                                 for name, item in found.items()}  # fmt: skip
+            few = _few(layers, {name: item.rows for name, item in found.items()})
         else:
             self._mask(graph, layers, pattern, sparsity, shares, calibration)
         after = {layer.name: layer.weight for layer in g.linear_layers(graph)}
         n_changed = sum(not np.array_equal(after[name], weight) for name, weight in before.items())
         detail["density"] = {name: round(float(sp.density(after[name])), 4) for name in before}
-        notes = [*_emptied(before, after, pattern),
+        notes = [*few, *_emptied(before, after, pattern),
                  *(f"{name}: kept dense, {reason}" for name, reason in selection.kept.items())]  # fmt: skip
         return Report(changed=n_changed, detail=detail, notes=tuple(notes))
 
@@ -162,6 +164,16 @@ def _each_weight_once(layers: Sequence[g.Linear]) -> list[g.Linear]:
     for layer in layers:
         found.setdefault(layer.node.inputs[1].name, layer)
     return list(found.values())
+
+
+def _few(layers: Sequence[g.Linear], rows: Mapping[str, int]) -> list[str]:
+    """Fewer tokens than inputs leave directions that no sample shows: only damping holds the weights there."""
+    poor = [layer for layer in layers if rows[layer.name] < layer.weight.shape[1]]
+    if not poor:
+        return []
+    most = max(layer.weight.shape[1] for layer in poor)
+    return [f"{len(poor)} layers of up to {most} inputs were fitted to {rows[poor[0].name]} tokens only, held by damping; "
+            "give more calibration samples"]  # fmt: skip
 
 
 def _emptied(

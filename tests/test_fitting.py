@@ -151,9 +151,12 @@ def test_an_interrupted_run_goes_on(
     prune(bert, data, Fit(), checkpoints=tmp_path)  # a damaged stage is done again
 
 
-def test_few_samples_still_work(bert: gs.Graph) -> None:
+def test_few_samples_still_work_and_are_told(bert: gs.Graph, data: Data) -> None:
     few = open_data(records(2), g.inputs(bert))
     assert np.isfinite(lost(prune(bert, few, Fit()), bert, few))
+    for samples, said in ((few, True), (data, False)):
+        report = Pipeline([BlockPrune(solver="obs", sparsity=0.5)], calibration=Calibration(samples)).run(bert)[1][0]
+        assert any("give more calibration samples" in note for note in report.notes) == said
 
 
 def test_infinite_activations_name_the_layer(bert: gs.Graph, data: Data) -> None:

@@ -35,7 +35,7 @@ ROUNDS = 3
 LENGTH = 128
 RECIPES: dict[str, dict[str, Any]] = {
     "nmcompile INT8": {},
-    "nmcompile INT8, 2x4 at 50 %": {"pattern": "2x4", "sparsity": 0.5, "solver": "wanda"},
+    "nmcompile INT8, 1x4 at 50 %, --fast": {"pattern": "1x4", "sparsity": 0.5, "preset": "fast"},
 }
 
 

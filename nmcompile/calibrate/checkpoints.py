@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import onnx_graphsurgeon as gs
 
+import nmcompile
 from nmcompile import graph as g
 from nmcompile.errors import NmcompileError
 from nmcompile.files import replacing
@@ -23,7 +24,7 @@ class Checkpoints:
     def __init__(
         self, folder: Path, graph: gs.Graph, data: Iterable[Mapping[str, np.ndarray]], *options: object
     ) -> None:
-        seen = hashlib.sha256(repr(options).encode())
+        seen = hashlib.sha256(repr((nmcompile.__version__, *options)).encode())
         seen.update(g.to_text(graph).encode())
         for feed in data:
             for name in sorted(feed):
