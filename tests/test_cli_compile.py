@@ -97,6 +97,17 @@ def test_a_recipe_holds_the_options_and_the_command_line_wins(tmp_path: Path) ->
     assert "warning" not in result.stderr and "SQNR" in result.stdout
 
 
+def test_what_a_limit_took_is_said(tmp_path: Path) -> None:
+    data = samples(tmp_path)
+    words = (MODEL, "-o", tmp_path / "m.plan", "--calibration", data, "--max-length", 16, "--sparsity", 0.8, "--fast")
+    result = compile_(*words, "--max-drop", "cosine=1")
+    assert result.exit_code == 0 and "1 is allowed: no layer had to go back" in result.stdout
+    result = compile_(*words, "--max-drop", "cosine=0.02")
+    assert result.exit_code == 0 and "layers dense again, those that add most noise" in result.stdout
+    result = compile_(*words, "--max-drop", "cosine")
+    assert result.exit_code == 1 and "is not METRIC=VALUE" in result.stderr and result.stderr.count("\n") == 1
+
+
 def test_a_recipe_gives_what_the_options_give(tmp_path: Path) -> None:
     (tmp_path / "r.toml").write_text(
         'passes = ["block-prune(sparsity=0.9)", "n-m-prune"]\nverify = true\noutput = "p"\n'

@@ -142,6 +142,8 @@ def summary(model: Path, result: Result) -> Iterator[str]:
         samples = "MADE-UP SAMPLES, not real ones" if result.synthetic else samples
         yield f"  loss      plan against model, on {samples}"
         yield from (f"            {line}" for line in terminal.differences(result.loss).splitlines())
+    if result.held:
+        yield from _titled("held", _held(result))
     notes = [note for note in result.notes if not note.startswith("no calibration data")]
     shown = [note if len(note) <= 160 else f"{note[:157]}..." for note in notes[:NOTES]]
     if len(notes) > NOTES:
@@ -173,6 +175,17 @@ def _layers(result: Result) -> list[str]:
         zeros = "dense weights" if pattern == "dense" else f"pattern {pattern}, density {density}"
         lines.append(f"{len(shares)} x {precision}, kernel {kernel}, {zeros}{why}")
     return lines or ["none on the engine"]
+
+
+def _held(result: Result) -> list[str]:
+    """What it took to stay within --max-drop."""
+    held = result.held
+    lines = [f"{held['metric']} drops by {held['drop']:.4g}, {held['limit']:g} is allowed"]
+    for kind, names in (("dense again", held["dense"]), ("left in float", held["float"])):
+        if names:
+            more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+            lines.append(f"{len(names)} layers {kind}, those that add most noise: {', '.join(names[:4])}{more}")
+    return lines if len(lines) > 1 else [f"{lines[0]}: no layer had to go back"]
 
 
 def _segments(result: Result) -> list[str]:
