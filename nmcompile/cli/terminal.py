@@ -133,7 +133,7 @@ class Progress:
             now = time.monotonic()
             due = now - self._told > PLAIN_EVERY or (not self._shown and now - self._start > PATIENCE)
             if due and not sys.stderr.isatty():
-                click.echo(f"{what} {done}/{total}", err=True)
+                click.echo(f"{what} {done}/{total}" if total else what, err=True)
                 self._told, self._shown = now, True
 
     def _open(self) -> None:
