@@ -46,8 +46,8 @@ class Fit:
 
 @dataclass(frozen=True)
 class Fitted:
-    """Of one layer: the damping taken, |error|^2 / |output|^2 against the dense model's output, and the rows (tokens) it
-    was fitted to."""
+    """Of one layer: the damping taken, |error|^2 / |output|^2 against the dense model's output, and the rows (tokens)
+    it was fitted to."""
 
     damping: float
     error: float
@@ -107,7 +107,8 @@ def _solve(
     parts = _moments(stage, batches, how)
     for i, layer in enumerate(stage.layers):
         weight, bias, facts = _fit_layer(layer, parts, pattern, sparsity[layer.name], how)
-        saved[f"weight{i}"], saved[f"facts{i}"] = weight.astype(np.float32), np.array([facts.damping, facts.error, facts.rows])
+        saved[f"weight{i}"] = weight.astype(np.float32)
+        saved[f"facts{i}"] = np.array([facts.damping, facts.error, facts.rows])
         if bias is not None:
             saved[f"bias{i}"] = bias.astype(np.float32)
     return saved

@@ -172,8 +172,8 @@ def _few(layers: Sequence[g.Linear], rows: Mapping[str, int]) -> list[str]:
     if not poor:
         return []
     most = max(layer.weight.shape[1] for layer in poor)
-    return [f"{len(poor)} layers of up to {most} inputs were fitted to {rows[poor[0].name]} tokens only, held by damping; "
-            "give more calibration samples"]  # fmt: skip
+    return [f"{len(poor)} layers of up to {most} inputs were fitted to {rows[poor[0].name]} tokens only, held by "
+            "damping; give more calibration samples"]  # fmt: skip
 
 
 def _emptied(
