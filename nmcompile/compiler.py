@@ -230,10 +230,12 @@ def _held(job: Job, limit: Limit, plan: Path, data: Data) -> dict[str, Any]:
         job.write(plan, "")
         return limit.score(reference, load(plan).run)
 
-    job.quantize()
-    noise = layer_noise(job.dense, job.graph, data)
-    quantized = [layer.name for layer in g.linear_layers(job.graph) if layer.quantized]
-    found = hold(limit, attempt, worst_first(noise, job.changed), worst_first(noise, quantized), job.tell)
+    def candidates() -> tuple[list[str], list[str]]:
+        noise = layer_noise(job.dense, job.graph, data)
+        quantized = [layer.name for layer in g.linear_layers(job.graph) if layer.quantized]
+        return worst_first(noise, job.changed), worst_first(noise, quantized)
+
+    found = hold(limit, attempt, candidates, job.tell)
     return {"metric": limit.name, "limit": limit.value, "drop": found.drop,
             "dense": list(found.dense), "float": list(found.floating)}  # fmt: skip
 
@@ -246,13 +248,13 @@ def sparsity_for(size: str, model: Model, pattern: str | None) -> float:
         raise PassError(f"size {size!r} is not a share of the model's file; write for example 0.25x")
     if isinstance(sp.parse_pattern(pattern or "2x4"), sp.NM):
         raise PassError(f"pattern {pattern} always has the same size; leave --size out")
-    wanted, found = float(match[1]), {}
+    wanted, whole, found = float(match[1]), weight_bytes(model), {}
     with TemporaryDirectory() as folder:
         for share in (0.5, 0.9):
             plan = Path(folder) / "m.plan"
             compile(model, plan, sparsity=share, pattern=pattern, solver="magnitude", preset="fast", tuning="off",
                     measure=False, calibration=None)  # fmt: skip
-            found[share] = plan.stat().st_size / weight_bytes(model)
+            found[share] = plan.stat().st_size / whole
     slope = (found[0.9] - found[0.5]) / 0.4
     share = 0.5 + (wanted - found[0.5]) / slope if slope < 0 else 1.0
     if share >= 0.99:

@@ -75,15 +75,15 @@ def _tensors(layer: g.Linear, graph: gs.Graph) -> tuple[str, str]:
 def hold(
     limit: Limit,
     attempt: Callable[[Sequence[str], Sequence[str]], float],
-    pruned: Sequence[str],
-    quantized: Sequence[str],
+    candidates: Callable[[], tuple[Sequence[str], Sequence[str]]],
     tell: Callable[[str, int, int], None],
 ) -> Outcome:
     """The fewest layers, worst first, that must go back for the drop to stay within the limit.
 
-    attempt(dense, floating) builds the model with these layers unpruned and those unquantized and gives its drop.
-    `pruned` and `quantized` are in order of harm. Layers are made dense first; what that cannot mend is mended in
-    float. UnsupportedError when not even the float model is good enough.
+    attempt(dense, floating) builds the model with these layers unpruned and those unquantized and gives its drop; what
+    it built last is what the outcome says. candidates() gives the layers to unprune and to leave in float, in order of
+    harm; it is asked only when the model is not good enough as it is. Layers are made dense first; what that cannot
+    mend is mended in float. UnsupportedError when not even the float model is good enough.
     """
     tried = 0
 
@@ -93,30 +93,27 @@ def hold(
         tried += 1
         return attempt(dense, floating)
 
-    first = least = drop((), ())
-    if first <= limit.value:
-        return Outcome(first)
-    for names, other in ((pruned, False), (quantized, True)):
+    now = drop((), ())
+    if now <= limit.value:
+        return Outcome(now)
+    pruned, quantized = map(tuple, candidates())
+    built = len(pruned), 0  # layers that the last attempt made dense, and left in float
+    for names, is_float in ((pruned, False), (quantized, True)):
         if not names:
             continue
-        fixed = tuple(pruned) if other else ()
-        least = drop(fixed, names) if other else drop(names, ())
-        if least > limit.value:
-            continue
-        low, high, best = 0, len(names), least  # low fails, high holds
+        low, high, tries = 0, len(names) + 1, len(names)  # low fails, high holds if there is one
         while high - low > 1:
-            middle = (low + high) // 2
-            now = drop(fixed, names[:middle]) if other else drop(names[:middle], ())
-            if now <= limit.value:
-                high, best = middle, now
-            else:
-                low = middle
-        taken = tuple(names[:high])
-        # the last attempt may have been one that failed: what is built must be what is reported
-        best = drop(fixed, taken) if other else drop(taken, ())
-        return Outcome(best, fixed if other else taken, taken if other else ())
+            built = (len(pruned), tries) if is_float else (tries, 0)
+            now = drop(pruned[: built[0]], quantized[: built[1]])
+            low, high = (low, tries) if now <= limit.value else (tries, high)
+            tries = (low + high) // 2
+        if high <= len(names):
+            best = (len(pruned), high) if is_float else (high, 0)
+            if built != best:
+                now = drop(pruned[: best[0]], quantized[: best[1]])
+            return Outcome(now, pruned[: best[0]], quantized[: best[1]])
     raise UnsupportedError(
-        f"{limit.name} drops by {least:.4g} even without pruning and quantization, {limit.value:g} is allowed; "
+        f"{limit.name} drops by {now:.4g} even without pruning and quantization, {limit.value:g} is allowed; "
         "check the metric and the data"
     )
 

@@ -86,7 +86,7 @@ def search(harm: dict[str, float], allowed: float, float_harm: dict[str, float] 
 
     order = worst_first({name: Noise(0.0, value) for name, value in harm.items()}, harm)
     second = worst_first({name: Noise(0.0, value) for name, value in rest.items()}, rest)
-    return hold(Limit("cosine", allowed, lambda a, b: 0.0), attempt, order, second, lambda *_: None)
+    return hold(Limit("cosine", allowed, lambda a, b: 0.0), attempt, lambda: (order, second), lambda *_: None)
 
 
 def test_the_fewest_layers_go_back() -> None:
@@ -100,7 +100,7 @@ def test_then_layers_go_to_float() -> None:
     found = search({"a": 1.0, "b": 2.0}, 0.5, {"a": 0.4, "b": 0.3, "c": 0.6})
     assert (found.dense, found.floating) == (("b", "a"), ("c", "a"))  # type: ignore[attr-defined]
     with pytest.raises(UnsupportedError, match="even without pruning and quantization"):
-        hold(Limit("kl", 0.1, lambda a, b: 0.0), lambda dense, floating: 1.0, ["a"], ["a"], lambda *_: None)
+        hold(Limit("kl", 0.1, lambda a, b: 0.0), lambda dense, floating: 1.0, lambda: (["a"], ["a"]), lambda *_: None)
 
 
 def test_a_limit_holds_on_the_plan(tmp_path: Path) -> None:
