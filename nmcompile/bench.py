@@ -26,25 +26,16 @@ import numpy as np
 
 from nmcompile.errors import InputError, NmcompileError
 from nmcompile.json_process import Json, JsonProcess
-from nmcompile.made_up import limits, made_up
+from nmcompile.made_up import made_up
+from nmcompile.session import is_plan, load
 from nmcompile.tensorinfo import TensorInfo
 
 Arrays = dict[str, np.ndarray]
 Progress = Callable[[str, int, int], None]  # (what, done, total)
 
-PLAN_START = b"PK"  # a plan is a zip archive
 TOKENS = 128  # when none are asked for
 ROUNDS, SHORTEST = 10, 0.05  # rounds per contender and shape; seconds of a round at least
 REST = 0.03  # seconds between turns, in which the other's threads stop spinning
-
-
-def is_plan(path: str | os.PathLike[str]) -> bool:
-    """Whether a file starts as a plan does. NmcompileError when it cannot be read."""
-    try:
-        with open(path, "rb") as stream:
-            return stream.read(2) == PLAN_START
-    except OSError as error:
-        raise NmcompileError(f"cannot read {path}: {error.strerror or error}") from None
 
 
 # ---- the worker: one model in one process ----------------------------------------------------------------------
@@ -54,12 +45,9 @@ class PlanRunner:
     """A plan in its session."""
 
     def __init__(self, path: str, threads: int | None) -> None:
-        from nmcompile.session import load
-
         self.session = load(path, threads=threads)
         self.inputs = self.session.inputs
-        plan = self.session.plan
-        vocabulary, longest = limits(self.session.header, lambda name: int(plan.arrays[name].shape[0]))
+        vocabulary, longest = self.session.limits()
         self.facts: Json = {"runtime": "nmcompile", "isa": self.session.isa, "threads": self.session.threads,
                             "vocabulary": vocabulary, "longest": longest}  # fmt: skip
 

@@ -50,6 +50,7 @@ class Attention:
     mask: Mask
     nodes: tuple[gs.Node, ...]
     operands: tuple[gs.Tensor, gs.Tensor, gs.Tensor]
+    quantized_shares: bool = False  # a pair stands behind the softmax too
 
     @property
     def readers(self) -> tuple[tuple[gs.Node, int], ...]:
@@ -269,6 +270,10 @@ def match_attention(softmax: gs.Node) -> Attention | None:
     scale = g.constant(masked.inputs[1])
     product = g.producer(masked.inputs[0])
     context = _only(softmax.outputs[0])
+    pair = context is not None and context.op == "QuantizeLinear"
+    if context is not None and pair:
+        dequantize = _only(context.outputs[0])
+        context = None if dequantize is None else _only(dequantize.outputs[0])
     merged = _only(context.outputs[0]) if context is not None and context.op == "MatMul" else None
     flat = _only(merged.outputs[0]) if merged is not None and merged.op == "Transpose" else None
     if scale is None or scale.size != 1 or product is None or product.op != "MatMul" or context is None:
@@ -286,7 +291,8 @@ def match_attention(softmax: gs.Node) -> Attention | None:
     nodes += [masked, product, context, merged, flat, *q[2], *k[2], *v[2]]
     operands = (product.inputs[0], product.inputs[1], context.inputs[1])
     return Attention(
-        softmax.name, q[0], k[0], v[0], flat.outputs[0], q[1], float(scale.item()), mask, tuple(nodes), operands
+        softmax.name, q[0], k[0], v[0], flat.outputs[0], q[1], float(scale.item()), mask, tuple(nodes), operands,
+        pair,
     )
 
 

@@ -21,23 +21,29 @@ import onnx_graphsurgeon as gs
 from nmcompile import graph as g
 from nmcompile import sparsity as sp
 from nmcompile.backends.cpu.tuning import keep, open_tuner
+from nmcompile.backends.tensorrt.recipe import EngineOptions
+from nmcompile.backends.tensorrt.shapes import parse_shapes
 from nmcompile.calibrate import Calibration, Data, open_data
 from nmcompile.calibrate.sources import Source
 from nmcompile.compare import Comparison, Difference, real_tokens
 from nmcompile.control import Noise, hold, layer_noise, worst_first
-from nmcompile.errors import NmcompileError, PassError, UnsupportedError
+from nmcompile.engine import Engine, choose_profile, make, to_json
+from nmcompile.errors import CalibrationError, NmcompileError, PassError, UnsupportedError
 from nmcompile.files import write
 from nmcompile.job import Job
 from nmcompile.metrics import Limit, parse_limit
 from nmcompile.pipeline import Observer, Pass, Report
-from nmcompile.recipes import PRESETS, TARGETS, Preset, pruning_passes
-from nmcompile.session import load
+from nmcompile.recipes import PRESETS, Preset, pruning_passes
 from nmcompile.spec import parse_spec
+from nmcompile.targets import CpuTarget, Run, TensorrtTarget
 
 Model: TypeAlias = "str | os.PathLike[str] | onnx.ModelProto | gs.Graph"
 Progress = Callable[[str, int, int], None]  # (what, done, total)
 
 
+TARGETS = ("cpu", "tensorrt")
+NO_DATA = ("no calibration data: activation ranges come from made-up inputs and are not to be trusted; "
+           "give samples of the model's real inputs with --calibration")  # fmt: skip
 DEFAULT_TUNING: str | None = None  # what compile(tuning=None) means; a test run sets "off" and never times
 
 
@@ -66,6 +72,7 @@ class Result:
     sizes: Mapping[str, int] = field(default_factory=dict)
     noise: Mapping[str, Noise] = field(default_factory=dict)
     held: Mapping[str, Any] = field(default_factory=dict)
+    engine: Engine | None = None
 
     @property
     def measured_on(self) -> str:
@@ -94,6 +101,7 @@ class Result:
             "held": dict(self.held),
             "sqnr_db": {name: round(noise.sqnr, 2) for name, noise in self.noise.items()},
             "sizes": dict(self.sizes),
+            **({} if self.engine is None else {"engine": to_json(self.engine)}),
         }  # fmt: skip
 
 
@@ -111,7 +119,8 @@ def compile(
     calibration: Source | Data | None = None,
     tokenizer: str | Path | None = None,
     max_length: int = 128,
-    attention: str = "int8",
+    attention: str | None = None,
+    engine: EngineOptions | None = None,
     tuning: str | os.PathLike[str] | None = None,
     emit_onnx: str | os.PathLike[str] | None = None,
     verify: bool = False,
@@ -130,7 +139,8 @@ def compile(
     form and quantization. solver: magnitude, wanda, obs or admm; None is the preset's for real samples and magnitude
     for made-up ones. size: of the plan, as a share of the model's file ("0.25x"), instead of `sparsity`. calibration:
     .npz, folder, .jsonl, iterable of feeds, or a Data; without it ranges come from made-up samples. attention "float":
-    queries, keys, values and softmax stay float. tuning: each layer runs on the kernel that is fastest by times
+    queries, keys, values and softmax stay float (the default for TensorRT), or "int8". engine: how an engine is made,
+    for target tensorrt. tuning: each layer runs on the kernel that is fastest by times
     measured on this machine, kept for the next compile (None), by a table that is read from a file, or measured and
     written to it where it does not exist, or by the shipped cost model ("off"), which chooses alike on every machine.
     require "native": an error unless the whole model runs on the engine. measure: run the plan on held-out samples
@@ -139,15 +149,21 @@ def compile(
     Raises NmcompileError; a failed compile leaves no file behind.
     """
     start = time.perf_counter()
-    chosen = _check_options(target, preset, require, output)
+    chosen = _check_options(target, preset, require)
+    options = engine or EngineOptions()
     table = DEFAULT_TUNING if tuning is None else tuning
     for path in (output, emit_onnx, report, None if table == "off" else table):
         _check_path(path, model)
-    tuner = open_tuner(table)
+    made = CpuTarget(open_tuner(table)) if target == "cpu" else TensorrtTarget(
+        choose_profile(options), options.outputs, options.weights)  # fmt: skip
     tell = progress or (lambda *_: None)
     tell("reading the model", 0, 1)
     source = g.load(model)
+    shapes = parse_shapes(options.shapes, g.inputs(source)) if target == "tensorrt" and output is not None else {}
     if calibration is None:
+        if target == "tensorrt":
+            raise CalibrationError("target tensorrt needs calibration data; give samples of the model's real inputs "
+                                   "with --calibration")  # fmt: skip
         max_length = longest(source, max_length)
     data = calibration if isinstance(calibration, Data) else open_data(
         calibration, g.inputs(source), tokenizer=tokenizer, max_length=max_length,
@@ -159,51 +175,62 @@ def compile(
         raise PassError("give either a size or a sparsity, not both")
     if size is not None:
         sparsity = sparsity_for(size, model, pattern)
-    notes: list[str] = []
-    if data.synthetic:
-        notes.append("no calibration data: activation ranges come from made-up inputs and are not to be trusted; "
-                     "give samples of the model's real inputs with --calibration")  # fmt: skip
     if passes is not None:
         extra = parse_spec(passes) if isinstance(passes, str) else list(passes)
     else:
         by = solver or ("magnitude" if data.synthetic else chosen.solver)
-        extra = pruning_passes(pattern, sparsity, by, chosen.options if solver is None and not data.synthetic else {})
+        pattern = "2:4" if target == "tensorrt" and pattern is None and sparsity is None else pattern
+        extra = pruning_passes(pattern, sparsity, by, chosen.options if solver is None and not data.synthetic else {},
+                               made.multiple)  # fmt: skip
     limit = parse_limit(max_drop, list(held_out)) if isinstance(max_drop, str) else max_drop
     if limit is not None and output is None:
         raise PassError("a limit on the loss needs a plan to measure; give an output")
     calibration_run = Calibration(seen, tell, None if checkpoints is None else Path(checkpoints))
-    job = Job(source, target, chosen, attention, extra, calibration_run, verify, tuner, tuple(observers), tell)
+    job = Job(source, made, chosen, attention or made.attention, extra, calibration_run, verify, tuple(observers), tell,
+              fingerprint(source))  # fmt: skip
     job.prepare()
     with ExitStack() as unfinished:  # what it holds is removed unless everything was written
-        partial = None if output is None else Path(output).with_name(f".{Path(output).name}.partial")
-        if partial is not None:
-            unfinished.callback(partial.unlink, missing_ok=True)
+        scratch = None if output is None else Path(output).with_name(f".{Path(output).name}.partial")
+        if scratch is not None:
+            unfinished.callback(scratch.unlink, missing_ok=True)
         held: Mapping[str, Any] = {}
-        if limit is None or partial is None:
+        if limit is None or scratch is None:
             job.quantize()
         else:
-            held = _held(job, limit, partial, held_out)
-        lowered = job.lowered
-        notes += job.notes
-        if require == "native" and not lowered.native:
-            why = [note for note in notes if "not matched" in note] or [*lowered.notes, *notes, "it has no layers"]
-            raise UnsupportedError(f"not one native segment: {why[0]}")
+            held = _held(job, limit, scratch, held_out)
+        if require == "native":
+            _require_native(job)
+
+        def lost() -> Mapping[str, Difference]:
+            assert scratch is not None
+            run = made.opened(scratch, job.header)
+            return _loss(source, run, held_out, tell) if measure else {}
+
         sizes: dict[str, int] = {}
         loss: Mapping[str, Difference] = {}
-        if partial is not None:
-            job.write(partial, fingerprint(source))
-            sizes["plan"] = partial.stat().st_size
-            if measure:
-                loss = _loss(source, partial, held_out, tell)
+        built: Engine | None = None
+        if isinstance(made, TensorrtTarget) and output is not None:
+            built = make(job, made, options, Path(output), shapes, held.get("dense", ()), held.get("float", ()), lost,
+                         unfinished)  # fmt: skip
+            loss = built.loss
+        elif scratch is not None:
+            loss = lost()
         if emit_onnx is not None:
-            g.save(job.graph, Path(emit_onnx))
+            g.save(made.graph if isinstance(made, TensorrtTarget) else job.graph, Path(emit_onnx))
             sizes["qdq_onnx"] = Path(emit_onnx).stat().st_size
-        notes += [] if tuner is None else keep(tuner, table)
+        notes = [NO_DATA] * data.synthetic + job.notes
+        if isinstance(made, CpuTarget) and made.tuner is not None:
+            notes += keep(made.tuner, table)
+        if scratch is not None and scratch.exists():
+            os.replace(scratch, output)  # type: ignore[arg-type]
+        written = None if output is None or (built is not None and not built.built) else Path(output)
+        if written is not None:
+            sizes["plan"] = written.stat().st_size
         result = Result(
-            plan=None if output is None else Path(output),
+            plan=written,
             passes=job.log,
-            layers=lowered.layers,
-            segments=lowered.segments,
+            layers=tuple(made.layers),
+            segments=tuple(made.segments),
             notes=tuple(notes),
             loss=loss,
             synthetic=data.synthetic,
@@ -212,23 +239,30 @@ def compile(
             sizes=sizes,
             noise=layer_noise(job.dense, job.graph, held_out) if measure else {},
             held=held,
+            engine=built,
         )
         if report is not None:
             write(Path(report), json.dumps(result.to_json(), indent=1) + "\n")
-        if partial is not None and output is not None:
-            os.replace(partial, output)
+        unfinished.pop_all()
     return result
 
 
-def _held(job: Job, limit: Limit, plan: Path, data: Data) -> dict[str, Any]:
-    """Quantize so that the plan stays within the limit; what it took."""
+def _require_native(job: Job) -> None:
+    """UnsupportedError with the first reason why the model is not one native segment."""
+    if [segment["kind"] for segment in job.target.segments] != ["native"]:
+        notes = job.notes
+        why = [note for note in notes if "not matched" in note] or [*job.target.notes, *notes, "it has no layers"]
+        raise UnsupportedError(f"not one native segment: {why[0]}")
+
+
+def _held(job: Job, limit: Limit, scratch: Path, data: Data) -> dict[str, Any]:
+    """Quantize so that what runs stays within the limit; what it took."""
     names = [info.name for info in g.outputs(job.source)]
     reference = g.runner(job.source, names, optimise=True)
 
     def attempt(dense: Sequence[str], floating: Sequence[str]) -> float:
         job.quantize(dense, floating)
-        job.write(plan, "")
-        return limit.score(reference, load(plan).run)
+        return limit.score(reference, job.target.opened(scratch, job.header))
 
     def candidates() -> tuple[list[str], list[str]]:
         noise = layer_noise(job.dense, job.graph, data)
@@ -272,22 +306,16 @@ def weight_bytes(model: Model) -> int:
 
 
 
-def _check_options(target: str, preset: str | Preset, require: str | None, output: object) -> Preset:
+def _check_options(target: str, preset: str | Preset, require: str | None) -> Preset:
     if target not in TARGETS:
         raise UnsupportedError(f"target {target!r} is not known; choose one of {', '.join(TARGETS)}")
-    if target == "tensorrt" and output is not None:
-        raise UnsupportedError(
-            "target tensorrt is not built yet; --emit-onnx writes its Q/DQ graph, --target cpu a plan"
-        )
     if isinstance(preset, str) and preset not in PRESETS:
         raise UnsupportedError(f"preset {preset!r} is not known; choose one of {', '.join(PRESETS)}")
     if require not in (None, "native"):
         raise UnsupportedError(f"require {require!r} is not known; the only requirement is native")
+    if require == "native" and target != "cpu":
+        raise UnsupportedError("native is a requirement on plans for the CPU; leave it out for target tensorrt")
     return PRESETS[preset] if isinstance(preset, str) else preset
-
-
-def _passes(passes: str | Iterable[Pass]) -> list[Pass]:
-    return parse_spec(passes) if isinstance(passes, str) else list(passes)
 
 
 def split(data: Data) -> tuple[Data, Data]:
@@ -323,14 +351,13 @@ def fingerprint(graph: gs.Graph) -> str:
     return hashlib.sha256(g.to_text(graph).encode()).hexdigest()[:16]
 
 
-def _loss(source: gs.Graph, plan: Path, data: Data, tell: Progress) -> Mapping[str, Difference]:
-    """The plan against the model it came from, on held-out samples."""
+def _loss(source: gs.Graph, run: Run, data: Data, tell: Progress) -> Mapping[str, Difference]:
+    """What runs against the model it came from, on held-out samples."""
     comparison = Comparison(g.outputs(source))
     reference = g.runner(source, [info.name for info in g.outputs(source)], optimise=True)
-    session = load(plan)
     done = 0
     for feeds in data:
-        comparison.add(reference(feeds), session.run(feeds), real_tokens(feeds))
+        comparison.add(reference(feeds), run(feeds), real_tokens(feeds))
         done += len(next(iter(feeds.values())))
         tell("measuring the loss", done, data.samples)
     return comparison.differences()

@@ -29,3 +29,7 @@ class InputError(NmcompileError):
 
 class UnsupportedError(NmcompileError):
     """What was asked for exists, but not for this model, target or machine."""
+
+
+class NoDeviceError(UnsupportedError):
+    """The device or its software is not on this machine; elsewhere the same would work. The command line exits 3."""

@@ -1,24 +1,22 @@
-"""One compile: the graph before pruning, after it and after quantization, and what it is lowered to."""
+"""One compile: the graph before pruning, after it and after quantization, and what its target makes of it."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
 import nmcompile
 from nmcompile import graph as g
-from nmcompile.backends.cpu.lower import Lowered, lower
-from nmcompile.backends.cpu.tuning import Tuner, by_cost_model
 from nmcompile.calibrate import Calibration
 from nmcompile.pipeline import Observer, Pass, Pipeline, Report
-from nmcompile.plan import write_plan
-from nmcompile.recipes import Preset, canonical_passes, quantizing_passes
+from nmcompile.recipes import Preset, canonical_passes
 from nmcompile.spec import spec
+from nmcompile.targets import Target
 
 Progress = Callable[[str, int, int], None]  # (what, done, total)
 Step = tuple[str, Report, float]  # a pass as text, what it did, seconds
@@ -29,15 +27,15 @@ class Job:
     """`prepare` runs the passes up to pruning, once; `quantize` the rest, as often as wanted, each time from there."""
 
     source: gs.Graph
-    target: str
+    target: Target
     preset: Preset
     attention: str
     pruning: Sequence[Pass]
     calibration: Calibration
     verify: bool
-    tuner: Tuner | None
     observers: Sequence[Observer]
     tell: Progress
+    fingerprint: str = ""
     first: list[Step] = field(default_factory=list)
     last: list[Step] = field(default_factory=list)
 
@@ -48,15 +46,14 @@ class Job:
         self.pruned = self._run(self.pruning[len(orders) :], self.dense, self.first)
 
     def quantize(self, dense: Sequence[str] = (), floating: Sequence[str] = ()) -> None:
-        """graph: quantized; lowered: what the engine makes of it. Layers `dense` unpruned, `floating` in float."""
+        """graph: quantized, which the target then finishes. Layers `dense` unpruned, `floating` in float."""
         self.last.clear()
         graph = self.pruned if not dense else self._with_dense(dense)
-        passes = quantizing_passes(self.target, self.preset, self.attention, floating)
-        self.graph = self._run(passes, graph, self.last)
+        self.graph = self._run(self.target.quantizing(self.preset, self.attention, floating), graph, self.last)
+        spelled = self._run(self.target.spelling(), self.graph, self.last)
         self.observers = ()  # they have seen every pass once
-        g.infer_shapes(self.graph)
         self.tell("choosing kernels", 0, 1)
-        self.lowered: Lowered = lower(self.graph, self.tuner or by_cost_model)
+        self.target.finish(spelled)
 
     @property
     def log(self) -> tuple[Step, ...]:
@@ -64,7 +61,7 @@ class Job:
 
     @property
     def notes(self) -> list[str]:
-        return [note for _, report, _ in self.log for note in report.notes] + list(self.lowered.notes)
+        return [note for _, report, _ in self.log for note in report.notes] + list(self.target.notes)
 
     @property
     def changed(self) -> list[str]:
@@ -73,12 +70,11 @@ class Job:
         return [layer.name for layer in g.linear_layers(self.pruned)
                 if layer.name in before and not np.array_equal(layer.weight, before[layer.name])]  # fmt: skip
 
-    def write(self, path: Path, fingerprint: str) -> None:
-        """The plan; the caller sees to it that a file of a failed compile goes."""
-        self.tell("writing the plan", 0, 1)
-        header = {"nmcompile": nmcompile.__version__, "target": self.target, "source": fingerprint,
-                  "passes": [name for name, _, _ in self.log], **self.lowered.header}  # fmt: skip
-        write_plan(path, header, self.lowered.arrays, self.lowered.blobs)
+    @property
+    def header(self) -> dict[str, Any]:
+        """Where a plan comes from."""
+        return {"nmcompile": nmcompile.__version__, "target": self.target.name, "source": self.fingerprint,
+                "passes": [name for name, _, _ in self.log]}  # fmt: skip
 
     def _run(self, passes: Sequence[Pass], graph: gs.Graph, log: list[Step]) -> gs.Graph:
         def record(pass_: Pass, _graph: gs.Graph, result: Report, seconds: float) -> None:
@@ -89,7 +85,9 @@ class Job:
         return Pipeline(passes, observers=observers, verify=self.verify, calibration=self.calibration).run(graph)[0]
 
     def _with_dense(self, names: Sequence[str]) -> gs.Graph:
-        """The pruned graph with the weights and biases that some layers had before."""
+        """The pruned graph with the weights and biases that some layers had before; all of them: the graph before."""
+        if set(names) >= set(self.changed):
+            return self.dense
         graph, before = g.copy(self.pruned), {layer.name: layer for layer in g.linear_layers(self.dense)}
         for layer in g.linear_layers(graph):
             if layer.name in names:

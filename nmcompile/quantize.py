@@ -71,6 +71,11 @@ def activation_params(lo: float, hi: float, dtype: QuantType) -> QuantParams:
     raise InputError(f"quantization type '{dtype}' is not known; use uint8 or int8")
 
 
+def rounded(x: Array, params: QuantParams) -> npt.NDArray[np.float32]:
+    """x after quantization and back, float32 of its shape."""
+    return dequantize(quantize(x, params.scale, params.zero_point, params.dtype), params.scale, params.zero_point)
+
+
 def quantize(
     x: Array, scale: float | Array, zero_point: int | Array, dtype: QuantType
 ) -> npt.NDArray[np.uint8] | npt.NDArray[np.int8]:

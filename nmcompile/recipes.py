@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from nmcompile import sparsity as sp
+from nmcompile.backends.tensorrt.profiles import Profile
 from nmcompile.errors import PassError
 from nmcompile.passes import (
     BlockPrune,
@@ -17,18 +18,23 @@ from nmcompile.passes import (
     FuseGelu,
     FuseLayerNorm,
     InsertQdq,
+    LowerOpset,
     MagnitudePrune,
+    NarrowFloats,
     NMPrune,
     PermuteFeatures,
+    QuantizeOutputs,
     RaiseOpset,
+    ScaleQueries,
     SimplifyShapes,
     SmoothActivations,
+    StoreWeights,
     WidenFloats,
 )
 from nmcompile.passes.pruning import MASKS
 from nmcompile.pipeline import Pass
 
-TARGETS: Mapping[str, str] = {"cpu": "uint8", "tensorrt": "int8"}  # target -> type of its activations
+SPARSE_MULTIPLE = 32  # outputs and inputs of a layer that TensorRT may run sparse: INT8 formats hold 32 channels
 
 
 @dataclass(frozen=True)
@@ -42,10 +48,12 @@ class Preset:
     made_up: int
     options: Mapping[str, object] = field(default_factory=dict)  # of the pruning pass
     smooth: bool = True  # outlier channels move into the weights
+    alpha: float = 0.6  # how far; 0 chooses it for each normalisation
+    bias: bool = False  # biases take on the mean error of rounding
 
 
 PRESETS: Mapping[str, Preset] = {
-    "default": Preset("admm", "mse", 256, 128),
+    "default": Preset("admm", "output", 256, 128, alpha=0.0, bias=True),
     "fast": Preset("obs", "min-max", 128, 32, {"damping": 0.05, "norms": False, "ranking": "uniform"}),
 }
 
@@ -69,13 +77,16 @@ def canonical_passes() -> list[Pass]:
 
 
 def pruning_passes(
-    pattern: str | None, sparsity: float | None, solver: str, options: Mapping[str, object] | None = None
+    pattern: str | None, sparsity: float | None, solver: str, options: Mapping[str, object] | None = None,
+    multiple: int = 1,
 ) -> list[Pass]:
-    """The passes for a pattern ("2x4", "2:4", "unstructured") and a share of zeros; none when neither is given.
+    """The passes for a pattern ("2x4", "2:4", "unstructured") and a share of zeros; none when neither is given, or for
+    "dense".
 
     Solvers that fit what is left also get the features in a good order first, and zeros where they harm least.
+    multiple: of which sizes must be for n:m zeros.
     """
-    if pattern is None and sparsity is None:
+    if (pattern is None and sparsity is None) or pattern == "dense":
         return []
     kind = sp.parse_pattern(pattern or "2x4")
     fitted = solver not in MASKS
@@ -87,7 +98,7 @@ def pruning_passes(
         given.pop("ranking", None)
         if sparsity is not None and abs(sparsity - (1 - kind.n / kind.m)) > 1e-6:
             raise PassError(f"pattern {kind} always has {1 - kind.n / kind.m:.3g} zeros; leave --sparsity out")
-        return [*order, NMPrune(pattern=str(kind), **given)]  # type: ignore[arg-type]
+        return [*order, NMPrune(pattern=str(kind), multiple=multiple, **given)]  # type: ignore[arg-type]
     share = 0.8 if sparsity is None else sparsity
     if not 0 <= share < 1:
         raise PassError(f"sparsity {share} is not a share of zeros between 0 and 1, for example 0.8")
@@ -96,15 +107,32 @@ def pruning_passes(
     return [MagnitudePrune(sparsity=share, **given)]  # type: ignore[arg-type]
 
 
-def quantizing_passes(target: str, preset: Preset, attention: str = "int8", exclude: Sequence[str] = ()) -> list[Pass]:
-    """What follows pruning; `exclude` names layers that stay in float."""
+def quantizing_passes(preset: Preset, attention: str, exclude: Sequence[str] = ()) -> list[Pass]:
+    """For the CPU: what follows pruning; `exclude` names layers that stay in float."""
     # of the pruned model: what is left of the weights takes the outliers
-    smooth: list[Pass] = [SmoothActivations()] if preset.smooth else []
+    smooth: list[Pass] = [SmoothActivations(alpha=preset.alpha)] if preset.smooth else []
     # last: ranges are those of the smoothed model
-    quantize = InsertQdq(activations=TARGETS[target], clip=preset.clip, attention=attention, exclude=tuple(exclude))
-    return [*smooth, quantize]
+    return [*smooth, InsertQdq(clip=preset.clip, bias=preset.bias, attention=attention, exclude=tuple(exclude))]
 
 
-def recipe(target: str, preset: Preset, pruning: Iterable[Pass], attention: str = "int8") -> list[Pass]:
-    """All passes of a target: canonical form, pruning, quantization of what is left."""
-    return [*canonical_passes(), *pruning, *quantizing_passes(target, preset, attention)]
+def tensorrt_passes(preset: Preset, attention: str, outputs: str, exclude: Sequence[str] = ()) -> list[Pass]:
+    """For TensorRT: the same, symmetric; `outputs` says which layers hand on eight bits (sparse, all, none)."""
+    smooth: list[Pass] = [SmoothActivations(alpha=preset.alpha)] if preset.smooth else []
+    return [
+        *smooth,
+        # fused INT8 attention wants pairs on all it multiplies, the softmax's shares too
+        InsertQdq(activations="int8", clip=preset.clip, bias=preset.bias, attention=attention,
+                  softmax=attention == "int8", exclude=tuple(exclude)),
+        # after pruning and Q/DQ: only quantized sparse layers gain
+        QuantizeOutputs(layers=outputs, clip="mse" if preset.clip == "output" else preset.clip),
+    ]  # fmt: skip
+
+
+def spelling_passes(profile: Profile, weights: str) -> list[Pass]:
+    """From the Q/DQ graph to the one that a version of TensorRT reads."""
+    return [
+        ScaleQueries(),  # first: it matches attention, which what follows takes apart
+        StoreWeights(form=weights),
+        LowerOpset(version=profile.opset),  # before types: GELU spelled out is typed like the rest
+        *([NarrowFloats()] if profile.strong else []),
+    ]

@@ -6,19 +6,34 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nmcompile.errors import PlanError
+from nmcompile.backends.tensorrt.build import read_description
+from nmcompile.errors import NmcompileError, PlanError
 from nmcompile.plan import MAGIC, read_plan
 
 if TYPE_CHECKING:
     from nmcompile.backends.cpu.session import Session
+    from nmcompile.backends.tensorrt.session import EngineSession
 
 
-def load(path: str | os.PathLike[str], *, threads: int | None = None, isa: str | None = None) -> Session:
-    """Map a plan and make it ready to run.
+def is_plan(path: str | os.PathLike[str]) -> bool:
+    """Whether a file is a plan, for the CPU or an engine with its description. NmcompileError: it cannot be read."""
+    try:
+        with open(path, "rb") as stream:
+            start = stream.read(2)
+    except OSError as error:
+        raise NmcompileError(f"cannot read {path}: {error.strerror or error}") from None
+    return start == MAGIC[:2] or read_description(Path(path)) is not None
+
+
+def load(
+    path: str | os.PathLike[str], *, threads: int | None = None, isa: str | None = None
+) -> Session | EngineSession:
+    """Open a plan and make it ready to run: one for the CPU is mapped, a TensorRT engine goes to the GPU.
 
     threads: how many share the work (default: every core this process may use). isa: kernels to use ("avx512vnni",
-    "avx2", "scalar"; default: the best, or the environment's NMCOMPILE_ISA). Raises PlanError for a file that is
-    damaged, of another version, or for a target this machine lacks.
+    "avx2", "scalar"; default: the best, or the environment's NMCOMPILE_ISA); both are the CPU's. Raises PlanError for a
+    file that is damaged, of another version, or for a target this machine lacks. An engine is code: load only those
+    you trust.
     """
     file = Path(path)
     try:
@@ -26,8 +41,24 @@ def load(path: str | os.PathLike[str], *, threads: int | None = None, isa: str |
             start = stream.read(4)
     except OSError as error:
         raise PlanError(f"cannot read the plan {file}: {error.strerror or error}") from None
-    if not start.startswith(MAGIC[:2]):
-        raise PlanError(f"{file} is not a plan; make one with: nmcompile MODEL.onnx -o {file.with_suffix('.plan')}")
+    if start.startswith(MAGIC[:2]):
+        from nmcompile.backends.cpu.session import Session
+
+        return Session(read_plan(file), threads=threads, isa=isa)
+    description = read_description(file)
+    if description is None:
+        raise PlanError(f"{file} is not a plan; make one with: nmcompile MODEL.onnx -o {file.with_suffix('.plan')} "
+                        "(an engine needs its description, NAME.plan.json, beside it)")  # fmt: skip
+    from nmcompile.backends.tensorrt.session import EngineSession
+
+    return EngineSession(file, description)
+
+
+def load_cpu(path: str | os.PathLike[str], *, threads: int | None = None, isa: str | None = None) -> Session:
+    """As load, for what only plans for the CPU have, such as their steps. PlanError for an engine."""
     from nmcompile.backends.cpu.session import Session
 
-    return Session(read_plan(file), threads=threads, isa=isa)
+    session = load(path, threads=threads, isa=isa)
+    if not isinstance(session, Session):
+        raise PlanError(f"{path} is a TensorRT engine; this is for plans for the CPU")
+    return session

@@ -11,12 +11,17 @@ from nmcompile.passes.fuse_attention import FuseAttention
 from nmcompile.passes.fuse_gelu import FuseGelu
 from nmcompile.passes.fuse_layer_norm import FuseLayerNorm
 from nmcompile.passes.insert_qdq import InsertQdq
+from nmcompile.passes.lower_opset import LowerOpset
 from nmcompile.passes.magnitude_prune import MagnitudePrune
 from nmcompile.passes.n_m_prune import NMPrune
+from nmcompile.passes.narrow_floats import NarrowFloats
 from nmcompile.passes.permute_features import PermuteFeatures
+from nmcompile.passes.quantize_outputs import QuantizeOutputs
 from nmcompile.passes.raise_opset import RaiseOpset
+from nmcompile.passes.scale_queries import ScaleQueries
 from nmcompile.passes.simplify_shapes import SimplifyShapes
 from nmcompile.passes.smooth_activations import SmoothActivations
+from nmcompile.passes.store_weights import StoreWeights
 from nmcompile.passes.widen_floats import WidenFloats
 from nmcompile.pipeline import Pass
 
@@ -37,6 +42,11 @@ BUILTIN: tuple[type[Pass], ...] = (
     BlockPrune,
     SmoothActivations,
     InsertQdq,
+    QuantizeOutputs,
+    ScaleQueries,
+    StoreWeights,
+    LowerOpset,
+    NarrowFloats,
 )
 
 __all__ = [
@@ -50,11 +60,16 @@ __all__ = [
     "FuseGelu",
     "FuseLayerNorm",
     "InsertQdq",
+    "LowerOpset",
     "MagnitudePrune",
     "NMPrune",
+    "NarrowFloats",
     "PermuteFeatures",
+    "QuantizeOutputs",
     "RaiseOpset",
+    "ScaleQueries",
     "SimplifyShapes",
     "SmoothActivations",
+    "StoreWeights",
     "WidenFloats",
 ]

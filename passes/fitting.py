@@ -28,15 +28,18 @@ Progress = Callable[[str, int, int], None]
 class Fit:
     """How layers are fitted.
 
-    sequential: inputs are those of the compressed model, targets the outputs of the dense one; otherwise both are the
-    dense model's. residual: what the residual has lost so far is part of the target of the layer that is added to it.
-    bias: biases take on the mean error. norms: gain and bias of a normalisation are fitted to its dense output before
-    the layers that read it. damping: None chooses by held-out batches. rounding: weights end on int8 levels, each
-    rounding error made up for by later ones.
+    sequential: inputs are those of the compressed model; otherwise they are the dense model's. correction: how much of
+    what the inputs have lost by then the layer shall make up for: 0 aims at what it would give on these inputs, 1 at
+    what the dense model gives, which shrinks what cannot be predicted. residual: the same share of what the residual
+    beside it has lost is part of the target of the layer that is added to it. bias: biases take on the mean error.
+    norms: gain and bias of a normalisation give each channel the mean and deviation that it has in the dense model.
+    damping: None chooses by held-out batches. rounding: weights end on int8 levels, each rounding error made up for by
+    later ones.
     """
 
     solver: str = "admm"
     sequential: bool = True
+    correction: float = 0.25
     residual: bool = True
     bias: bool = True
     norms: bool = True
@@ -72,7 +75,8 @@ def fit(
     kept = None
     if checkpoints is not None:
         kept = Checkpoints(checkpoints, graph, data, str(pattern), sorted(sparsity.items()), asdict(how))
-    cascade = Cascade(graph, g.copy(graph), data, stages(graph, layers))
+    todo = stages(graph, layers, norms=how.sequential and how.norms)
+    cascade = Cascade(graph, g.copy(graph), data, todo)
     found: dict[str, Fitted] = {}
     for index, stage in enumerate(cascade.stages):
         if progress is not None:
@@ -104,6 +108,8 @@ def _solve(
     if how.sequential and how.norms and stage.normalised:
         saved["gain"], saved["shift"] = gain, shift = _norm(batches)
         batches = [Batch(b.index, b.x * gain + shift, b.dense_x, b.residuals) for b in batches]
+    if not stage.layers:
+        return saved
     parts = _moments(stage, batches, how)
     for i, layer in enumerate(stage.layers):
         weight, bias, facts = _fit_layer(layer, parts, pattern, sparsity[layer.name], how)
@@ -121,12 +127,13 @@ def _moments(stage: Stage, batches: Sequence[Batch], how: Fit) -> tuple[solvers.
     parts = (solvers.Moments(width, sizes), solvers.Moments(width, sizes))
     for batch in batches:
         targets = {}
+        wanted = batch.x + how.correction * (batch.dense_x - batch.x) if how.sequential else batch.dense_x
         for layer in stage.layers:
-            targets[layer.name] = batch.dense_x @ layer.weight.T
+            targets[layer.name] = wanted @ layer.weight.T
             residual = stage.residuals.get(layer.name)
             if how.sequential and how.residual and residual is not None:
                 now, before = batch.residuals[residual]
-                targets[layer.name] += before - now
+                targets[layer.name] += how.correction * (before - now)
         held = len(batches) >= HELD_OUT and batch.index % HELD_OUT == HELD_OUT - 1
         try:
             parts[held].add(batch.x if how.sequential else batch.dense_x, targets)
@@ -176,10 +183,10 @@ def _best_damping(
 
 
 def _norm(batches: Sequence[Batch]) -> tuple[np.ndarray, np.ndarray]:
-    """gain and shift [K] with which the stage's input comes nearest to the dense model's, channel by channel."""
+    """gain and shift [K] that give the stage's input, channel by channel, the dense model's mean and deviation. (The
+    gain of least error is smaller, by the correlation: what was lost would make every channel weaker.)"""
     x, y = (np.concatenate([getattr(batch, side) for batch in batches]) for side in ("x", "dense_x"))
     x_mean, y_mean = x.mean(axis=0, dtype=np.float64), y.mean(axis=0, dtype=np.float64)
-    x, y = x - x_mean, y - y_mean
-    power = np.einsum("tk,tk->k", x, x)
-    gain = np.where(power > 0, np.einsum("tk,tk->k", x, y) / np.maximum(power, 1e-30), 1.0)
+    spread, wanted = x.std(axis=0, dtype=np.float64), y.std(axis=0, dtype=np.float64)
+    gain = np.where(spread > 0, wanted / np.maximum(spread, 1e-30), 1.0)
     return gain.astype(np.float32), (y_mean - gain * x_mean).astype(np.float32)

@@ -15,6 +15,8 @@ from nmcompile import quantize as q8
 from nmcompile.calibrate.statistics import Method
 from nmcompile.canonical import attentions, role
 from nmcompile.errors import PassError
+from nmcompile.passes.output_error import best_range, correct_bias
+from nmcompile.passes.pairs import quantized
 from nmcompile.pipeline import CalibratedPass, Report
 
 if TYPE_CHECKING:
@@ -52,27 +54,36 @@ class InsertQdq(CalibratedPass):
 
     Weights are symmetric int8 in [-127, 127]. Activations are `activations`: uint8 with a zero point for the CPU (VNNI
     multiplies u8 by s8), int8 with zero point 0 for TensorRT. Keys and values are always int8 with zero point 0: they
-    are the s8 operand. Ranges come from calibration by `clip`: min-max, percentile, entropy or mse.
+    are the s8 operand. Ranges come from calibration by `clip`: min-max, percentile, entropy or mse; output takes, of
+    what these propose, the range with the least error of the layers' outputs (mse for attention's operands). bias:
+    biases take on what rounding adds on average.
     """
 
     activations: str = "uint8"
     clip: str = "min-max"
     percentile: float = 99.99
+    bias: bool = False
     attention: str = "int8"  # or float: q, k and v keep their floats, and with them the products and the softmax
+    softmax: bool = False  # with attention int8: quantize the softmax's shares too
     heads: bool = False  # quantize heads and poolers too
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
 
     def needs(self, graph: gs.Graph) -> dict[str, tuple[str, ...]]:
-        wanted = ("range",) if self.clip == "min-max" else ("range", "histogram")
-        return {site.measured.name: wanted for site in self.place(graph).sites.values()}
+        wanted: tuple[str, ...] = ("range",) if self.clip == "min-max" else ("range", "histogram")
+        placement = self.place(graph)
+        found = {site.measured.name: wanted for site in placement.sites.values() if not _is_share(site.tensor)}
+        if self.bias or self.clip == "output":
+            found |= {layer.x.name: (*wanted, "sample") for layer in placement.layers}
+        return found
 
     def place(self, graph: gs.Graph) -> Placement:
         """Decide what to quantize; changes nothing."""
         if self.activations not in ("uint8", "int8"):
             raise PassError(f"activations={self.activations} is not known; choose uint8 (CPU) or int8 (TensorRT)")
-        if self.clip not in get_args(Method):
-            raise PassError(f"clip={self.clip} is not known; choose one of {', '.join(get_args(Method))}")
+        methods = (*get_args(Method), "output")
+        if self.clip not in methods:
+            raise PassError(f"clip={self.clip} is not known; choose one of {', '.join(methods)}")
         if self.attention not in ("int8", "float"):
             raise PassError(f"attention={self.attention} is not known; choose int8 or float")
         activations = cast("q8.QuantType", self.activations)
@@ -97,6 +108,9 @@ class InsertQdq(CalibratedPass):
                 maker = g.producer(operand)
                 if maker is not None and maker.op != "DequantizeLinear":
                     _site(sites, operand, measured, dtype).readers.append(reader)
+            if self.softmax and not found.quantized_shares:
+                product = found.readers[2][0]
+                _site(sites, product.inputs[0], product.inputs[0], activations).readers.append((product, 0))
         return Placement(sites, tuple(layers), kept)
 
     def _reason(self, graph: gs.Graph, layer: g.Linear) -> str:
@@ -116,9 +130,14 @@ class InsertQdq(CalibratedPass):
         ranges: dict[str, str] = {}
         for site in placement.sites.values():
             assert statistics is not None
-            low, high = statistics.clip(site.measured.name, cast("Method", self.clip), self.percentile, site.dtype)
+            readers = [layer for layer in placement.layers if layer.x is site.tensor]
+            low, high = self._range(statistics, site, readers)
             params = q8.activation_params(low, high, site.dtype)
-            _quantize_activation(graph, site, params)
+            for layer in readers if self.bias else ():
+                correct_bias(graph, layer, statistics.sample(layer.x.name), params)
+            wide = quantized(graph, site.tensor, params)
+            for node, index in site.readers:
+                node.inputs[index] = wide
             ranges[site.tensor.name] = f"{params.dtype} scale {params.scale:.6g} zero {params.zero_point}"
         done: dict[str, gs.Tensor] = {}
         for layer in placement.layers:
@@ -130,23 +149,24 @@ class InsertQdq(CalibratedPass):
         return Report(changed=changed, detail=detail, notes=notes)
 
 
+    def _range(self, statistics: Statistics, site: Site, readers: list[g.Linear]) -> tuple[float, float]:
+        if _is_share(site.tensor):
+            return 0.0, 1.0
+        name = site.measured.name
+        if self.clip == "output" and readers:
+            return best_range(statistics, name, readers, site.dtype)
+        method = "mse" if self.clip == "output" else cast("Method", self.clip)
+        return statistics.clip(name, method, self.percentile, site.dtype)
+
+
+def _is_share(tensor: gs.Tensor) -> bool:
+    """Made by a softmax: between 0 and 1, whatever the data."""
+    node = g.producer(tensor)
+    return node is not None and node.op == "Softmax"
+
+
 def _site(sites: dict[tuple[str, str], Site], tensor: gs.Tensor, measured: gs.Tensor, dtype: q8.QuantType) -> Site:
     return sites.setdefault((tensor.name, dtype), Site(tensor, measured, dtype))
-
-
-def _quantize_activation(graph: gs.Graph, site: Site, params: q8.QuantParams) -> None:
-    stem = f"{site.tensor.name}/{site.dtype}"
-    kind = np.dtype(site.dtype)
-    scale = gs.Constant(g.fresh(graph, f"{stem}/scale"), np.array(params.scale, np.float32))
-    zero = gs.Constant(g.fresh(graph, f"{stem}/zero_point"), np.array(params.zero_point, kind))
-    small = gs.Variable(g.fresh(graph, f"{stem}/quantized"), kind, site.tensor.shape)
-    wide = gs.Variable(g.fresh(graph, f"{stem}/dequantized"), np.dtype(np.float32), site.tensor.shape)
-    graph.nodes.append(gs.Node("QuantizeLinear", g.fresh(graph, f"{stem}/quantize"), inputs=[site.tensor, scale, zero],
-                               outputs=[small]))  # fmt: skip
-    graph.nodes.append(gs.Node("DequantizeLinear", g.fresh(graph, f"{stem}/dequantize"), inputs=[small, scale, zero],
-                               outputs=[wide]))  # fmt: skip
-    for node, index in site.readers:
-        node.inputs[index] = wide
 
 
 def _quantize_weight(graph: gs.Graph, layer: g.Linear, done: dict[str, gs.Tensor]) -> None:

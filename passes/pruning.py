@@ -71,6 +71,7 @@ class PruningPass(DataPass):
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     sequential: bool = True
+    correction: float = 0.25
     residual: bool = True
     bias: bool = True
     norms: bool = True
@@ -112,8 +113,8 @@ class PruningPass(DataPass):
         few: list[str] = []
         if fitted and layers:
             assert calibration is not None
-            how = Fit(self.solver, self.sequential, self.residual, self.bias, self.norms, self.damping or None,
-                      self.rounding)  # fmt: skip
+            how = Fit(self.solver, self.sequential, self.correction, self.residual, self.bias, self.norms,
+                      self.damping or None, self.rounding)  # fmt: skip
             found = fit(graph, calibration.data, layers, pattern, shares, how, calibration.progress,
                         calibration.checkpoints)  # fmt: skip
             detail["fitted"] = {name: {"error": round(item.error, 6), "damping": item.damping}

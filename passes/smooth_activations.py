@@ -10,6 +10,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from nmcompile import graph as g
+from nmcompile import quantize as q8
 from nmcompile.canonical import Builder, role
 from nmcompile.errors import PassError
 from nmcompile.pipeline import CalibratedPass, Report
@@ -17,6 +18,8 @@ from nmcompile.pipeline import CalibratedPass, Report
 if TYPE_CHECKING:
     from nmcompile.calibrate import Statistics
 
+ALPHAS = (0.6, 0.5, 0.7, 0.4, 0.8, 0.3)  # the first of equals is taken
+ROWS = 256  # on which they are compared
 NORMS = ("LayerNormalization", "RMSNormalization")
 
 
@@ -29,28 +32,31 @@ class SmoothActivations(CalibratedPass):
     One channel of large values costs all others their precision when x is quantized per tensor. With
     s = max|x|^alpha / max|W|^(1 - alpha) the product stays and the range evens out (SmoothQuant, Xiao et al. 2022,
     arXiv 2211.10438). Other readers of x, the residual above all, see it unchanged; the engine folds the factor into
-    the normalisation's scale and bias.
+    the normalisation's scale and bias. alpha 0 chooses it for each normalisation: the least error of the layers'
+    outputs, weights and activations in eight bits, on a sample of tokens.
     """
 
     preserves: ClassVar[bool] = True
     alpha: float = 0.6
 
     def needs(self, graph: gs.Graph) -> dict[str, tuple[str, ...]]:
-        return {name: ("channels",) for name in _readers(graph)}
+        wanted = ("channels",) if self.alpha else ("channels", "sample")
+        return dict.fromkeys(_readers(graph), wanted)
 
     def run(self, graph: gs.Graph, statistics: Statistics | None = None) -> Report:
-        if not 0 < self.alpha < 1:
-            raise PassError(f"alpha={self.alpha} is not between 0 and 1; 0.5 shares the load evenly")
+        if not 0 <= self.alpha < 1:
+            raise PassError(f"alpha={self.alpha} is not between 0 and 1; 0.5 shares the load evenly, 0 chooses")
         readers = _readers(graph)
         if readers and statistics is None:
             raise PassError("smooth-activations needs calibration data; give the pipeline calibration=...")
         detail: dict[str, object] = {}
+        alphas: dict[str, float] = {}
         for name, layers in readers.items():
             assert statistics is not None
             peaks = np.maximum(statistics.channels(name).astype(np.float64), 1e-5)
             weights = np.maximum(np.max([np.abs(layer.weight).max(axis=0) for layer in layers], axis=0), 1e-5)
-            scale = peaks**self.alpha / weights.astype(np.float64) ** (1 - self.alpha)
-            scale /= np.exp(np.log(scale).mean())  # only the ratios matter
+            alpha = self.alpha or _best_alpha(statistics.sample(name), [layer.weight for layer in layers], peaks)
+            scale = _factors(peaks, weights, alpha)
             x = layers[0].x
             b = Builder(graph, f"{name}/smooth")
             smooth = b("Mul", x, b.constant((1 / scale).astype(np.float32), "scale"), shape=x.shape)
@@ -58,9 +64,36 @@ class SmoothActivations(CalibratedPass):
                 g.set_weight(graph, layer, layer.weight * scale.astype(np.float32))
                 layer.node.inputs[0] = smooth
             detail[name] = round(float(peaks.max() / (peaks / scale).max()), 3)
+            alphas[name] = alpha
         if readers:
             g.cleanup(graph)
-        return Report(changed=len(readers), detail={"peak reduced by": detail} if detail else {})
+        chosen = {} if self.alpha else {"alpha": alphas}
+        return Report(changed=len(readers), detail={"peak reduced by": detail, **chosen} if detail else {})
+
+
+def _best_alpha(x: np.ndarray, matrices: list[np.ndarray], peaks: np.ndarray) -> float:
+    """The exponent of least error on some of the rows x [T, K]."""
+    few = x[:: max(len(x) // ROWS, 1)]
+    weights = np.maximum(np.max([np.abs(matrix).max(axis=0) for matrix in matrices], axis=0), 1e-5)
+    return min(ALPHAS, key=lambda alpha: _error(few, matrices, _factors(peaks, weights, alpha)))
+
+
+def _factors(peaks: np.ndarray, weights: np.ndarray, alpha: float) -> np.ndarray:
+    """s [K] of the largest |x| and |W| by channel; their geometric mean is 1, since only the ratios matter."""
+    scale = peaks**alpha / weights.astype(np.float64) ** (1 - alpha)
+    return np.asarray(scale / np.exp(np.log(scale).mean()))
+
+
+def _error(x: np.ndarray, weights: list[np.ndarray], scale: np.ndarray) -> float:
+    """Sum over layers of |Q(x / s) Q(s W)^T - x W^T|^2 / |x W^T|^2 for x [T, K] and weights [N, K]."""
+    smooth = (x / scale).astype(np.float32)
+    small, total = q8.rounded(smooth, q8.activation_params(float(smooth.min()), float(smooth.max()), "uint8")), 0.0
+    for weight in weights:
+        levels, steps = q8.quantize_weight(weight * scale.astype(np.float32))
+        wanted = x @ weight.T
+        lost = small @ (levels * steps[:, None]).T - wanted
+        total += float(np.vdot(lost, lost)) / max(float(np.vdot(wanted, wanted)), 1e-30)
+    return total
 
 
 def _readers(graph: gs.Graph) -> Mapping[str, list[g.Linear]]:

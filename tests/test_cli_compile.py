@@ -72,7 +72,8 @@ def test_notes_are_shortened_with_a_count(tmp_path: Path) -> None:
 
 
 def test_tensorrt_writes_its_graph_alone(tmp_path: Path) -> None:
-    result = compile_(MODEL, "--emit-onnx", tmp_path / "q.onnx", "--target", "tensorrt", *FAST)
+    result = compile_(MODEL, "--emit-onnx", tmp_path / "q.onnx", "--target", "tensorrt", *FAST, "--calibration",
+                      samples(tmp_path))  # fmt: skip
     assert result.exit_code == 0, result.output
     assert "no plan" in result.stdout and (tmp_path / "q.onnx").exists()
 

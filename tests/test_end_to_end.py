@@ -13,6 +13,7 @@ from compiled import MODELS, NAMES, NATIVE, compiled, feeds
 import nmcompile
 from nmcompile import _native
 from nmcompile import graph as g
+from nmcompile.backends.tensorrt.recipe import EngineOptions
 from nmcompile.compare import Comparison, real_tokens
 
 # The bound between a plan and the Q/DQ graph it was lowered from, per output over ragged batches. The engine rounds the
@@ -85,7 +86,8 @@ def test_onnxruntime_runs_the_qdq_graph_with_all_its_optimizations(name: str, ta
     path = made.qdq
     if target == "tensorrt":
         path = tmp_path / "qdq.onnx"
-        nmcompile.compile(made.source, None, preset="fast", target=target, emit_onnx=path)
+        nmcompile.compile(made.source, None, preset="fast", target=target, emit_onnx=path, solver="magnitude",
+                          calibration=list(feeds(made.source)), engine=EngineOptions(version="8.6"))  # fmt: skip
     graph = g.load(path)
     plain, optimized = g.runner(graph), g.runner(graph, optimise=True)
     comparison = Comparison(g.outputs(graph))

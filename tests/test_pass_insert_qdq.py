@@ -229,3 +229,39 @@ def test_errors_name_the_option(pass_: InsertQdq, message: str) -> None:
 def test_an_unknown_clip_is_an_error() -> None:
     with pytest.raises(PassError, match="clip=median is not known; choose one of min-max, percentile"):
         calibrated(InsertQdq(clip="median"), encoder())
+
+
+def test_ranges_by_the_error_of_the_outputs() -> None:
+    """Never worse than any of the methods it chooses from, on the tokens it was shown."""
+    graph = parse(MODEL)
+    infos = g.inputs(graph)
+    feeds = [g.random_feeds(infos, seed, {"B": 4, "S": 6}) for seed in (5, 6)]
+
+    def lost(pass_: InsertQdq) -> float:
+        after, _ = calibrated(pass_, graph)
+        return sum(float(np.sum((g.run(after, feed, ["h"])["h"] - g.run(graph, feed, ["h"])["h"]) ** 2))
+                   for feed in feeds)  # fmt: skip
+
+    best = lost(InsertQdq(clip="output"))
+    assert best <= 1.001 * min(lost(InsertQdq(clip=clip)) for clip in ("mse", "min-max"))
+
+
+def test_biases_take_on_the_mean_of_rounding() -> None:
+    graph = parse(MODEL)
+    means = []
+    for bias in (False, True):
+        after, _ = calibrated(InsertQdq(bias=bias), graph)
+        errors = []
+        for seed in (5, 6):
+            feed = g.random_feeds(g.inputs(graph), seed, {"B": 4, "S": 6})
+            errors.append((g.run(after, feed, ["a"])["a"] - g.run(graph, feed, ["a"])["a"]).reshape(-1, 16))
+        means.append(np.abs(np.concatenate(errors).mean(axis=0)).max())
+    assert means[1] < 1e-5 < means[0]
+
+
+def test_the_softmax_too_where_asked() -> None:
+    after = quantized(InsertQdq(activations="int8", softmax=True), encoder())
+    assert activations(after)["p"] == ["int8"]
+    pair = next(node for node in after.nodes if node.op == "QuantizeLinear" and node.inputs[0].name == "p")
+    assert float(pair.inputs[1].values) == pytest.approx(1 / 127)
+    assert "p" not in activations(quantized(InsertQdq(activations="int8"), encoder()))

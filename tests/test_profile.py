@@ -25,6 +25,7 @@ from nmcompile.errors import InputError, PlanError
 from nmcompile.profile import Machine, Profile, Row, Step, grouped, kind_of, profile, steps_of, what_if
 from nmcompile.profile.chrome import trace_events
 from nmcompile.profile.timing import split
+from nmcompile.session import load_cpu
 
 BATCH, TOKENS = 3, 33
 MACHINE = Machine("avx512vnni", 2, 400e9, 20e9)
@@ -37,7 +38,7 @@ def plan() -> Path:
 
 @pytest.fixture(scope="module")
 def session(plan: Path) -> Session:
-    return nmcompile.load(plan, threads=2)
+    return load_cpu(plan, threads=2)
 
 
 @pytest.fixture(scope="module")
@@ -83,10 +84,10 @@ def test_products_are_those_of_kept_blocks_and_real_tokens(session: Session, fou
 
 
 def test_causal_attention_and_class_tokens_are_counted() -> None:
-    gpt = nmcompile.load(compiled("gpt2-dynamo").plan, threads=1)
+    gpt = load_cpu(compiled("gpt2-dynamo").plan, threads=1)
     rows = profile(gpt, inputs(gpt, (2, 5)), runs=1).rows
     assert {row.macs for row in rows if row.step.kind == "attention"} == {2 * 32 * 2 * (5 * 6 // 2)}
-    vit = nmcompile.load(compiled("vit-dynamo").plan, threads=1)
+    vit = load_cpu(compiled("vit-dynamo").plan, threads=1)
     seen = profile(vit, inputs(vit, (2, None)), runs=1)
     patches = next(row.tokens for row in seen.rows if row.step.kind == "patches") // 2
     assert seen.tokens == seen.padded == 2 * (patches + 1)
@@ -334,7 +335,7 @@ def test_fixed_sizes_are_kept_and_others_told(tmp_path: Path) -> None:
     sizes = {item.name: [2, 16] for item in model.graph.input}
     onnx.save(update_inputs_outputs_dims(model, sizes, {"logits": [2, "classes"]}), str(tmp_path / "fixed.onnx"))
     nmcompile.compile(tmp_path / "fixed.onnx", tmp_path / "fixed.plan", preset="fast", measure=False)
-    session = nmcompile.load(tmp_path / "fixed.plan")
+    session = load_cpu(tmp_path / "fixed.plan")
     assert inputs(session, None)["input_ids"].shape == inputs(session, (2, 16))["input_ids"].shape == (2, 16)
     for shape in ((1, None), (2, 17)):
         with pytest.raises(InputError, match="that size is fixed"):

@@ -13,6 +13,7 @@ from compiled import compiled, feeds
 
 import nmcompile
 from nmcompile.errors import InputError, PlanError
+from nmcompile.session import load_cpu
 
 GOOD = {
     "input_ids": np.array([[5, 6, 7]], np.int64),
@@ -23,7 +24,7 @@ GOOD = {
 
 @pytest.fixture(scope="module")
 def session() -> nmcompile.Session:
-    return nmcompile.load(compiled("bert-torchscript").plan)
+    return load_cpu(compiled("bert-torchscript").plan)
 
 
 def test_a_session_describes_its_model(session: nmcompile.Session) -> None:

@@ -18,6 +18,7 @@ import click
 import numpy as np
 
 import nmcompile
+from nmcompile.session import load_cpu
 
 FRESH = """
 import json, sys, time
@@ -43,7 +44,7 @@ def main(plan: Path, threads: int, seconds: float) -> None:
     load, first, peak = (float(np.median([run[i] for run in runs])) for i in range(3))
     click.echo(f"load {load * 1e3:.0f} ms, first answer {first * 1e3:.0f} ms, peak memory {peak:.0f} MB")
 
-    one, many = nmcompile.load(plan, threads=1), nmcompile.load(plan, threads=threads)
+    one, many = load_cpu(plan, threads=1), load_cpu(plan, threads=threads)
     if {info.name for info in one.inputs} > {"input_ids", "attention_mask", "token_type_ids"}:
         raise click.ClickException(f"{plan} takes other inputs than token ids and an attention mask")
     rng = np.random.default_rng(0)

@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 import nmcompile
+from nmcompile.session import load_cpu
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -80,7 +81,7 @@ def _run(console: Console, work: Path, folder: Path | None, sentences: int) -> N
         plan = work / f"{'dense' if not pruning else 'sparse'}.plan"
         result = nmcompile.compile(model, plan, measure=False, require="native", **given, **pruning)
         console.print(f"{label}: compiled in {result.seconds:.1f} s, {len(result.layers)} layers, one native segment")
-        session = nmcompile.load(plan, threads=2)
+        session = load_cpu(plan, threads=2)
         runs[label] = _hidden(session)
         sizes[label] = plan.stat().st_size
     console.print(_table(runs, sizes, batches))

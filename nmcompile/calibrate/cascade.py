@@ -26,7 +26,7 @@ Array = npt.NDArray[Any]
 class Stage:
     """The layers that read `tensor`, and the residual that is added to what a layer gives, by the layer's name.
 
-    normalised: a LayerNormalization with a constant gain and bias makes the tensor.
+    normalised: a LayerNormalization with a constant gain and bias makes the tensor; then there may be no layers.
     """
 
     tensor: str
@@ -46,15 +46,23 @@ class Batch:
     residuals: Mapping[str, tuple[Array, Array]]
 
 
-def stages(graph: gs.Graph, layers: Sequence[g.Linear]) -> list[Stage]:
-    """The stages of some of the graph's layers, in the order of the nodes."""
-    found: dict[str, list[g.Linear]] = {}
+def stages(graph: gs.Graph, layers: Sequence[g.Linear], norms: bool = False) -> list[Stage]:
+    """The stages of some of the graph's layers, in the order of the nodes. norms: normalisations after the first of
+    them are stages too, without layers where none reads them (the last one of an encoder)."""
+    readers: dict[str, list[g.Linear]] = {}
     for layer in layers:
-        found.setdefault(layer.x.name, []).append(layer)
-    return [Stage(name, tuple(readers), {layer.name: residual for layer in readers
-                                         if (residual := residual_of(graph, layer)) is not None},
-                  _norm(readers[0].x) is not None)
-            for name, readers in found.items()]  # fmt: skip
+        readers.setdefault(layer.x.name, []).append(layer)
+    found: list[Stage] = []
+    first = {id(group[0].node): name for name, group in readers.items()}
+    for node in graph.nodes:
+        if id(node) in first:
+            name = first[id(node)]
+            residuals = {layer.name: residual for layer in readers[name]
+                         if (residual := residual_of(graph, layer)) is not None}  # fmt: skip
+            found.append(Stage(name, tuple(readers[name]), residuals, _norm(readers[name][0].x) is not None))
+        elif norms and found and node.outputs and _norm(node.outputs[0]) and node.outputs[0].name not in readers:
+            found.append(Stage(node.outputs[0].name, (), {}, True))
+    return found
 
 
 def _norm(tensor: gs.Tensor) -> gs.Node | None:
@@ -117,7 +125,7 @@ class Cascade:
     def scale(self, index: int, gain: Array, shift: Array) -> None:
         """Let the normalisation that makes the stage's tensor in the changed graph give gain * x + shift, [K] each."""
         name = self.stages[index].tensor
-        node = _norm(self.stages[index].layers[0].x)
+        node = next((_norm(t) for node in self.graph.nodes for t in node.outputs if t.name == name), None)
         assert node is not None
         before = [np.asarray(g.constant(operand), np.float32) for operand in node.inputs[1:3]]
         for at, value in enumerate((before[0] * gain, before[1] * gain + shift), start=1):

@@ -21,7 +21,8 @@ from nmcompile.quantize import QuantType, activation_params, dequantize, quantiz
 Array = npt.NDArray[Any]
 Method = Literal["min-max", "percentile", "entropy", "mse"]
 Value = TypeVar("Value")
-KINDS = ("range", "histogram", "squares", "channels")
+KINDS = ("range", "histogram", "squares", "channels", "sample")
+SAMPLE = 512  # rows that "sample" keeps at least, where there are as many; less than twice as many
 
 SIDE = 4096  # bins on each side of zero, of which at least half are in use on the larger side
 _LEAST_EXPONENT = (
@@ -105,9 +106,10 @@ class Statistics:
     _squares: dict[str, npt.NDArray[np.float64]] = field(default_factory=dict)
     _rows: dict[str, int] = field(default_factory=dict)
     _channels: dict[str, npt.NDArray[np.float32]] = field(default_factory=dict)
+    _samples: dict[str, tuple[int, int, npt.NDArray[np.float32]]] = field(default_factory=dict)  # stride, seen, rows
 
     def add(self, tensor: str, values: Array, kinds: Collection[str] = KINDS) -> None:
-        """Take in one batch of a tensor: [..., K] for squares, any shape else. CalibrationError for NaN, Inf
+        """Take in one batch of a tensor: [..., K] for squares and sample, any shape else. CalibrationError for NaN, Inf
         or a K that varies.
         """
         unknown = [kind for kind in kinds if kind not in KINDS]
@@ -134,6 +136,8 @@ class Statistics:
         if "channels" in kinds:
             peaks = np.abs(x).reshape(-1, x.shape[-1] if x.ndim else 1).max(axis=0)
             self._channels[tensor] = np.maximum(self._channels.get(tensor, peaks), peaks)
+        if "sample" in kinds:
+            self._add_sample(tensor, x.reshape(-1, x.shape[-1]))
 
     def range(self, tensor: str) -> tuple[float, float]:
         """The least and the largest value seen."""
@@ -151,6 +155,10 @@ class Statistics:
     def channels(self, tensor: str) -> npt.NDArray[np.float32]:
         """Largest |x| of each channel of the last axis, float32 [K]."""
         return _get(self._channels, tensor, "channels")
+
+    def sample(self, tensor: str) -> npt.NDArray[np.float32]:
+        """Rows (tokens) evenly spread over all that were seen, float32 [T, K]; T is below twice SAMPLE."""
+        return _get(self._samples, tensor, "sample")[2]
 
     def rows(self, tensor: str) -> int:
         """How many vectors of the last axis (tokens) went into squares()."""
@@ -195,6 +203,16 @@ class Statistics:
             total = total + np.einsum("rk,rk->k", part, part)
         self._squares[tensor] = total
         self._rows[tensor] = self._rows.get(tensor, 0) + rows.shape[0]
+
+
+    def _add_sample(self, tensor: str, rows: Array) -> None:
+        """Every stride-th row; the stride doubles when there are too many."""
+        stride, seen, kept = self._samples.get(tensor, (1, 0, rows[:0]))
+        kept = np.concatenate([kept, rows[-seen % stride :: stride]])
+        seen += len(rows)
+        while len(kept) >= 2 * SAMPLE:
+            kept, stride = kept[::2], stride * 2
+        self._samples[tensor] = stride, seen, kept
 
 
 def _get(found: dict[str, Value], tensor: str, kind: str) -> Value:

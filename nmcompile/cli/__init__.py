@@ -14,9 +14,9 @@ from typing import Any
 import click
 
 import nmcompile
-from nmcompile.errors import NmcompileError
+from nmcompile.errors import NmcompileError, NoDeviceError
 
-COMMANDS = ("compile", "inspect", "run", "bench", "profile", "compare", "check", "passes", "doctor")
+COMMANDS = ("compile", "inspect", "run", "bench", "profile", "compare", "check", "passes", "doctor", "build-engine")
 DEFAULT = "compile"
 
 HELP = """Prune, quantize and run exported Transformers.
@@ -49,7 +49,7 @@ class Group(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
-        command: click.Command = import_module(f"nmcompile.cli.{cmd_name}").command
+        command: click.Command = import_module(f"nmcompile.cli.{cmd_name.replace('-', '_')}").command
         return command
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -63,12 +63,13 @@ class Group(click.Group):
 
 
 def guarded(action: Callable[[], Any]) -> Any:
-    """Run an action; what the user can mend becomes one line and exit status 1, Ctrl-C one line and 130."""
+    """Run an action; what the user can mend becomes one line and exit status 1, or 3 where a device is lacking; Ctrl-C
+    becomes one line and 130."""
     try:
         return action()
     except NmcompileError as error:
         click.echo(f"error: {' '.join(str(error).split())}", err=True)
-        sys.exit(1)
+        sys.exit(3 if isinstance(error, NoDeviceError) else 1)
     except KeyboardInterrupt:
         click.echo("interrupted", err=True)
         sys.exit(130)

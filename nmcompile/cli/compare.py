@@ -88,11 +88,9 @@ def command(
 
 def open_model(path: Path) -> Model:
     """A plan in its session, anything else as ONNX in onnxruntime."""
-    from nmcompile.bench import is_plan
+    from nmcompile.session import is_plan, load
 
     if is_plan(path):
-        from nmcompile.session import load
-
         session = load(path)
         return Model(session.inputs, session.outputs, session.run)
     from nmcompile import graph as g

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from nmcompile.cli import nearest_command, recipe, terminal
+from nmcompile.cli import engine, nearest_command, recipe, terminal
 from nmcompile.errors import NmcompileError
 
 if TYPE_CHECKING:
@@ -32,13 +33,17 @@ HELP = """Compile an ONNX model to a plan.
   nmcompile model.onnx -o model.plan --sparsity 0.6 --pattern 1x4 --max-drop cosine=0.05 --calibration samples.npz
   nmcompile model.onnx -o model.plan --passes "block-prune(block=4x4, sparsity=0.9, exclude=*pooler*)"
   nmcompile model.onnx -o model.plan --recipe recipe.toml --report report.json
+  nmcompile model.onnx -o model.plan --target tensorrt --shapes 1x8,8x128,32x384 --calibration samples.npz
 
 Without --sparsity, --pattern, --size and --passes nothing is pruned; zeros that the model has already are used all the
 same. With calibration data, what is left of the weights is fitted to what the dense model computes (minutes for
 BERT-base; --fast: less). It costs accuracy all the same: the summary says how much, --max-drop bounds it.
 Calibration data are samples of the model's real
 inputs: .npz with one array per input, a folder of such, or .jsonl with {"input_ids": [...]} or {"text": "..."} per
-line. A recipe holds these options by their long names:
+line. For TensorRT,
+2:4 zeros are the default; a sparse and a dense engine are timed and the faster is kept (--pattern dense: no zeros).
+Without a GPU, graphs and a recipe are written for `nmcompile build-engine` elsewhere, and the exit status is 3.
+A recipe holds these options by their long names:
 
 \b
   sparsity = 0.8
@@ -68,8 +73,8 @@ line. A recipe holds these options by their long names:
 @click.option("--calibration", type=click.Path(path_type=Path), metavar="DATA", help="Samples: .npz, .jsonl, folder.")
 @click.option("--tokenizer", type=click.Path(path_type=Path), metavar="PATH", help="tokenizer.json, for texts.")
 @click.option("--max-length", type=int, default=128, show_default=True, metavar="N", help="Tokens of a sample at most.")
-@click.option("--attention", type=click.Choice(["int8", "float"]), default="int8", show_default=True,
-              help="Whether queries, keys and values are quantized.")  # fmt: skip
+@click.option("--attention", type=click.Choice(["int8", "float"]),
+              help="Whether queries, keys and values are quantized. Default: int8, for TensorRT float.")  # fmt: skip
 @click.option("--tuning", type=click.Path(path_type=Path), metavar="FILE",
               help="Kernel times to choose by, of any machine; measured and written if there is none.")  # fmt: skip
 @click.option("--no-tune", is_flag=True, help="Time nothing; choose kernels by the shipped cost model.")
@@ -80,6 +85,7 @@ line. A recipe holds these options by their long names:
 @click.option("--require", type=click.Choice(["native"]), help="Fail unless all of the model runs on the engine.")
 @click.option("--report", type=click.Path(path_type=Path), metavar="OUT", help="Write everything known as JSON.")
 @click.option("--dump-text", type=click.Path(path_type=Path), metavar="DIR", help="Write the graph as text by pass.")
+@engine.options
 @click.option("--measure/--no-measure", default=True, help="Compare the plan with the model (on by default).")
 def command(model: Path, output: Path | None, emit_onnx: Path | None, report: Path | None, dump_text: Path | None,
             calibration: Path | None, tuning: Path | None, no_tune: bool, fast: bool,
@@ -99,11 +105,12 @@ def command(model: Path, output: Path | None, emit_onnx: Path | None, report: Pa
         from nmcompile.observers import dump_text as dumper
 
         del options["recipe_"]
+        for_engine = engine.taken(options)
         if fast:
             options["preset"] = "fast"
         result = nmcompile.compile(
             model, output, emit_onnx=emit_onnx, report=report, progress=progress, calibration=calibration,
-            tuning="off" if no_tune else tuning,
+            tuning="off" if no_tune else tuning, engine=for_engine,
             observers=[] if dump_text is None else [dumper(dump_text)], **options)  # fmt: skip
     if result.synthetic:
         terminal.warn(
@@ -111,6 +118,8 @@ def command(model: Path, output: Path | None, emit_onnx: Path | None, report: Pa
             "give samples of the model's real inputs with --calibration"
         )
     click.echo("\n".join(summary(model, result)))
+    if result.engine is not None and not result.engine.built and for_engine.build:
+        sys.exit(engine.NO_DEVICE)
 
 
 def check_model(model: Path) -> None:
@@ -130,8 +139,13 @@ def summary(model: Path, result: Result) -> Iterator[str]:
                for name, report, _ in result.passes if "matched" in report.detail}  # fmt: skip
     if matched:
         yield f"  matched   {', '.join(f'{kind} {share}' for kind, share in matched.items())}"
-    yield from _titled("layers", _layers(result))
-    yield from _titled("segments", _segments(result))
+    if result.segments == () and any("verdict" in layer for layer in result.layers):
+        yield from _titled("layers", engine.layers(result))
+    else:
+        yield from _titled("layers", _layers(result))
+        yield from _titled("segments", _segments(result))
+    for title, lines in engine.summary(result):
+        yield from _titled(title, lines)
     if "plan" in result.sizes:
         before, after = model_bytes(model), result.sizes["plan"]
         yield f"  size      {terminal.size(after)}, {after / before:.0%} of the model's {terminal.size(before)}"
@@ -140,7 +154,8 @@ def summary(model: Path, result: Result) -> Iterator[str]:
     if result.loss:
         samples = "samples that calibration did not see" if result.held_out else result.measured_on
         samples = "MADE-UP SAMPLES, not real ones" if result.synthetic else samples
-        yield f"  loss      plan against model, on {samples}"
+        what = "plan" if result.engine is None else "graph in onnxruntime"
+        yield f"  loss      {what} against model, on {samples}"
         yield from (f"            {line}" for line in terminal.differences(result.loss).splitlines())
     if result.held:
         yield from _titled("held", _held(result))

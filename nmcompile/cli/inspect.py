@@ -17,15 +17,29 @@ HELP = """Show what is in an ONNX model or a plan: inputs, outputs, segments, an
   nmcompile inspect model.onnx          # is it sparse already, and in which pattern?
   nmcompile inspect model.plan
   nmcompile inspect model.plan --json
+
+With --target tensorrt, what TensorRT will make of each layer of an ONNX model, and which of its rules the model breaks:
+
+\b
+  nmcompile inspect emitted.onnx --target tensorrt --trt-version 10
 """
 
 
 @click.command("inspect", help=HELP, short_help="Show what is in an ONNX model or a plan.")
 @click.argument("file", type=click.Path(path_type=Path))
+@click.option("--target", type=click.Choice(["tensorrt"]), help="Check an ONNX model against this target's rules.")
+@click.option("--trt-version", metavar="VERSION", help="Of TensorRT: 8.6, 10 or 11; 10 by default.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def command(file: Path, as_json: bool) -> None:
-    from nmcompile.bench import is_plan
+def command(file: Path, target: str | None, trt_version: str | None, as_json: bool) -> None:
+    from nmcompile.session import is_plan
 
+    if target is not None:
+        from nmcompile.cli import inspect_tensorrt
+
+        inspect_tensorrt.report(file, trt_version or "10", as_json)
+        return
+    if trt_version is not None:
+        raise click.UsageError("--trt-version is for --target tensorrt; give both")
     found = plan_facts(file) if is_plan(file) else model_facts(file)
     if as_json:
         terminal.say_json(found)
@@ -35,9 +49,13 @@ def command(file: Path, as_json: bool) -> None:
 
 def plan_facts(path: Path) -> dict[str, Any]:
     """What a plan's header says."""
+    from nmcompile.backends.tensorrt.build import read_description
     from nmcompile.errors import PlanError
     from nmcompile.plan import read_plan
 
+    engine = read_description(path)
+    if engine is not None:
+        return {"file": str(path), "kind": "engine", "bytes": path.stat().st_size, **engine}
     with read_plan(path) as plan:
         header = plan.header
     try:
@@ -90,8 +108,28 @@ def _info(info: Any) -> dict[str, Any]:
     return {"name": info.name, "dtype": info.dtype.name, "shape": list(info.shape)}
 
 
+def show_engine(found: dict[str, Any]) -> None:
+    """An engine by its description: what was built, and how its layers were meant to run."""
+    from nmcompile.cli.engine import described
+
+    click.echo(f"{found['file']}: engine for tensorrt, made by nmcompile {found['nmcompile']}, "
+               f"{terminal.size(found['bytes'])}")  # fmt: skip
+    for line in described(found):
+        click.echo(f"  {line}")
+    for name, ranges in (found.get("shapes") or {}).items():
+        sizes = ", ".join("x".join(map(str, ranges[key])) for key in ("min", "opt", "max"))
+        click.echo(f"  input {name}: {sizes} (min, opt, max)")
+    rows = [[layer["name"], f"{layer['outputs']}x{layer['inputs']}", layer["verdict"], layer["why"]]
+            for layer in found.get("layers", ())]  # fmt: skip
+    if rows:
+        click.echo("\n" + terminal.table(["layer", "shape", "expected", "why"], rows, right="1"))
+
+
 def show(found: dict[str, Any]) -> None:
     """The facts for people."""
+    if found["kind"] == "engine":
+        show_engine(found)
+        return
     if found["kind"] == "plan":
         head = f"plan for {found['target']}, made by nmcompile {found['nmcompile']}"
     else:

@@ -12,7 +12,7 @@ import numpy as np
 
 from nmcompile.cli import terminal
 from nmcompile.cli.bench import Shape
-from nmcompile.errors import InputError, UnsupportedError
+from nmcompile.errors import InputError
 from nmcompile.files import write
 
 if TYPE_CHECKING:
@@ -132,13 +132,9 @@ def _check_outputs(plan: Path, data: Path | None, outputs: dict[str, Path | None
 
 def open_session(plan: Path, threads: int | None) -> Session:
     """The session of a CPU plan."""
-    from nmcompile.backends.cpu.session import Session
-    from nmcompile.session import load
+    from nmcompile.session import load_cpu
 
-    session: object = load(plan, threads=threads)
-    if not isinstance(session, Session):
-        raise UnsupportedError(f"{plan} is not for the CPU; only CPU plans can be profiled")
-    return session
+    return load_cpu(plan, threads=threads)
 
 
 def inputs(

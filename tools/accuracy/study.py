@@ -16,6 +16,7 @@ import nmcompile
 from nmcompile import graph as g
 from nmcompile.errors import InputError
 from nmcompile.recipes import PRESETS
+from nmcompile.session import load_cpu
 from tools.accuracy.retrieval import Feeds, Scores, Task
 from tools.accuracy.texts import pairs, standard_library
 from tools.stdlib_text import docstrings
@@ -66,6 +67,7 @@ PATTERNS = (
     Recipe("1x4, 50 %, --fast", {"preset": "fast", **blocks("1x4", 0.5)}),
 )
 _ROUGH = replace(PRESETS["default"], smooth=False)
+_PLAINLY = replace(PRESETS["default"], clip="mse", alpha=0.6, bias=False)
 _PLAIN = {"ranking": "uniform", "order": False}
 ABLATION = (
     Recipe("magnitude", blocks("1x4", 0.5, solver="magnitude", **_PLAIN)),
@@ -76,8 +78,9 @@ ABLATION = (
            blocks("1x4", 0.5, sequential=False, norms=False, bias=False, damping=0.01, **_PLAIN)),
     Recipe("+ damping by held-out error", blocks("1x4", 0.5, sequential=False, norms=False, bias=False, **_PLAIN)),
     Recipe("+ biases", blocks("1x4", 0.5, sequential=False, norms=False, **_PLAIN)),
-    Recipe("+ sequential", blocks("1x4", 0.5, residual=False, norms=False, **_PLAIN)),
-    Recipe("+ residual in the target", blocks("1x4", 0.5, norms=False, **_PLAIN)),
+    Recipe("+ sequential", blocks("1x4", 0.5, correction=0, norms=False, **_PLAIN)),
+    Recipe("+ a quarter of what was lost in the target", blocks("1x4", 0.5, norms=False, **_PLAIN)),
+    Recipe("(all of it instead)", blocks("1x4", 0.5, correction=1, norms=False, **_PLAIN)),
     Recipe("+ normalisations", blocks("1x4", 0.5, **_PLAIN)),
     Recipe("+ order of features", blocks("1x4", 0.5, ranking="uniform")),
     Recipe("+ shares by sensitivity: the default", blocks("1x4", 0.5)),
@@ -85,6 +88,7 @@ ABLATION = (
     Recipe("the default with joint rounding", blocks("1x4", 0.5, rounding=True)),
     Recipe("dense INT8", {}),
     Recipe("dense INT8 without SmoothQuant", {"preset": _ROUGH}),
+    Recipe("dense INT8: one exponent, ranges by squared error, no correction of biases", {"preset": _PLAINLY}),
 )  # fmt: skip
 
 
@@ -119,7 +123,7 @@ class Study:
         result = nmcompile.compile(self.model, plan, calibration=self.calibration, tokenizer=self.tokenizer,
                                    emit_onnx=quantized, measure=False, **recipe.options)  # fmt: skip
         seconds = time.perf_counter() - start
-        session = nmcompile.load(plan, threads=self.threads)
+        session = load_cpu(plan, threads=self.threads)
         embed = self._onnx(quantized) if recipe.graph else lambda feeds: np.asarray(session.run(feeds)[OUTPUT])
         found = {name: task.scores(task.embeddings(embed), self.dense[name]) for name, task in self.tasks.items()}
         return Row(recipe.name, found, _zeros(result), seconds, self._ms(session))

@@ -156,6 +156,8 @@ class Matcher:
         found = match_attention(node)
         if found is None:
             return "its attention is not in canonical form"
+        if found.quantized_shares:
+            return "its softmax is quantized, which the engine does by steps of its own"
         if found.mask.padding is not None and found.mask.padding.name not in self.inputs:
             return "its mask is not a graph input"
         parts = zip(found.operands, (found.q, found.k, found.v), ("u8", "keys", "values"), strict=True)

@@ -13,8 +13,9 @@ import numpy as np
 
 from nmcompile import _native
 from nmcompile.errors import InputError, PlanError
+from nmcompile.made_up import limits
 from nmcompile.plan import Plan
-from nmcompile.tensorinfo import TensorInfo
+from nmcompile.tensorinfo import check_feeds, chosen_outputs, read_info
 
 Arrays = dict[str, np.ndarray]
 STEPS = frozenset({
@@ -70,8 +71,8 @@ class Session:
         self.plan = plan
         self.threads = threads or _native.default_threads()
         try:
-            self.inputs = tuple(_info(item) for item in header["inputs"])
-            self.outputs = tuple(_info(item) for item in header["outputs"])
+            self.inputs = tuple(read_info(item) for item in header["inputs"])
+            self.outputs = tuple(read_info(item) for item in header["outputs"])
             self._segments = [self._open(segment, isa or "") for segment in header["segments"]]
         except (KeyError, TypeError, AttributeError, IndexError) as error:
             raise PlanError(
@@ -108,14 +109,14 @@ class Session:
         Raises InputError for names, types, shapes or token ids that do not fit.
         """
         values: Arrays = check_feeds(feeds, self.inputs)
-        names = [info.name for info in self.outputs]
-        wanted = list(outputs) if outputs is not None else names
-        for name in wanted:
-            if name not in names:
-                raise InputError(f"there is no output {name!r}; the model has {', '.join(names)}")
+        wanted = chosen_outputs(outputs, self.outputs)
         for segment in self._segments:
             values.update(segment.run(values))
         return {name: values[name] for name in wanted}
+
+    def limits(self) -> tuple[dict[str, int], int | None]:
+        """(rows of the table that each input looks up, most tokens that positions allow)."""
+        return limits(self.header, lambda name: int(self.plan.arrays[name].shape[0]))
 
     def memory(self) -> int:
         """Bytes of activation memory that the native segments hold now."""
@@ -295,39 +296,6 @@ class OrtSegment:
             raise PlanError(f"onnxruntime cannot open {self.model} of the plan: {text}") from None
 
 
-def check_feeds(feeds: Mapping[str, np.ndarray], inputs: Sequence[TensorInfo]) -> Arrays:
-    """The inputs as arrays of the right types and shapes; InputError names what does not fit and what would."""
-    names = [info.name for info in inputs]
-    for name in feeds:
-        if name not in names:
-            raise InputError(f"there is no input {name!r}; the model takes {', '.join(names)}")
-    sizes: dict[str, tuple[int, str]] = {}
-    values: Arrays = {}
-    for info in inputs:
-        if info.name not in feeds:
-            raise InputError(f"input {info.name!r} is missing; the model takes {', '.join(map(str, inputs))}")
-        array = np.asarray(feeds[info.name])
-        if array.dtype != info.dtype:
-            if array.dtype.kind not in "iu" or info.dtype.kind not in "iu":
-                raise InputError(
-                    f"input {info.name!r} is {array.dtype}, the model takes {info.dtype}; "
-                    f"convert it with .astype({info.dtype.name!r})"
-                )
-            array = array.astype(info.dtype)
-        if array.ndim != len(info.shape):
-            raise InputError(f"input {info.name!r} has shape {list(array.shape)}, the model takes {info}")
-        for size, dim in zip(array.shape, info.shape, strict=True):
-            if isinstance(dim, int) and size != dim:
-                raise InputError(f"input {info.name!r} has shape {list(array.shape)}, the model takes {info}")
-            if isinstance(dim, str) and sizes.setdefault(dim, (size, info.name))[0] != size:
-                other = sizes[dim]
-                raise InputError(
-                    f"input {info.name!r} has {dim}={size}, input {other[1]!r} has {dim}={other[0]}; they must agree"
-                )
-        values[info.name] = array
-    return values
-
-
 def _plain(array: np.ndarray) -> np.ndarray:
     """Contiguous, and of a type that the engine reads."""
     if array.dtype.kind in "iub" and array.dtype not in (np.int64, np.int32, np.bool_):
@@ -335,10 +303,6 @@ def _plain(array: np.ndarray) -> np.ndarray:
     elif array.dtype.kind == "f" and array.dtype != np.float32:
         array = array.astype(np.float32)
     return np.ascontiguousarray(array)
-
-
-def _info(item: Mapping[str, Any]) -> TensorInfo:
-    return TensorInfo(str(item["name"]), np.dtype(item["dtype"]), tuple(item["shape"]))
 
 
 def _resolve(value: Any, plan: Plan) -> Any:

@@ -1,0 +1,1 @@
+"""The TensorRT target: what its parser and builder ask of a graph."""

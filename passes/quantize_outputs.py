@@ -1,0 +1,108 @@
+"""QuantizeOutputs: let linear layers hand on eight bits, where their products are faster for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, cast, get_args
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from nmcompile import graph as g
+from nmcompile import quantize as q8
+from nmcompile import sparsity as sp
+from nmcompile.calibrate.statistics import Method
+from nmcompile.errors import PassError
+from nmcompile.passes.pairs import quantized
+from nmcompile.pipeline import CalibratedPass, Report
+
+if TYPE_CHECKING:
+    from nmcompile.calibrate import Statistics
+
+PATTERN = sp.NM(2, 4)
+ACTIVATIONS = ("Gelu", "Relu", "Tanh", "Sigmoid", "Erf")
+COMMUTING = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten")
+
+
+@dataclass(frozen=True)
+class QuantizeOutputs(CalibratedPass):
+    """Quantize what quantized linear layers give, symmetric int8 per tensor, before anything else reads it.
+
+    Add(MatMul(DQ(Q(x)), DQ(W)), b)   ->   DQ(Q(Add(MatMul(DQ(Q(x)), DQ(W)), b)))
+
+    TensorRT takes its sparse INT8 products only where the result is INT8 too (Model-Optimizer pull request 1664).
+    layers: sparse, those whose weights are 2:4; all; or none. A layer that only feeds a Q already, also behind its
+    activation, is as it should be. Where the pair would leave less than `least_sqnr` dB between a layer's output and
+    its rounding error, the layer keeps its float output, with a note.
+    """
+
+    layers: str = "sparse"
+    clip: str = "min-max"
+    percentile: float = 99.99
+    least_sqnr: float = 20.0
+    exclude: tuple[str, ...] = ()
+
+    def needs(self, graph: gs.Graph) -> dict[str, tuple[str, ...]]:
+        ranges = ("range",) if self.clip == "min-max" else ("range", "histogram")
+        return {layer.y.name: (*ranges, "squares") for layer in self._chosen(graph)}
+
+    def run(self, graph: gs.Graph, statistics: Statistics | None = None) -> Report:
+        found: dict[str, object] = {}
+        notes = []
+        for layer in self._chosen(graph):
+            if statistics is None:
+                raise PassError("needs calibration data; give the pipeline calibration=..., or --calibration")
+            name = layer.y.name
+            low, high = statistics.clip(name, cast("Method", self.clip), self.percentile, "int8")
+            params = q8.activation_params(low, high, "int8")
+            power = float(np.mean(statistics.squares(name))) / max(statistics.rows(name), 1)
+            sqnr = 10 * np.log10(max(power, 1e-30) / (params.scale**2 / 12))  # of uniform rounding errors
+            if sqnr < self.least_sqnr:
+                notes.append(f"{layer.name}: its output stays float, eight bits would leave {sqnr:.1f} dB; "
+                             "TensorRT will likely run it dense")  # fmt: skip
+                continue
+            _quantize(graph, layer.y, params)
+            found[layer.name] = f"scale {params.scale:.6g}, {sqnr:.1f} dB"
+        if found:
+            g.cleanup(graph)
+        return Report(changed=len(found), detail={"outputs": found} if found else {}, notes=tuple(notes))
+
+    def _chosen(self, graph: gs.Graph) -> Iterator[g.Linear]:
+        if self.layers not in ("sparse", "all", "none"):
+            raise PassError(f"layers={self.layers} is not known; choose sparse, all or none")
+        if self.clip not in get_args(Method):
+            raise PassError(f"clip={self.clip} is not known; choose one of {', '.join(get_args(Method))}")
+        for layer in g.linear_layers(graph) if self.layers != "none" else ():
+            if not layer.quantized or g.is_output(graph, layer.y) or _only_quantized(layer.y):
+                continue
+            if any(fnmatchcase(layer.name, glob) for glob in self.exclude):
+                continue
+            if self.layers == "all" or is_sparse(layer.weight):
+                yield layer
+
+
+def is_sparse(weight: np.ndarray) -> bool:
+    """Whether a weight [N, K] is 2:4 along its inputs: of every four in a row, two at least are zero."""
+    if weight.shape[1] % PATTERN.m:
+        return False
+    kept = np.count_nonzero(weight.reshape(weight.shape[0], -1, PATTERN.m), axis=2)
+    return bool((kept <= PATTERN.n).all())
+
+
+def _only_quantized(tensor: gs.Tensor) -> bool:
+    """Whether all that reads the tensor is a Q, at once, behind an activation or behind a change of shape."""
+    users = g.consumers(tensor)
+    return bool(users) and all(
+        user.op == "QuantizeLinear"
+        or (user.op in (*ACTIVATIONS, *COMMUTING) and _only_quantized(user.outputs[0]))
+        for user in users
+    )
+
+
+def _quantize(graph: gs.Graph, tensor: gs.Tensor, params: q8.QuantParams) -> None:
+    readers = g.consumers(tensor)
+    wide = quantized(graph, tensor, params)
+    for node in readers:
+        node.inputs = [wide if t is tensor else t for t in node.inputs]
