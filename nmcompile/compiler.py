@@ -17,13 +17,14 @@ from typing import Any, TypeAlias
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
+from onnx.external_data_helper import uses_external_data
 
 from nmcompile import graph as g
 from nmcompile import sparsity as sp
 from nmcompile.backends.cpu.tuning import keep, open_tuner
 from nmcompile.backends.tensorrt.recipe import EngineOptions
 from nmcompile.backends.tensorrt.shapes import parse_shapes
-from nmcompile.calibrate import Calibration, Data, open_data
+from nmcompile.calibrate import Calibration, Data, check_ids, open_data
 from nmcompile.calibrate.sources import Source
 from nmcompile.compare import Comparison, Difference, real_tokens
 from nmcompile.control import Noise, hold, layer_noise, worst_first
@@ -168,6 +169,7 @@ def compile(
     data = calibration if isinstance(calibration, Data) else open_data(
         calibration, g.inputs(source), tokenizer=tokenizer, max_length=max_length,
         limit=chosen.made_up if calibration is None else chosen.limit)  # fmt: skip
+    check_ids(source, data)
     seen, held_out = split(data)
     if passes is not None and not (sparsity is None and pattern is None and size is None):
         raise PassError("give either passes or sparsity, pattern and size, not both")
@@ -282,7 +284,7 @@ def sparsity_for(size: str, model: Model, pattern: str | None) -> float:
         raise PassError(f"size {size!r} is not a share of the model's file; write for example 0.25x")
     if isinstance(sp.parse_pattern(pattern or "2x4"), sp.NM):
         raise PassError(f"pattern {pattern} always has the same size; leave --size out")
-    wanted, whole, found = float(match[1]), weight_bytes(model), {}
+    wanted, whole, found = float(match[1]), model_bytes(model), {}
     with TemporaryDirectory() as folder:
         for share in (0.5, 0.9):
             plan = Path(folder) / "m.plan"
@@ -297,13 +299,21 @@ def sparsity_for(size: str, model: Model, pattern: str | None) -> float:
     return max(share, 0.0)
 
 
-def weight_bytes(model: Model) -> int:
-    """Size of a model's file with its external data, or of its weights."""
-    graph = g.load(model)
-    seen = {id(t.values): np.asarray(t.values).nbytes for t in graph.tensors().values() if isinstance(t, gs.Constant)}
-    return sum(seen.values())
-
-
+def model_bytes(model: Model) -> int:
+    """Size of a model's file with its external data; of its weights where it is no file."""
+    if not isinstance(model, (str, os.PathLike)):
+        graph = g.load(model)
+        seen = {id(t.values): np.asarray(t.values).nbytes for t in graph.tensors().values()
+                if isinstance(t, gs.Constant)}  # fmt: skip
+        return sum(seen.values())
+    path = Path(model)
+    total: int = path.stat().st_size
+    if total > 100_000_000:  # weights are inside
+        return total
+    graph = onnx.load(str(path), load_external_data=False).graph
+    files = {entry.value for tensor in graph.initializer if uses_external_data(tensor)
+             for entry in tensor.external_data if entry.key == "location"}  # fmt: skip
+    return total + sum((path.parent / name).stat().st_size for name in map(str, files))
 
 
 def _check_options(target: str, preset: str | Preset, require: str | None) -> Preset:

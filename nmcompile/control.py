@@ -10,7 +10,8 @@ import onnx_graphsurgeon as gs
 
 from nmcompile import graph as g
 from nmcompile.calibrate import Data
-from nmcompile.calibrate.collect import real_tokens, without_padding
+from nmcompile.calibrate.collect import without_padding
+from nmcompile.compare import real_tokens
 from nmcompile.errors import UnsupportedError
 from nmcompile.metrics import Limit
 

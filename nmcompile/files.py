@@ -26,6 +26,12 @@ def replacing(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
+def cache_folder() -> Path:
+    """Where measured times are kept: below $XDG_CACHE_HOME, ~/.cache where that is not set."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(base) if os.path.isabs(base) else Path(os.path.expanduser("~/.cache"))) / "nmcompile"
+
+
 def write(path: Path, content: str | bytes) -> None:
     """All of `content` to a file, text as UTF-8. NmcompileError naming it."""
     with replacing(path) as partial:

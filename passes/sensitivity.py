@@ -13,8 +13,9 @@ from nmcompile import graph as g
 from nmcompile import solvers
 from nmcompile import sparsity as sp
 from nmcompile.calibrate.cascade import Cascade, stages
-from nmcompile.calibrate.collect import real_tokens, without_padding
+from nmcompile.calibrate.collect import without_padding
 from nmcompile.calibrate.data import Data
+from nmcompile.compare import real_tokens
 
 LADDER = (0.0, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # shares of zeros that a unit may get
 REFERENCE = 0.5  # share of zeros at which a unit's effect on the outputs is measured

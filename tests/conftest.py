@@ -41,3 +41,12 @@ def golden(request: pytest.FixtureRequest) -> Callable[[str], str]:
     """`assert text == golden("fuse_gelu/exact")` compares with tests/golden/fuse_gelu/exact.txt."""
     update = bool(request.config.getoption("--update-golden"))
     return lambda name: read_golden(GOLDEN / f"{name}.txt", update)
+
+
+@pytest.fixture
+def tokenizer(tmp_path: Path) -> Path:
+    """tokenizer.json of the small vocabulary in accuracy_cases."""
+    from accuracy_cases import words_tokenizer
+
+    words_tokenizer().save(str(tmp_path / "tokenizer.json"))
+    return tmp_path / "tokenizer.json"

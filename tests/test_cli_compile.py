@@ -11,7 +11,8 @@ from click.testing import CliRunner, Result
 
 import nmcompile
 from nmcompile.cli import cli, recipe
-from nmcompile.cli.compile import command, model_bytes
+from nmcompile.cli.compile import command
+from nmcompile.compiler import model_bytes
 from nmcompile.errors import NmcompileError
 
 MODELS = Path(__file__).parents[1] / "models"

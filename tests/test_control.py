@@ -141,7 +141,7 @@ def test_a_plan_of_a_size(tmp_path: Path) -> None:
     smaller = nmcompile.compile(BERT, tmp_path / "a.plan", size="0.45x", **given)  # type: ignore[arg-type]
     zeros = 1 - np.mean([layer["density"] for layer in smaller.layers[:12]])
     assert 0 < zeros < 1
-    weights = nmcompile.compiler.weight_bytes(BERT)
+    weights = nmcompile.compiler.model_bytes(BERT)
     assert smaller.sizes["plan"] / weights == pytest.approx(0.45, abs=0.02)
 
 

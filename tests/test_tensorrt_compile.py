@@ -59,7 +59,8 @@ def machine(driver: Path, tmp_path: Path) -> Machine:
     def make(**script: Any) -> Mapping[str, str]:
         lib = str(driver / "libcuda.so.1")
         made = Script(**{"inputs": INPUTS, "outputs": OUTPUTS, "cuda": lib, **script})
-        return {**install(tmp_path / "site", made), "LD_LIBRARY_PATH": str(driver)}
+        places = {"LD_LIBRARY_PATH": str(driver), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+        return {**install(tmp_path / "site", made), **places}
 
     return make
 
@@ -254,3 +255,18 @@ def test_a_model_that_the_version_cannot_take_is_named(tmp_path: Path) -> None:
 
 def test_no_device_is_told_apart() -> None:
     assert issubclass(NoDeviceError, UnsupportedError)
+
+
+def test_the_table_of_times(tmp_path: Path, machine: Machine) -> None:
+    env = dict(machine(inputs={name: ("INT64", [-1, -1]) for name in INPUTS}, ms={"sparse": 1.0, "dense": 2.0},
+                       outputs={"last_hidden_state": ("FLOAT", [-1, -1, 256])}))  # fmt: skip
+    root = Path(__file__).resolve().parent.parent
+    env["PYTHONPATH"] += f":{root}"
+    words = ["-m", "tools.bench_tensorrt", "--model", "bert-mini", "--tokens", 8, "--batch", 2, "--output", tmp_path]
+    done = subprocess.run([sys.executable, *map(str, words)], env=env, text=True, capture_output=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    text = (tmp_path / "tensorrt-bert-mini.md").read_text()
+    assert "Fake GPU" in text and "| 8 | 2 | 2 | 2 | 1 | 2.00 | 2.00 |" in text and " ! |" in text  # ones are no BERT
+    bare = {name: value for name, value in env.items() if name != "LD_LIBRARY_PATH"}
+    lacking = subprocess.run([sys.executable, *map(str, words)], env=bare, text=True, capture_output=True, timeout=300)
+    assert lacking.returncode == 3 and lacking.stderr.startswith("error: no CUDA driver")

@@ -1,7 +1,7 @@
 """Calibration: data to run a model on, and the statistics of its tensors that passes ask for."""
 
-from nmcompile.calibrate.collect import Calibration
+from nmcompile.calibrate.collect import Calibration, check_ids
 from nmcompile.calibrate.data import Data, open_data
 from nmcompile.calibrate.statistics import Histogram, Statistics
 
-__all__ = ["Calibration", "Data", "Histogram", "Statistics", "open_data"]
+__all__ = ["Calibration", "Data", "Histogram", "Statistics", "check_ids", "open_data"]

@@ -15,8 +15,9 @@ import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
 from nmcompile import graph as g
-from nmcompile.calibrate.collect import real_tokens, without_padding
+from nmcompile.calibrate.collect import without_padding
 from nmcompile.calibrate.data import Data
+from nmcompile.compare import real_tokens
 from nmcompile.errors import CalibrationError, GraphError
 
 Array = npt.NDArray[Any]

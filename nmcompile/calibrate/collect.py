@@ -12,8 +12,9 @@ import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
 from nmcompile import graph as graphs
-from nmcompile.calibrate.data import Data, is_mask
+from nmcompile.calibrate.data import Data
 from nmcompile.calibrate.statistics import Statistics
+from nmcompile.compare import real_tokens
 from nmcompile.errors import CalibrationError, GraphError
 
 Array = npt.NDArray[Any]
@@ -61,17 +62,25 @@ class Calibration:
         return statistics
 
 
-def real_tokens(feed: Mapping[str, Array]) -> Array | None:
-    """bool [batch, tokens], or None when nothing is padded."""
-    for name, array in feed.items():
-        if is_mask(name) and array.ndim == 2 and array.min() >= 0:  # an additive mask has negative values
-            real = array != 0
-            if not real.any():
+def check_ids(graph: gs.Graph, data: Data) -> None:
+    """CalibrationError where an integer input is looked up in a table that has no such row."""
+    tables: dict[str, int] = {}
+    for node in graph.nodes:
+        if node.op != "Gather" or int(node.attrs.get("axis", 0)) != 0:
+            continue
+        table, ids = graphs.constant(node.inputs[0]), node.inputs[1]
+        while (maker := graphs.producer(ids)) is not None and maker.op in ("Cast", "Identity"):
+            ids = maker.inputs[0]
+        if table is not None and table.ndim > 1:
+            tables[ids.name] = min(len(table), tables.get(ids.name, len(table)))
+    for feed in data:
+        for name in tables.keys() & feed.keys():
+            low, high = int(feed[name].min(initial=0)), int(feed[name].max(initial=0))
+            if high >= tables[name] or low < -tables[name]:
                 raise CalibrationError(
-                    f"input '{name}' masks every token of a calibration batch; mend the data"
+                    f"input '{name}' holds {high if high >= tables[name] else low}, the model's table has "
+                    f"{tables[name]} rows; are the data, and their tokenizer, this model's?"
                 )
-            return None if real.all() else real
-    return None
 
 
 def without_padding(values: Array, real: Array | None) -> Array:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy.typing as npt
 
 from nmcompile import graph as graphs
 from nmcompile.calibrate.sources import Record, Source, Tokenizer, load_tokenizer, records
+from nmcompile.compare import is_mask
 from nmcompile.errors import CalibrationError
 from nmcompile.tensorinfo import TensorInfo
 
@@ -294,11 +294,6 @@ def _text(infos: tuple[TensorInfo, ...]) -> str:
 
 def _input_like(infos: tuple[TensorInfo, ...], *words: str) -> TensorInfo | None:
     return next((info for info in infos if any(word in info.name.lower() for word in words)), None)
-
-
-def is_mask(name: str) -> bool:
-    """Named like a mask of padding: attention_mask, input_mask:0, but not masked_positions."""
-    return re.search(r"mask([:._]\d+)?$", name.lower()) is not None
 
 
 def _mask_input(infos: tuple[TensorInfo, ...]) -> TensorInfo | None:

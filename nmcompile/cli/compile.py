@@ -147,6 +147,8 @@ def summary(model: Path, result: Result) -> Iterator[str]:
     for title, lines in engine.summary(result):
         yield from _titled(title, lines)
     if "plan" in result.sizes:
+        from nmcompile.compiler import model_bytes
+
         before, after = model_bytes(model), result.sizes["plan"]
         yield f"  size      {terminal.size(after)}, {after / before:.0%} of the model's {terminal.size(before)}"
     if "qdq_onnx" in result.sizes:
@@ -212,17 +214,3 @@ def _segments(result: Result) -> list[str]:
         if segment["kind"] != "native":
             lines.append(f"onnxruntime: {segment['nodes']} nodes ({', '.join(segment['operators'])})")
     return [*lines[: NOTES + 1], *([f"... and {len(lines) - NOTES - 1} more"] if len(lines) > NOTES + 1 else [])]
-
-
-def model_bytes(path: Path) -> int:
-    """Size of an ONNX model with its external data."""
-    import onnx
-    from onnx.external_data_helper import uses_external_data
-
-    total: int = path.stat().st_size
-    if total > 100_000_000:  # weights are inside
-        return total
-    graph = onnx.load(str(path), load_external_data=False).graph
-    files = {entry.value for tensor in graph.initializer if uses_external_data(tensor)
-             for entry in tensor.external_data if entry.key == "location"}  # fmt: skip
-    return total + sum((path.parent / name).stat().st_size for name in map(str, files))

@@ -35,7 +35,7 @@ def options(command: click.decorators.FC) -> click.decorators.FC:
         click.option("--workspace", metavar="SIZE", help="TensorRT: memory a layer may use, for example 4G."),
         click.option("--builder-level", type=click.IntRange(0, 5), help="TensorRT: how long it searches, 0 to 5."),
         click.option("--timing-cache", type=click.Path(path_type=Path), metavar="FILE",
-                     help="TensorRT: times of kernels, read if there and kept for the next build."),
+                     help="TensorRT: times of kernels, for later builds. Default: in the user's cache folder."),
         click.option("--no-build", is_flag=True, help="TensorRT: write graph and recipe only."),
     )):  # fmt: skip
         command = option(command)

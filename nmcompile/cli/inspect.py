@@ -81,7 +81,7 @@ def model_facts(path: Path) -> dict[str, Any]:
     """What an ONNX model holds."""
     from nmcompile import graph as g
     from nmcompile import sparsity as sp
-    from nmcompile.cli.compile import model_bytes
+    from nmcompile.compiler import model_bytes
     from nmcompile.graph_text import type_name
 
     graph = g.load(path)

@@ -25,7 +25,7 @@ from nmcompile import _native
 from nmcompile.backends.cpu import measure
 from nmcompile.backends.cpu.pack import BLOCKS, DENSE, FLOAT, GATHERS, QUANTIZE, Kind, cheapest, fills, least, predicted
 from nmcompile.errors import InputError, NmcompileError
-from nmcompile.files import write
+from nmcompile.files import cache_folder, write
 
 VERSION = 1
 TOKENS = 128
@@ -256,11 +256,9 @@ def cached(table: Table) -> Tuner:
 
 
 def cache_path(table: Table) -> Path:
-    """The file of a CPU model and ISA below $XDG_CACHE_HOME, ~/.cache where that is not set."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    folder = Path(base) if os.path.isabs(base) else Path(os.path.expanduser("~/.cache"))
+    """The file of a CPU model and ISA in the user's cache folder."""
     name = re.sub(r"[^a-z0-9]+", "-", table.cpu.lower()).strip("-")
-    return folder / "nmcompile" / f"tuning-{name}-{table.isa}.json"
+    return cache_folder() / f"tuning-{name}-{table.isa}.json"
 
 
 def open_tuner(source: str | os.PathLike[str] | None) -> Tuner | None:

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -14,7 +15,7 @@ from typing import Any
 
 from nmcompile.backends.tensorrt import worker
 from nmcompile.errors import NmcompileError, NoDeviceError
-from nmcompile.files import write
+from nmcompile.files import cache_folder, write
 
 Progress = Callable[[str, int, int], None]
 LACKING = ("no-gpu", "no-tensorrt")  # kinds of errors that another machine does not have
@@ -44,6 +45,9 @@ def build(recipe: Path, python: str | None = None, plan: Path | None = None, tel
     command = [python or sys.executable, worker.__file__, str(recipe)]
     if plan is not None:
         command += ["-o", str(plan)]
+    with suppress(OSError):  # builds without it take longer, no more
+        cache_folder().mkdir(parents=True, exist_ok=True)
+        command += ["--timing-cache", str(cache_folder() / "tensorrt.timing")]
     result = _ask(command, tell or (lambda *_: None))
     engine = Path(result["engine"])
     try:

@@ -23,8 +23,8 @@ class EngineOptions:
     version: of TensorRT ("8.6", "10" or "11"), None: that of `python`, else 10. shapes: "MIN,OPT,MAX" or
     "NAME=MIN,OPT,MAX" for inputs with free sizes. outputs: which layers hand on eight bits (sparse, all, none).
     weights: stored as float or int8. python: the interpreter that has tensorrt, None: this one. workspace: bytes,
-    level: 0 to 5, timing_cache: a file that is read and written; None leaves them to TensorRT. build: whether to build
-    here.
+    level: 0 to 5, None leaves them to TensorRT. timing_cache: a file that is read and written, None: one in the user's
+    cache folder. build: whether to build here.
     """
 
     version: str | None = None

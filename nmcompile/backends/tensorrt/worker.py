@@ -26,7 +26,7 @@ import traceback
 from collections import deque
 from collections.abc import Iterable, Sequence
 from contextlib import closing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Callable  # noqa: UP035  # subscripted below, which Python 3.8 allows of this one only
 
@@ -699,6 +699,7 @@ def main(arguments: Sequence[str], say: Say, files: Files) -> int:
     command = argparse.ArgumentParser(description="Build TensorRT engines by a recipe of nmcompile.")
     command.add_argument("recipe", nargs="?", type=Path, help="the recipe, JSON")
     command.add_argument("-o", "--output", type=Path, help="the engine's file (default: the recipe's plan)")
+    command.add_argument("--timing-cache", type=Path, help="times of kernels, if the recipe names no file for them")
     command.add_argument("--probe", action="store_true", help="tell which GPU and TensorRT there are")
     command.add_argument("--cuda", default="libcuda.so.1", help="the CUDA driver's library (default: %(default)s)")
     options = command.parse_args(arguments)
@@ -709,6 +710,7 @@ def main(arguments: Sequence[str], say: Say, files: Files) -> int:
             say({"result": probe(options.cuda)})
         else:
             recipe = read_recipe(options.recipe)
+            recipe = replace(recipe, timing_cache=recipe.timing_cache or options.timing_cache)
             say({"result": make(recipe, options.output or recipe.plan, options.cuda, say, files)})
     except Failure as error:
         say({"error": str(error), "kind": error.kind})
