@@ -204,8 +204,7 @@ def compile(
             _require_native(job)
 
         def lost() -> Mapping[str, Difference]:
-            assert scratch is not None
-            run = made.opened(scratch, job.header)
+            run = made.opened(scratch or Path(), job.header)
             return _loss(source, run, held_out, tell) if measure else {}
 
         sizes: dict[str, int] = {}
@@ -215,7 +214,7 @@ def compile(
             built = make(job, made, options, Path(output), shapes, held.get("dense", ()), held.get("float", ()), lost,
                          unfinished)  # fmt: skip
             loss = built.loss
-        elif scratch is not None:
+        elif scratch is not None or isinstance(made, TensorrtTarget):
             loss = lost()
         if emit_onnx is not None:
             g.save(made.graph if isinstance(made, TensorrtTarget) else job.graph, Path(emit_onnx))

@@ -34,8 +34,10 @@ from nmcompile.recipes import canonical_passes
 
 FACTS = "facts.json"
 STAGES = ("canonical", "pruned", "quantized")
-LAYER = ("outputs", "inputs", "density", "pattern", "precision", "kernel")  # what is kept of each
-QUANTIZING = ("smooth-activations", "insert-qdq")
+# what is kept of each layer: of plans for the CPU, and of graphs for TensorRT
+LAYER = ("outputs", "inputs", "density", "pattern", "precision", "kernel", "int8", "epilogue", "verdict")
+QUANTIZING = ("smooth-activations", "insert-qdq", "quantize-outputs", "scale-queries", "store-weights", "lower-opset",
+              "narrow-floats")  # fmt: skip
 TOLERANCE: Mapping[str, float] = {
     "text": 0.02,  # of a float in the texts, relative; integers below 8 bits and densities may differ by one
     "density": 0.005,
@@ -120,19 +122,25 @@ def _compiled(model: str | os.PathLike[str], options: Mapping[str, Any]) -> tupl
 
     with tempfile.TemporaryDirectory(prefix="nmcompile-") as folder:
         plan = Path(folder) / "model.plan"
-        result = nmcompile.compile(model, plan, observers=[watch], **{"tuning": "off", **options})
+        given = {"tuning": "off", **options, "observers": [watch]}
+        if options.get("target") == "tensorrt":  # engines are of one GPU; what is recorded is the graph they come from
+            result = nmcompile.compile(model, None, emit_onnx=plan, **given)
+            graph = g.load(plan)
+            outputs, ran_on = g.run(graph, made_up(g.inputs(graph), *SHAPE, ragged=True)), ("onnxruntime", 0)
+        else:
+            result = nmcompile.compile(model, plan, **given)
+            session = nmcompile.load(plan)
+            outputs, ran_on = session.run(made_up(session.inputs, *SHAPE, ragged=True)), (session.isa, session.threads)
         digest = hashlib.sha256(plan.read_bytes()).hexdigest()
-        session = nmcompile.load(plan)
-        outputs = session.run(made_up(session.inputs, *SHAPE, ragged=True))
         facts = Facts(
             passes=[name for name, _, _ in result.passes],
             matched={name: str(item.detail["matched"]) for name, item, _ in result.passes if "matched" in item.detail},
-            layers={str(layer["name"]): {key: layer[key] for key in LAYER} for layer in result.layers},
+            layers={str(layer["name"]): {key: layer[key] for key in LAYER if key in layer} for layer in result.layers},
             segments=[" ".join([str(item["kind"]), *item.get("operators", ())]) for item in result.segments],
             loss={name: {"cosine": _short(item.cosine), "sqnr": _short(min(item.sqnr, CLEAR))}
                   for name, item in result.loss.items()},
             outputs={name: _sketch(values) for name, values in outputs.items()},
-            plan={"sha256": digest, "machine": machine(session.isa, session.threads)},
+            plan={"sha256": digest, "machine": machine(*ran_on)},
         )  # fmt: skip
     return texts, facts
 
@@ -245,9 +253,9 @@ def _fact_differences(old: Facts, new: Facts, tolerance: Mapping[str, float]) ->
     yield from _names("layer", old.layers, new.layers)
     for name in _common(old.layers, new.layers):
         was, now = dict(old.layers[name]), dict(new.layers[name])
-        if abs(was["density"] - now["density"]) <= tolerance["density"]:
+        if "density" in was and abs(was["density"] - now.get("density", 0.0)) <= tolerance["density"]:
             del was["density"], now["density"]
-        changes = [f"{key} {was[key]}, now {now[key]}" for key in was if was[key] != now[key]]
+        changes = [f"{key} {was[key]}, now {now.get(key)}" for key in was if was[key] != now.get(key)]
         if changes:
             yield f"layer {name}: {'; '.join(changes)}"
     yield from _names("loss of output", old.loss, new.loss)

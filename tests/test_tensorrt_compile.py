@@ -257,6 +257,25 @@ def test_no_device_is_told_apart() -> None:
     assert issubclass(NoDeviceError, UnsupportedError)
 
 
+def test_a_recipe_file_and_a_baseline(tmp_path: Path, data: Path) -> None:
+    recipe = tmp_path / "r.toml"
+    recipe.write_text(
+        f'target = "tensorrt"\ntrt-version = "8.6"\nshapes = ["{SHAPES}", "input_ids=1x8,2x16,4x33"]\npreset = "fast"\n'
+        f'calibration = "{data}"\nsolver = "magnitude"\nno-build = true\n'
+    )
+    made = command(MODEL, "-o", tmp_path / "m.plan", "--recipe", recipe)
+    assert made.returncode == 0, made.stderr
+    shapes = json.loads((tmp_path / "m.recipe.json").read_text())["shapes"]
+    assert shapes["input_ids"]["max"] == [4, 33] and shapes["attention_mask"]["max"] == [8, 33]
+    for _ in range(2):
+        checked = command("check", MODEL, "--recipe", recipe, "--baseline", tmp_path / "baselines")
+        assert checked.returncode == 0, checked.stderr
+    assert "agrees with" in checked.stdout
+    recipe.write_text(recipe.read_text().replace('"8.6"', '"10"'))
+    changed = command("check", MODEL, "--recipe", recipe, "--baseline", tmp_path / "baselines")
+    assert changed.returncode == 1 and "narrow-floats" in changed.stdout
+
+
 def test_the_table_of_times(tmp_path: Path, machine: Machine) -> None:
     env = dict(machine(inputs={name: ("INT64", [-1, -1]) for name in INPUTS}, ms={"sparse": 1.0, "dense": 2.0},
                        outputs={"last_hidden_state": ("FLOAT", [-1, -1, 256])}))  # fmt: skip

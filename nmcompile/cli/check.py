@@ -14,6 +14,7 @@ KEPT = frozenset({
     "target", "preset", "passes", "sparsity", "pattern", "solver", "calibration", "tokenizer", "max_length",
     "attention", "tuning", "require",
 })  # fmt: skip
+ENGINE = {"trt_version": "version", "int8_outputs": "outputs", "weights": "weights"}  # of an engine's graph
 
 HELP = """Compile a model and compare everything that comes out of it with a recorded baseline; for CI.
 
@@ -27,6 +28,7 @@ facts.json with the passes, each layer's density and kernel, the error of the pl
 gives for seeded inputs, and the plan's hash. It holds no timings and no weights. Floats are compared with the
 tolerances that stand in facts.json, so that another machine agrees; the hash is compared only where versions and CPU
 are those of the recording. A recipe holds the options of `nmcompile compile`; those about files to write are ignored.
+For TensorRT the graph is recorded, run in onnxruntime, not an engine.
 """
 
 
@@ -46,9 +48,15 @@ def command(model: Path, again: bool, baseline: Path, recipe_: Path | None, cali
     check_model(model)
     options: dict[str, Any] = {}
     if recipe_ is not None:
-        options = {key: value for key, value in recipe.read(recipe_, compile_command).items() if key in KEPT}
-    given = {"calibration": calibration, "tokenizer": tokenizer}
-    options |= {key: value for key, value in given.items() if value is not None}
+        given = recipe.read(recipe_, compile_command)
+        options = {key: value for key, value in given.items() if key in KEPT}
+        if options.get("target") == "tensorrt":
+            from nmcompile.backends.tensorrt.recipe import EngineOptions
+
+            engine: dict[str, Any] = {ENGINE[key]: value for key, value in given.items() if key in ENGINE}
+            options["engine"] = EngineOptions(**engine)
+    samples = {"calibration": calibration, "tokenizer": tokenizer}
+    options |= {key: value for key, value in samples.items() if value is not None}
     with terminal.Progress() as progress:
         progress("starting", 0, 1)
         from nmcompile import regression

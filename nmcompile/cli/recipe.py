@@ -56,6 +56,11 @@ def _value(path: Path, key: str, value: object, option: click.Option, on: bool) 
         return value is on
     if option.name == "passes" and isinstance(value, list) and all(isinstance(item, str) for item in value):
         value = ", ".join(value)
+    if option.multiple:
+        values = value if isinstance(value, list) else [value]
+        if not values or not all(isinstance(item, str) for item in values):
+            raise NmcompileError(f"the recipe {path}: {key} is a text in quotes or a list of them, not {value!r}")
+        return tuple(values)
     number = isinstance(option.type, (click.types.FloatParamType, click.types.IntParamType))
     plain = isinstance(value, (int, float)) and not isinstance(value, bool) if number else isinstance(value, str)
     try:
