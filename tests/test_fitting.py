@@ -251,3 +251,28 @@ def test_spread_features_keep_what_one_group_could_not() -> None:
 def test_no_sample_of_another_model(bert: gs.Graph) -> None:
     with pytest.raises(NmcompileError):
         open_data([{"pixel_values": np.zeros((3, 8, 8), np.float32)}], g.inputs(bert))
+
+
+def test_normalisations_have_the_dense_models_mean_and_deviation(bert: gs.Graph, data: Data) -> None:
+    """Every one behind a pruned layer, the last one too, which no pruned layer reads."""
+    names = [node.outputs[0].name for node in bert.nodes if node.op == "LayerNormalization"][1:]
+    pruned, plain = prune(bert, data, Fit()), prune(bert, data, Fit(norms=False))
+    moments = {}
+    for key, graph in (("dense", bert), ("fitted", pruned), ("plain", plain)):
+        run = g.runner(graph, names)
+        parts: dict[str, list[np.ndarray]] = {name: [] for name in names}
+        for feed in data:
+            for name, values in run(feed).items():
+                parts[name].append(values[feed["attention_mask"] != 0])
+        joined = {name: np.concatenate(found) for name, found in parts.items()}
+        moments[key] = {name: np.stack([rows.mean(axis=0), rows.std(axis=0)]) for name, rows in joined.items()}
+    assert len(names) == 4
+    for name in names:
+        np.testing.assert_allclose(moments["fitted"][name], moments["dense"][name], rtol=2e-3, atol=2e-3)
+        assert np.abs(moments["plain"][name] - moments["dense"][name]).max() > 0.02
+
+
+def test_the_target_moves_from_these_inputs_to_the_dense_models(bert: gs.Graph, data: Data) -> None:
+    """The whole way is nearest to the dense model's outputs on the samples; nothing of it is farthest."""
+    loss = [lost(prune(bert, data, Fit(norms=False, correction=share)), bert, data) for share in (0.0, 0.5, 1.0)]
+    assert loss[2] < loss[1] < loss[0]
