@@ -9,7 +9,7 @@ import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeAlias
@@ -24,11 +24,11 @@ from nmcompile import sparsity as sp
 from nmcompile.backends.cpu.tuning import keep, open_tuner
 from nmcompile.backends.tensorrt.recipe import EngineOptions
 from nmcompile.backends.tensorrt.shapes import parse_shapes
-from nmcompile.calibrate import Calibration, Data, check_ids, open_data
+from nmcompile.calibrate import Calibration, Data, check_ids, longest, open_data, split
 from nmcompile.calibrate.sources import Source
 from nmcompile.compare import Comparison, Difference, real_tokens
 from nmcompile.control import Noise, hold, layer_noise, worst_first
-from nmcompile.engine import Engine, choose_profile, make, to_json
+from nmcompile.engine import Engine, choose_profile, derived, lacking, make, to_json
 from nmcompile.errors import CalibrationError, NmcompileError, PassError, UnsupportedError
 from nmcompile.files import write
 from nmcompile.job import Job
@@ -58,7 +58,8 @@ class Result:
     `loss` compares the plan with the model it came from in onnxruntime, output by output, on samples that calibration
     did not see (where there were enough to hold some out); empty when there was no plan. `synthetic` says that these
     samples were made up. `noise` is that of each layer's output against the dense model. `held` says how a limit on
-    the loss was held: metric, limit, drop, and the layers that went back to dense or float.
+    the loss was held: metric, limit, drop, and the layers that went back to dense or float. `engine`: what became of a
+    TensorRT engine. `findings`: every rule of TensorRT's that its graph breaks, node by node.
     """
 
     plan: Path | None
@@ -74,6 +75,7 @@ class Result:
     noise: Mapping[str, Noise] = field(default_factory=dict)
     held: Mapping[str, Any] = field(default_factory=dict)
     engine: Engine | None = None
+    findings: tuple[str, ...] = ()
 
     @property
     def measured_on(self) -> str:
@@ -103,6 +105,7 @@ class Result:
             "sqnr_db": {name: round(noise.sqnr, 2) for name, noise in self.noise.items()},
             "sizes": dict(self.sizes),
             **({} if self.engine is None else {"engine": to_json(self.engine)}),
+            **({"findings": list(self.findings)} if self.findings else {}),
         }  # fmt: skip
 
 
@@ -150,13 +153,17 @@ def compile(
     Raises NmcompileError; a failed compile leaves no file behind.
     """
     start = time.perf_counter()
-    chosen = _check_options(target, preset, require)
+    chosen = _check_options(target, preset, require, engine)
     options = engine or EngineOptions()
     table = DEFAULT_TUNING if tuning is None else tuning
     for path in (output, emit_onnx, report, None if table == "off" else table):
         _check_path(path, model)
     made = CpuTarget(open_tuner(table)) if target == "cpu" else TensorrtTarget(
         choose_profile(options), options.outputs, options.weights)  # fmt: skip
+    without = ""
+    if isinstance(made, TensorrtTarget) and output is not None:
+        _check_derived(Path(output), model, calibration, tokenizer, emit_onnx, report)
+        without = lacking(options, made.profile)
     tell = progress or (lambda *_: None)
     tell("reading the model", 0, 1)
     source = g.load(model)
@@ -181,7 +188,7 @@ def compile(
         extra = parse_spec(passes) if isinstance(passes, str) else list(passes)
     else:
         by = solver or ("magnitude" if data.synthetic else chosen.solver)
-        pattern = "2:4" if target == "tensorrt" and pattern is None and sparsity is None else pattern
+        pattern = _gpu_pattern(pattern, size) if target == "tensorrt" else pattern
         extra = pruning_passes(pattern, sparsity, by, chosen.options if solver is None and not data.synthetic else {},
                                made.multiple)  # fmt: skip
     limit = parse_limit(max_drop, list(held_out)) if isinstance(max_drop, str) else max_drop
@@ -212,7 +219,7 @@ def compile(
         built: Engine | None = None
         if isinstance(made, TensorrtTarget) and output is not None:
             built = make(job, made, options, Path(output), shapes, held.get("dense", ()), held.get("float", ()), lost,
-                         unfinished)  # fmt: skip
+                         without)  # fmt: skip
             loss = built.loss
         elif scratch is not None or isinstance(made, TensorrtTarget):
             loss = lost()
@@ -241,6 +248,7 @@ def compile(
             noise=layer_noise(job.dense, job.graph, held_out) if measure else {},
             held=held,
             engine=built,
+            findings=tuple(map(str, made.findings)) if isinstance(made, TensorrtTarget) else (),
         )
         if report is not None:
             write(Path(report), json.dumps(result.to_json(), indent=1) + "\n")
@@ -272,7 +280,7 @@ def _held(job: Job, limit: Limit, scratch: Path, data: Data) -> dict[str, Any]:
 
     found = hold(limit, attempt, candidates, job.tell)
     return {"metric": limit.name, "limit": limit.value, "drop": found.drop,
-            "dense": list(found.dense), "float": list(found.floating)}  # fmt: skip
+            "dense": job.closed(found.dense), "float": list(found.floating)}  # fmt: skip
 
 
 def sparsity_for(size: str, model: Model, pattern: str | None) -> float:
@@ -315,44 +323,18 @@ def model_bytes(model: Model) -> int:
     return total + sum((path.parent / name).stat().st_size for name in map(str, files))
 
 
-def _check_options(target: str, preset: str | Preset, require: str | None) -> Preset:
+def _check_options(target: str, preset: str | Preset, require: str | None, engine: EngineOptions | None) -> Preset:
     if target not in TARGETS:
         raise UnsupportedError(f"target {target!r} is not known; choose one of {', '.join(TARGETS)}")
     if isinstance(preset, str) and preset not in PRESETS:
         raise UnsupportedError(f"preset {preset!r} is not known; choose one of {', '.join(PRESETS)}")
     if require not in (None, "native"):
         raise UnsupportedError(f"require {require!r} is not known; the only requirement is native")
+    if target == "cpu" and engine:
+        raise UnsupportedError("options of an engine are for target tensorrt; leave them out for the CPU")
     if require == "native" and target != "cpu":
         raise UnsupportedError("native is a requirement on plans for the CPU; leave it out for target tensorrt")
     return PRESETS[preset] if isinstance(preset, str) else preset
-
-
-def split(data: Data) -> tuple[Data, Data]:
-    """(for calibration, for measuring the loss): every eighth sample is held out, all serve both when there are few."""
-    rows = data.rows
-    if data.synthetic or len(rows) < 8:
-        return data, data
-    held = tuple(row for i, row in enumerate(rows) if i % 8 == 7)
-    return replace(data, rows=tuple(row for i, row in enumerate(rows) if i % 8 != 7)), replace(data, rows=held)
-
-
-def longest(graph: gs.Graph, length: int) -> int:
-    """The greatest number of tokens up to `length` that the model takes (its position table may hold fewer)."""
-    infos = g.inputs(graph)
-    if not any(len(info.shape) > 1 and isinstance(info.shape[1], str) for info in infos):
-        return length
-    while length > 8:
-        dims = {dim: length for info in infos for dim in info.shape[1:] if isinstance(dim, str)}
-        feeds = g.random_feeds(infos, dims=dims)
-        for name, values in feeds.items():
-            if values.ndim == 2 and values.dtype.kind in "iu" and values.max() > 1:
-                feeds[name] = np.full_like(values, 2)  # no padding token, which RoBERTa's positions do not count
-        try:
-            g.run(graph, feeds)
-            return length
-        except NmcompileError:
-            length //= 2
-    return length
 
 
 def fingerprint(graph: gs.Graph) -> str:
@@ -370,6 +352,21 @@ def _loss(source: gs.Graph, run: Run, data: Data, tell: Progress) -> Mapping[str
         done += len(next(iter(feeds.values())))
         tell("measuring the loss", done, data.samples)
     return comparison.differences()
+
+
+def _gpu_pattern(pattern: str | None, size: str | None) -> str:
+    """The zeros that TensorRT has products for, unless none are wanted."""
+    if size is not None or pattern not in (None, "2:4", "dense"):
+        raise UnsupportedError(f"TensorRT runs 2:4 zeros only, not {pattern or f'size {size}'}; leave it out")
+    return pattern or "2:4"
+
+
+def _check_derived(output: Path, *others: object) -> None:
+    """Refuse where a file that lies beside an engine is another one that is read or written."""
+    taken = {Path(other).resolve() for other in others if isinstance(other, (str, os.PathLike))}
+    for path in derived(output):
+        if path.resolve() in taken:
+            raise NmcompileError(f"{path} is written beside {output}; give another name to one of them")
 
 
 def _check_path(path: str | os.PathLike[str] | None, model: Model) -> None:

@@ -48,12 +48,20 @@ class Job:
     def quantize(self, dense: Sequence[str] = (), floating: Sequence[str] = ()) -> None:
         """graph: quantized, which the target then finishes. Layers `dense` unpruned, `floating` in float."""
         self.last.clear()
-        graph = self.pruned if not dense else self._with_dense(dense)
+        graph = self.pruned if not dense else self._with_dense(self.closed(dense))
         self.graph = self._run(self.target.quantizing(self.preset, self.attention, floating), graph, self.last)
         spelled = self._run(self.target.spelling(), self.graph, self.last)
         self.observers = ()  # they have seen every pass once
         self.tell("choosing kernels", 0, 1)
         self.target.finish(spelled)
+
+    def closed(self, names: Sequence[str]) -> list[str]:
+        """The layers named, and where the target runs layers that read one tensor as one product, those beside them."""
+        if self.target.multiple == 1:
+            return list(names)
+        layers = g.linear_layers(self.pruned)
+        read = {layer.x.name for layer in layers if layer.name in names}
+        return [layer.name for layer in layers if layer.x.name in read and layer.name in {*names, *self.changed}]
 
     @property
     def log(self) -> tuple[Step, ...]:

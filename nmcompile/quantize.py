@@ -45,9 +45,10 @@ def weight_scales(weight: Array) -> npt.NDArray[np.float32]:
     return np.where(largest > 0, scales, np.float32(1))
 
 
-def quantize_weight(weight: Array) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:
-    """(int8 [N, K] within +-127, scales float32 [N]) of weight [N outputs, K inputs]; zeros stay zeros."""
-    scales = weight_scales(weight)
+def quantize_weight(weight: Array, least: float = 0.0) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:
+    """(int8 [N, K] within +-127, scales float32 [N], none below `least`) of weight [N outputs, K inputs]; zeros stay
+    zeros."""
+    scales = np.maximum(weight_scales(weight), np.float32(least))
     rounded = np.rint(weight.astype(np.float32) / scales[:, None])
     return np.clip(rounded, -127, 127).astype(np.int8), scales
 

@@ -34,6 +34,7 @@ from nmcompile.passes import (
 from nmcompile.passes.pruning import MASKS
 from nmcompile.pipeline import Pass
 
+LEAST_SCALE = 6.2e-5  # of weights for TensorRT: half precision holds no smaller one in full
 SPARSE_MULTIPLE = 32  # outputs and inputs of a layer that TensorRT may run sparse: INT8 formats hold 32 channels
 
 
@@ -117,12 +118,12 @@ def quantizing_passes(preset: Preset, attention: str, exclude: Sequence[str] = (
 
 def tensorrt_passes(preset: Preset, attention: str, outputs: str, exclude: Sequence[str] = ()) -> list[Pass]:
     """For TensorRT: the same, symmetric; `outputs` says which layers hand on eight bits (sparse, all, none)."""
-    smooth: list[Pass] = [SmoothActivations(alpha=preset.alpha)] if preset.smooth else []
+    smooth: list[Pass] = [SmoothActivations(alpha=preset.alpha, activations="int8")] if preset.smooth else []
     return [
         *smooth,
         # fused INT8 attention wants pairs on all it multiplies, the softmax's shares too
         InsertQdq(activations="int8", clip=preset.clip, bias=preset.bias, attention=attention,
-                  softmax=attention == "int8", exclude=tuple(exclude)),
+                  softmax=attention == "int8", exclude=tuple(exclude), least_scale=LEAST_SCALE),
         # after pruning and Q/DQ: only quantized sparse layers gain
         QuantizeOutputs(layers=outputs, clip="mse" if preset.clip == "output" else preset.clip),
     ]  # fmt: skip

@@ -19,6 +19,7 @@ from nmcompile.errors import CalibrationError
 
 DAMPING = (0.01, 0.05, 0.2, 0.8)  # of the Hessian's diagonal
 QUICK = 8  # steps of the solutions that are only compared
+MOST_GAIN = 2.0  # of a channel: more would blow up one that is hardly there any more
 HELD_OUT = 5  # every fifth batch chooses the damping
 
 Progress = Callable[[str, int, int], None]
@@ -188,5 +189,5 @@ def _norm(batches: Sequence[Batch]) -> tuple[np.ndarray, np.ndarray]:
     x, y = (np.concatenate([getattr(batch, side) for batch in batches]) for side in ("x", "dense_x"))
     x_mean, y_mean = x.mean(axis=0, dtype=np.float64), y.mean(axis=0, dtype=np.float64)
     spread, wanted = x.std(axis=0, dtype=np.float64), y.std(axis=0, dtype=np.float64)
-    gain = np.where(spread > 0, wanted / np.maximum(spread, 1e-30), 1.0)
+    gain = np.clip(wanted / np.maximum(spread, 1e-30), 1 / MOST_GAIN, MOST_GAIN)
     return gain.astype(np.float32), (y_mean - gain * x_mean).astype(np.float32)

@@ -63,6 +63,7 @@ class InsertQdq(CalibratedPass):
     clip: str = "min-max"
     percentile: float = 99.99
     bias: bool = False
+    least_scale: float = 0.0  # of weights; of queries' before their scores' factor moves into them
     attention: str = "int8"  # or float: q, k and v keep their floats, and with them the products and the softmax
     softmax: bool = False  # with attention int8: quantize the softmax's shares too
     heads: bool = False  # quantize heads and poolers too
@@ -140,8 +141,10 @@ class InsertQdq(CalibratedPass):
                 node.inputs[index] = wide
             ranges[site.tensor.name] = f"{params.dtype} scale {params.scale:.6g} zero {params.zero_point}"
         done: dict[str, gs.Tensor] = {}
+        factors = {found.q.name: abs(found.scale) for found in attentions(graph)}
         for layer in placement.layers:
-            _quantize_weight(graph, layer, done)
+            least = self.least_scale / min(factors.get(layer.y.name, 1.0) or 1.0, 1.0)
+            _quantize_weight(graph, layer, done, least)
         g.cleanup(graph)
         notes = tuple(f"{name}: kept as it is, {reason}" for name, reason in placement.kept.items())
         changed = len(placement.sites) + len(placement.layers)
@@ -169,10 +172,10 @@ def _site(sites: dict[tuple[str, str], Site], tensor: gs.Tensor, measured: gs.Te
     return sites.setdefault((tensor.name, dtype), Site(tensor, measured, dtype))
 
 
-def _quantize_weight(graph: gs.Graph, layer: g.Linear, done: dict[str, gs.Tensor]) -> None:
+def _quantize_weight(graph: gs.Graph, layer: g.Linear, done: dict[str, gs.Tensor], least: float) -> None:
     stored = layer.node.inputs[1]
     if stored.name not in done:
-        small, scale = q8.quantize_weight(layer.weight)
+        small, scale = q8.quantize_weight(layer.weight, least)
         stem = stored.name
         tensors = [
             gs.Constant(g.fresh(graph, f"{stem}/int8"), np.ascontiguousarray(small.T)),  # [K, N]

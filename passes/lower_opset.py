@@ -87,7 +87,7 @@ def _rms_norm(graph: gs.Graph, node: gs.Node) -> None:
     if axis != -1 and rank is None:
         raise PassError(f"node '{node.name}' (RMSNormalization): the rank of its input is not known")
     axes = [-1] if axis == -1 or rank is None else list(range(axis % rank, rank))
-    mean = b("ReduceMean", b("Mul", x, x, shape=x.shape), b.ints(*axes), keepdims=1)
+    mean = b("ReduceMean", b("Pow", x, b.scalar(2.0), shape=x.shape), b.ints(*axes), keepdims=1)
     root = b("Sqrt", b("Add", mean, b.scalar(float(node.attrs.get("epsilon", 1e-5)))))
     g.rewire(graph, y, b("Mul", b("Div", x, root, shape=x.shape), gain, shape=y.shape))
 

@@ -37,12 +37,15 @@ class NMPrune(PruningPass):
         if not isinstance(pattern, sp.NM):
             raise PassError(f"pattern={self.pattern} is not n:m; write for example 2:4")
         chosen = select(graph, self.include, self.exclude)
-        kept = {**chosen.kept, **self._unfit(chosen.layers, pattern.m)}
+        named = {name for name, why in chosen.kept.items() if "by name" in why}
+        left = [layer for layer in g.linear_layers(graph) if layer.name in named]
+        kept = {**chosen.kept, **self._unfit(chosen.layers, pattern.m, left)}
         fitting = tuple(layer for layer in chosen.layers if layer.name not in kept)
         return self.prune(graph, pattern, 1 - pattern.n / pattern.m, Selection(fitting, kept), calibration)
 
-    def _unfit(self, layers: Sequence[g.Linear], group: int) -> dict[str, str]:
-        """Layers of sizes that do not fit, and those merged with them, with the reason."""
+    def _unfit(self, layers: Sequence[g.Linear], group: int, left: Sequence[g.Linear] = ()) -> dict[str, str]:
+        """Layers of sizes that do not fit, and those merged with them or with layers that are `left` out, with the
+        reason."""
         kept: dict[str, str] = {}
         for layer in layers:
             outputs, inputs = layer.weight.shape
@@ -52,6 +55,7 @@ class NMPrune(PruningPass):
                 kept[layer.name] = f"{outputs}x{inputs} are not multiples of {self.multiple}"
         if self.multiple > 1:
             first = {layer.x.name: layer.name for layer in reversed(layers) if layer.name in kept}
+            first |= {layer.x.name: layer.name for layer in left}
             for layer in layers:
                 if layer.x.name in first:
                     kept.setdefault(layer.name, f"it runs as one product with {first[layer.x.name]}, which stays dense")

@@ -25,8 +25,14 @@ SAMPLES = 32  # on which values are looked at
 # Sums and squares over many values, and what half precision is known to spoil.
 FLOAT_OPS = frozenset({
     "LayerNormalization", "RMSNormalization", "InstanceNormalization", "GroupNormalization", "ReduceMean", "ReduceSum",
-    "ReduceL1", "ReduceL2", "ReduceSumSquare", "ReduceLogSumExp", "CumSum", "Pow", "Exp", "Range", "Resize",
+    "ReduceL1", "ReduceL2", "ReduceSumSquare", "ReduceLogSumExp", "CumSum", "Pow", "Exp", "Range", "Resize", "Sin",
+    "Cos",
 })  # fmt: skip
+SUMS = ("Pow", "ReduceMean", "ReduceSum", "ReduceL1", "ReduceL2", "ReduceSumSquare")
+AFTER_SUMS = ("Add", "Sub", "Sqrt", "Reciprocal", "Max", "Clip")  # the way from a sum of squares to a division by it
+BY_SUMS = ("Div", "Mul")
+ANGLES = ("Sin", "Cos")
+WHOLE = 2048.0  # up to which half precision holds every whole number
 
 
 @dataclass(frozen=True)
@@ -35,9 +41,10 @@ class NarrowFloats(DataPass):
 
     x[f32] -> MatMul(x, W[f32]) -> y[f32]   ->   Cast(x) -> MatMul(., W[f16]) -> Cast -> y[f32]
 
-    Inputs and outputs of the graph keep their types. Normalisations, sums and powers stay float32, and so does what
-    reaches values above 65504 / `margin` on the calibration data; each such node is named in a note. The scales of
-    Q/DQ pairs are of the type that they make.
+    Inputs and outputs of the graph keep their types. Normalisations, sums, powers and what is divided by them stay
+    float32, angles and all that makes them, and so does what reaches values above 65504 / `margin` on the calibration
+    data, or reads a number that half precision has not; each such node is named in a note, all are in the report's
+    detail. The scales of Q/DQ pairs are of the type that they make.
     """
 
     margin: float = 8.0
@@ -49,16 +56,19 @@ class NarrowFloats(DataPass):
         peaks = _peaks(graph, calibration)
         limit = LARGEST / self.margin
         kept = {node.name: why for node in graph.nodes if (why := _stays_float(graph, node, peaks, limit))}
+        _spread_from_sums(graph, kept)
+        _spread_to_angles(graph, kept)
         _spread_to_pairs(graph, kept)
+        wide = [t for t in graph.outputs if t.dtype == FLOAT]
         edges = _Edges(graph)
         for node in list(graph.nodes):
             edges.retype(node, FLOAT if node.name in kept else HALF)
         for index, tensor in enumerate(list(graph.outputs)):
-            if tensor.dtype == HALF:
+            if tensor.dtype == HALF and any(tensor is t for t in wide):
                 edges.widen_output(index, tensor)
         g.cleanup(graph)
         notes = [f"{name}: stays float32, {why}" for name, why in kept.items() if not why.startswith("by kind")]
-        detail = {"half": sum(node.name not in kept for node in graph.nodes), "float32": len(kept)}
+        detail = {"half": sum(node.name not in kept for node in graph.nodes), "float32": kept}
         return Report(changed=edges.changed, detail=detail, notes=tuple(notes))
 
 
@@ -88,6 +98,11 @@ def _stays_float(graph: gs.Graph, node: gs.Node, peaks: Mapping[str, float], lim
     inside, made = _floats(node.inputs), _floats(node.outputs)
     if not inside and not made:
         return ""
+    filled = node.attrs.get("value")
+    if node.op == "ConstantOfShape" and filled is not None:
+        return _beyond(np.asarray(filled.values))
+    if node.op == "Cast" and made and not inside and peaks.get(made[0].name, 0.0) > WHOLE:
+        return f"its whole numbers reach {peaks[made[0].name]:.3g}"
     widens = node.op == "Cast" and node.inputs[0].dtype == HALF
     if node.op in FLOAT_OPS or widens:
         return "by kind"
@@ -99,12 +114,43 @@ def _stays_float(graph: gs.Graph, node: gs.Node, peaks: Mapping[str, float], lim
             if values.min() < LEAST:
                 return f"its scale {float(values.min()):.3g} is too small for half precision"
         elif values is not None:
-            finite = values[values > NOTHING]
-            if np.abs(finite).max(initial=0.0) > LARGEST:
-                return f"its constant reaches {float(np.abs(finite).max()):.3g}"
+            if why := _beyond(values):
+                return why
         elif peaks.get(tensor.name, 0.0) > limit:
             return f"its values reach {peaks[tensor.name]:.3g}"
     return ""
+
+
+def _beyond(values: np.ndarray) -> str:
+    """Why half precision cannot hold constants: too large, or a single number (an epsilon) too small."""
+    sizes = np.abs(values[values > NOTHING])
+    if sizes.max(initial=0.0) > LARGEST:
+        return f"its constant reaches {float(sizes.max()):.3g}"
+    if sizes.size == 1 and 0 < sizes.item() < LEAST:
+        return f"its constant {float(sizes.item()):.3g} is too small for half precision"
+    return ""
+
+
+def _spread_from_sums(graph: gs.Graph, kept: dict[str, str]) -> None:
+    """What is between a sum and the division by it, and that division, stay float32 with it."""
+    chain = {t.name for node in graph.nodes if node.op in SUMS for t in node.outputs}
+    for node in graph.nodes:  # producers first
+        read = [t for t in _floats(node.inputs) if g.constant(t) is None]
+        if read and node.op in AFTER_SUMS and all(t.name in chain for t in read):
+            chain |= {t.name for t in node.outputs}
+            kept.setdefault(node.name, "by kind: it goes on from a sum")
+        elif node.op in BY_SUMS and any(t.name in chain for t in read):
+            kept.setdefault(node.name, "by kind: it is divided by a sum")
+
+
+def _spread_to_angles(graph: gs.Graph, kept: dict[str, str]) -> None:
+    """All that computes an angle, back to where it is quantized or comes from outside, stays float32."""
+    todo = [t for node in graph.nodes if node.op in ANGLES for t in _floats(node.inputs)]
+    while todo:
+        maker = g.producer(todo.pop())
+        if maker is not None and maker.op not in ("DequantizeLinear", "QuantizeLinear") and maker.name not in kept:
+            kept[maker.name] = "by kind: it makes an angle"
+            todo += _floats(maker.inputs)
 
 
 def _takes_half(node: gs.Node, opset: int) -> bool:
@@ -135,6 +181,11 @@ def _spread_to_pairs(graph: gs.Graph, kept: dict[str, str]) -> None:
             kept.setdefault(item.name, why)
 
 
+def _half(values: np.ndarray) -> np.ndarray:
+    """In half precision; what stands for minus infinity stays finite."""
+    return np.where(values <= NOTHING, MASKED, values).astype(HALF)
+
+
 class _Edges:
     """Brings what a node reads to the node's type; one Cast or one copy of a constant for all readers."""
 
@@ -153,7 +204,7 @@ class _Edges:
                 node.attrs["to"] = NUMBERS[HALF]
             value = node.attrs.get("value")  # of ConstantOfShape
             if value is not None and getattr(value, "dtype", None) == FLOAT:
-                node.attrs["value"] = gs.Constant("value", np.asarray(value.values).astype(HALF))
+                node.attrs["value"] = gs.Constant("value", _half(np.asarray(value.values)))
             for tensor in _floats(node.outputs):
                 tensor.dtype = HALF
                 self.changed += 1
@@ -166,7 +217,7 @@ class _Edges:
         made: gs.Tensor
         if isinstance(tensor, gs.Constant):
             values = np.asarray(tensor.values)
-            made = gs.Constant(name, np.where(values <= NOTHING, MASKED, values).astype(kind))
+            made = gs.Constant(name, _half(values) if kind == HALF else values.astype(kind))
         else:
             made = gs.Variable(name, kind, tensor.shape)
             cast = g.fresh(self.graph, f"{tensor.name}/to_{kind.name}")

@@ -22,13 +22,15 @@ if TYPE_CHECKING:
     from nmcompile.calibrate import Statistics
 
 PATTERN = sp.NM(2, 4)
-ACTIVATIONS = ("Gelu", "Relu", "Tanh", "Sigmoid", "Erf")
+# what a product computes before it rounds: activations, and the parts of a SiLU
+EPILOGUE = frozenset({"Gelu", "Relu", "Tanh", "Sigmoid", "Erf", "Mul", "Add", "Sub", "Div", "Clip", "LeakyRelu",
+                      "HardSwish", "HardSigmoid", "Softplus", "Elu"})  # fmt: skip
 COMMUTING = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten")
 
 
 @dataclass(frozen=True)
 class QuantizeOutputs(CalibratedPass):
-    """Quantize what quantized linear layers give, symmetric int8 per tensor, before anything else reads it.
+    """Quantize what quantized linear layers give, behind their activation, symmetric int8 per tensor.
 
     Add(MatMul(DQ(Q(x)), DQ(W)), b)   ->   DQ(Q(Add(MatMul(DQ(Q(x)), DQ(W)), b)))
 
@@ -46,15 +48,15 @@ class QuantizeOutputs(CalibratedPass):
 
     def needs(self, graph: gs.Graph) -> dict[str, tuple[str, ...]]:
         ranges = ("range",) if self.clip == "min-max" else ("range", "histogram")
-        return {layer.y.name: (*ranges, "squares") for layer in self._chosen(graph)}
+        return {end.name: (*ranges, "squares") for _, end in self._chosen(graph)}
 
     def run(self, graph: gs.Graph, statistics: Statistics | None = None) -> Report:
         found: dict[str, object] = {}
         notes = []
-        for layer in self._chosen(graph):
+        for layer, end in self._chosen(graph):
             if statistics is None:
                 raise PassError("needs calibration data; give the pipeline calibration=..., or --calibration")
-            name = layer.y.name
+            name = end.name
             low, high = statistics.clip(name, cast("Method", self.clip), self.percentile, "int8")
             params = q8.activation_params(low, high, "int8")
             power = float(np.mean(statistics.squares(name))) / max(statistics.rows(name), 1)
@@ -63,24 +65,26 @@ class QuantizeOutputs(CalibratedPass):
                 notes.append(f"{layer.name}: its output stays float, eight bits would leave {sqnr:.1f} dB; "
                              "TensorRT will likely run it dense")  # fmt: skip
                 continue
-            _quantize(graph, layer.y, params)
+            _quantize(graph, end, params)
             found[layer.name] = f"scale {params.scale:.6g}, {sqnr:.1f} dB"
         if found:
             g.cleanup(graph)
         return Report(changed=len(found), detail={"outputs": found} if found else {}, notes=tuple(notes))
 
-    def _chosen(self, graph: gs.Graph) -> Iterator[g.Linear]:
+    def _chosen(self, graph: gs.Graph) -> Iterator[tuple[g.Linear, gs.Tensor]]:
+        """Layers, and the ends of what TensorRT computes together with them."""
         if self.layers not in ("sparse", "all", "none"):
             raise PassError(f"layers={self.layers} is not known; choose sparse, all or none")
         if self.clip not in get_args(Method):
             raise PassError(f"clip={self.clip} is not known; choose one of {', '.join(get_args(Method))}")
         for layer in g.linear_layers(graph) if self.layers != "none" else ():
-            if not layer.quantized or g.is_output(graph, layer.y) or _only_quantized(layer.y):
+            if not layer.quantized or any(fnmatchcase(layer.name, glob) for glob in self.exclude):
                 continue
-            if any(fnmatchcase(layer.name, glob) for glob in self.exclude):
+            end = _end(graph, layer.y)
+            if g.is_output(graph, end) or _only_quantized(end):
                 continue
             if self.layers == "all" or is_sparse(layer.weight):
-                yield layer
+                yield layer, end
 
 
 def is_sparse(weight: np.ndarray) -> bool:
@@ -92,13 +96,27 @@ def is_sparse(weight: np.ndarray) -> bool:
 
 
 def _only_quantized(tensor: gs.Tensor) -> bool:
-    """Whether all that reads the tensor is a Q, at once, behind an activation or behind a change of shape."""
+    """Whether all that reads the tensor is a Q, at once or behind a change of shape."""
     users = g.consumers(tensor)
     return bool(users) and all(
-        user.op == "QuantizeLinear"
-        or (user.op in (*ACTIVATIONS, *COMMUTING) and _only_quantized(user.outputs[0]))
-        for user in users
+        user.op == "QuantizeLinear" or (user.op in COMMUTING and _only_quantized(user.outputs[0])) for user in users
     )
+
+
+def _end(graph: gs.Graph, y: gs.Tensor) -> gs.Tensor:
+    """The tensor behind the activation of `y`: of what is computed elementwise from y and constants alone, the one
+    that everything else reads; y itself where there is no such one."""
+    inside, end = {id(y): y}, y
+    while True:
+        users = [node for t in inside.values() for node in g.consumers(t) if node.op in EPILOGUE]
+        reach = [node.outputs[0] for node in users if id(node.outputs[0]) not in inside
+                 and all(id(x) in inside or x.is_empty() or g.constant(x) is not None for x in node.inputs)]
+        if not reach:
+            return end
+        inside |= {id(t): t for t in reach}
+        read = [t for t in inside.values() if g.is_output(graph, t)
+                or any(id(node.outputs[0]) not in inside for node in g.consumers(t))]  # fmt: skip
+        end = read[0] if len(read) == 1 else end
 
 
 def _quantize(graph: gs.Graph, tensor: gs.Tensor, params: q8.QuantParams) -> None:

@@ -38,6 +38,7 @@ class SmoothActivations(CalibratedPass):
 
     preserves: ClassVar[bool] = True
     alpha: float = 0.6
+    activations: q8.QuantType = "uint8"  # that alpha is chosen for
 
     def needs(self, graph: gs.Graph) -> dict[str, tuple[str, ...]]:
         wanted = ("channels",) if self.alpha else ("channels", "sample")
@@ -55,7 +56,8 @@ class SmoothActivations(CalibratedPass):
             assert statistics is not None
             peaks = np.maximum(statistics.channels(name).astype(np.float64), 1e-5)
             weights = np.maximum(np.max([np.abs(layer.weight).max(axis=0) for layer in layers], axis=0), 1e-5)
-            alpha = self.alpha or _best_alpha(statistics.sample(name), [layer.weight for layer in layers], peaks)
+            alpha = self.alpha or _best_alpha(
+                statistics.sample(name), [layer.weight for layer in layers], peaks, self.activations)  # fmt: skip
             scale = _factors(peaks, weights, alpha)
             x = layers[0].x
             b = Builder(graph, f"{name}/smooth")
@@ -71,11 +73,11 @@ class SmoothActivations(CalibratedPass):
         return Report(changed=len(readers), detail={"peak reduced by": detail, **chosen} if detail else {})
 
 
-def _best_alpha(x: np.ndarray, matrices: list[np.ndarray], peaks: np.ndarray) -> float:
+def _best_alpha(x: np.ndarray, matrices: list[np.ndarray], peaks: np.ndarray, kind: q8.QuantType) -> float:
     """The exponent of least error on some of the rows x [T, K]."""
     few = x[:: max(len(x) // ROWS, 1)]
     weights = np.maximum(np.max([np.abs(matrix).max(axis=0) for matrix in matrices], axis=0), 1e-5)
-    return min(ALPHAS, key=lambda alpha: _error(few, matrices, _factors(peaks, weights, alpha)))
+    return min(ALPHAS, key=lambda alpha: _error(few, matrices, _factors(peaks, weights, alpha), kind))
 
 
 def _factors(peaks: np.ndarray, weights: np.ndarray, alpha: float) -> np.ndarray:
@@ -84,10 +86,10 @@ def _factors(peaks: np.ndarray, weights: np.ndarray, alpha: float) -> np.ndarray
     return np.asarray(scale / np.exp(np.log(scale).mean()))
 
 
-def _error(x: np.ndarray, weights: list[np.ndarray], scale: np.ndarray) -> float:
+def _error(x: np.ndarray, weights: list[np.ndarray], scale: np.ndarray, kind: q8.QuantType) -> float:
     """Sum over layers of |Q(x / s) Q(s W)^T - x W^T|^2 / |x W^T|^2 for x [T, K] and weights [N, K]."""
     smooth = (x / scale).astype(np.float32)
-    small, total = q8.rounded(smooth, q8.activation_params(float(smooth.min()), float(smooth.max()), "uint8")), 0.0
+    small, total = q8.rounded(smooth, q8.activation_params(float(smooth.min()), float(smooth.max()), kind)), 0.0
     for weight in weights:
         levels, steps = q8.quantize_weight(weight * scale.astype(np.float32))
         wanted = x @ weight.T

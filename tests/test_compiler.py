@@ -13,8 +13,7 @@ from compiled import MODELS, compiled
 
 import nmcompile
 from nmcompile import graph as g
-from nmcompile.calibrate import open_data
-from nmcompile.compiler import longest, split
+from nmcompile.calibrate import longest, open_data, split
 from nmcompile.passes import BlockPrune
 from nmcompile.plan import read_plan
 

@@ -81,3 +81,21 @@ def test_options_are_checked() -> None:
         calibrated(QuantizeOutputs(layers="some"), model())
     with pytest.raises(PassError, match="needs calibration data"):
         apply(QuantizeOutputs(), model())
+
+
+SILU = "(float[B,S,8] x) => (float[B,S,8] y) <float[8,8] gate, float[8,8] up> {{ {body} }}"
+
+
+@pytest.mark.parametrize("body, end", [
+    ("g = MatMul(x, gate)  s = Sigmoid(g)  a = Mul(g, s)  y = Neg(a)", {"a"}),
+    ("g = MatMul(x, gate)  u = MatMul(x, up)  s = Sigmoid(g)  a = Mul(g, s)  h = Mul(a, u)  y = Neg(h)", {"a", "u"}),
+    ("g = MatMul(x, gate)  u = MatMul(x, up)  a = Relu(g)  h = Mul(a, u)  y = Neg(h)", {"a", "u"}),
+    ("g = MatMul(x, gate)  a = Relu(g)  b = Add(a, g)  c = Neg(g)  y = Add(b, c)", {"g"}),
+])  # fmt: skip
+def test_pairs_stand_behind_the_activation(body: str, end: set[str]) -> None:
+    layers = ("MatMul_0",) if "up)" not in body else ("MatMul_0", "MatMul_1")
+    graph, _ = calibrated(NMPrune(include=layers), parse(SILU.format(body=body)))
+    graph, _ = calibrated(InsertQdq(activations="int8"), graph)
+    after, _ = calibrated(QuantizeOutputs(), graph)
+    made = {node.inputs[0].name for node in after.nodes if node.op == "QuantizeLinear"} - {"x"}
+    assert made == end

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,11 @@ from nmcompile import graph as g
 from nmcompile.backends.tensorrt.build import description_path, read_description
 from nmcompile.backends.tensorrt.recipe import EngineOptions
 from nmcompile.backends.tensorrt.shapes import parse_shapes
-from nmcompile.errors import InputError, NmcompileError, NoDeviceError, UnsupportedError
+from nmcompile.engine import _idle
+from nmcompile.errors import InputError, NmcompileError, NoDeviceError, PlanError, UnsupportedError
+from nmcompile.passes import NMPrune
+from nmcompile.pipeline import Pipeline
+from nmcompile.recipes import canonical_passes
 from nmcompile.tensorinfo import TensorInfo
 
 MODEL = MODELS / "bert-torchscript.onnx"
@@ -134,10 +139,14 @@ def test_the_faster_engine_is_kept_with_its_description(
     assert names(tmp_path) == ["m.plan", "m.plan.json"]
     facts = read_description(tmp_path / "m.plan")
     assert facts is not None and facts["profile"] == profile and facts["gpu"]["name"] == "Fake GPU"
-    # layers that TensorRT found eligible and ran dense have their weights back
-    assert facts["kept"] == "mixed"
+    # layers that TensorRT found eligible and ran dense have their weights back; all are timed in one run
+    assert facts["kept"] == "mixed" and set(facts["variants"]) == {"sparse", "mixed", "dense"}
     assert json.loads((tmp_path / "m.plan").read_bytes())["variant"] == facts["kept"]
-    assert "eligible layers run sparse" in result.stdout and set(facts["loss"]) == {"dense", "sparse", "mixed"}
+    assert "eligible layers run sparse" in result.stdout
+    shares = {layer["name"]: layer["pattern"] for layer in facts["layers"]}
+    assert set(shares.values()) == {True, False}  # of the variant that was kept
+    fourths = [shares[f"/encoder/layer.0/attention/self/{name}/MatMul"] for name in ("query", "key", "value")]
+    assert len(set(fourths)) == 1  # they run as one product: all go back or none
 
 
 def test_a_sparse_engine_that_is_not_faster_is_not_kept(tmp_path: Path, data: Path, machine: Machine) -> None:
@@ -145,8 +154,9 @@ def test_a_sparse_engine_that_is_not_faster_is_not_kept(tmp_path: Path, data: Pa
     assert result.returncode == 0, result.stderr
     facts = read_description(tmp_path / "m.plan")
     assert facts is not None and facts["kept"] == "dense"
-    loss = facts["loss"]["dense"]["last_hidden_state"]
-    assert loss["cosine"] > 0.99 > facts["loss"]["sparse"]["last_hidden_state"]["cosine"]
+    loss = facts["loss"]["last_hidden_state"]
+    assert loss["cosine"] > 0.99 > facts["variants"]["sparse"]["loss"]["last_hidden_state"]["cosine"]
+    assert not any(layer["pattern"] for layer in facts["layers"])
     assert f"{loss['cosine']:.5f}" in result.stdout  # what is reported is what was kept
 
 
@@ -168,16 +178,16 @@ def test_a_recipe_builds_elsewhere(tmp_path: Path, data: Path, machine: Machine)
         ({"crash": True}, "10", "error: the builder's process was killed by signal 11"),
         ({"build_errors": ["out of memory"]}, "10", "out of memory"),
         ({"parse_errors": [{"node": 3, "name": "n", "op": "Loop", "text": "no importer"}]}, "10", "no importer"),
-        ({"version": "8.6.1", "profile": "8.6"}, "10", "8.6"),
     ],
 )  # fmt: skip
-def test_what_the_builder_says_is_one_line_and_leaves_nothing(
+def test_what_the_builder_says_is_one_line_and_the_graphs_are_kept(
     script: dict[str, Any], version: str, said: str, tmp_path: Path, data: Path, machine: Machine
 ) -> None:
     result = build(tmp_path, data, "--trt-version", version, env=machine(**script))
     errors = [line for line in result.stderr.splitlines() if line.startswith("error:")]
     assert result.returncode == 1 and len(errors) == 1 and said in errors[0], result.stderr
-    assert names(tmp_path) == []
+    assert f"the graphs are kept: nmcompile build-engine {tmp_path}/m.recipe.json" in errors[0]
+    assert names(tmp_path) == ["m.dense.onnx", "m.recipe.json", "m.sparse.onnx"]
 
 
 def test_run_inspect_and_compare_take_engines(tmp_path: Path, data: Path, machine: Machine) -> None:
@@ -201,6 +211,157 @@ def test_run_inspect_and_compare_take_engines(tmp_path: Path, data: Path, machin
     description_path(tmp_path / "m.plan").unlink()
     alone = command("run", tmp_path / "m.plan", "--input", inputs, env=env)
     assert alone.returncode == 1 and "an engine needs its description" in alone.stderr
+
+
+# ---- files that are there already
+
+
+@pytest.mark.parametrize("name", ["m.dense.onnx", "m.sparse.onnx", "m.mixed.onnx", "m.recipe.json", "m.plan.json"])
+@pytest.mark.parametrize("option", ["model", "report", "emit_onnx"])
+def test_no_other_file_is_where_one_will_be_written(name: str, option: str, tmp_path: Path, data: Path) -> None:
+    model = MODEL
+    options: dict[str, Any] = {}
+    if option == "model":
+        model = tmp_path / name
+        model.write_bytes(MODEL.read_bytes())
+    else:
+        options[option] = tmp_path / name
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(NmcompileError, match=f"{name} is written beside .*m.plan; give another name"):
+        nmcompile.compile(model, tmp_path / "m.plan", target="tensorrt", calibration=data,
+                          engine=EngineOptions(shapes=(SHAPES,)), **options)  # fmt: skip
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_failure_leaves_what_was_there(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert build(tmp_path, data, "--no-build").returncode == 0
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    real, count = g.save, 0
+
+    def full(graph: object, path: Path) -> None:
+        nonlocal count
+        count += 1
+        if count == 2:
+            raise NmcompileError(f"cannot write {path}: No space left on device")
+        real(graph, path)
+
+    monkeypatch.setattr(g, "save", full)
+    with pytest.raises(NmcompileError, match="No space left"):
+        nmcompile.compile(MODEL, tmp_path / "m.plan", target="tensorrt", calibration=data, solver="magnitude",
+                          preset="fast", engine=EngineOptions(version="8.6", shapes=(SHAPES,)))  # fmt: skip
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_recipe_knows_its_graphs(tmp_path: Path, data: Path) -> None:
+    assert build(tmp_path, data, "--no-build").returncode == 0
+    other = command("build-engine", tmp_path / "m.recipe.json", "-o", tmp_path / "m.sparse.onnx")
+    assert other.returncode == 1 and "would overwrite" in other.stderr
+    (tmp_path / "m.dense.onnx").write_bytes(b"another")
+    changed = command("build-engine", tmp_path / "m.recipe.json")
+    assert changed.returncode == 1 and "is not the graph that the recipe" in changed.stderr
+    (tmp_path / "m.dense.onnx").unlink()
+    gone = command("build-engine", tmp_path / "m.recipe.json")
+    assert gone.returncode == 1 and "there is no " in gone.stderr and gone.stderr.count("\n") == 1
+    (tmp_path / "m.recipe.json").write_text("[1]")
+    assert "is not a recipe of nmcompile" in command("build-engine", tmp_path / "m.recipe.json").stderr
+
+
+@pytest.mark.parametrize("change", [
+    {"gpu": None}, {"gpu": {"name": "x"}}, {"shapes": {"input_ids": {"opt": [1, 2]}}}, {"shapes": {"other": {
+        "min": [1], "opt": [1], "max": [1]}}}, {"layers": [{"name": "x"}]}, {"inputs": 3}, {"variants": []},
+])  # fmt: skip
+def test_a_damaged_description_is_one_line(change: dict[str, Any], tmp_path: Path) -> None:
+    content = {
+        "target": "tensorrt", "tensorrt": "10.1.0", "kept": "dense", "variants": {}, "outputs": [], "layers": [],
+        "gpu": {"name": "x", "sm": [8, 0]}, "shapes": None,
+        "inputs": [{"name": "input_ids", "dtype": "int64", "shape": ["b", "s"]}],
+    }  # fmt: skip
+    plan = tmp_path / "m.plan"
+    plan.write_bytes(b"engine")
+    description_path(plan).write_text(json.dumps(content))
+    assert read_description(plan) is not None
+    description_path(plan).write_text(json.dumps({**content, **change}))
+    with pytest.raises(PlanError, match=r"m.plan.json is damaged; build the engine again"):
+        nmcompile.load(plan)
+
+
+# ---- models of other kinds
+
+
+def test_a_model_that_came_with_its_zeros_is_built_sparse_too(tmp_path: Path, data: Path, machine: Machine) -> None:
+    pruned, _ = Pipeline([*canonical_passes(), NMPrune(multiple=32)]).run(g.load(MODEL))
+    model = tmp_path / "pruned" / "m.onnx"
+    model.parent.mkdir()
+    g.save(pruned, model)
+    folder = tmp_path / "out"
+    folder.mkdir()
+    env = machine(ms={"sparse": 1.0, "dense": 2.0}, record=str(tmp_path / "calls"))
+    result = command(model, "-o", folder / "m.plan", "--target", "tensorrt", "--shapes", SHAPES, "--calibration", data,
+                     "--pattern", "dense", "--preset", "fast", env=env)  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    facts = read_description(folder / "m.plan")
+    assert facts is not None and set(facts["variants"]) == {"sparse", "dense"}
+    assert "SPARSE_WEIGHTS" in (tmp_path / "calls").read_text()
+
+
+@pytest.mark.parametrize("name", ["bert-torchscript", "vit-dynamo", "gpt2-dynamo"])
+def test_models_of_fixed_sizes(name: str, tmp_path: Path) -> None:
+    model = onnx.load(str(MODELS / f"{name}.onnx"))
+    for item in model.graph.input:
+        for axis, size in zip(item.type.tensor_type.shape.dim, (2, 8), strict=False):
+            if not axis.dim_value:
+                axis.dim_value = size
+    infos = g.inputs(g.load(model))
+    samples = [g.random_feeds(infos, seed) for seed in range(4)]
+    result = nmcompile.compile(model, tmp_path / "m.plan", target="tensorrt", calibration=samples, solver="magnitude",
+                               engine=EngineOptions(version="8.6", build=False))  # fmt: skip
+    assert result.engine is not None and (tmp_path / "m.recipe.json").exists()
+    assert json.loads((tmp_path / "m.recipe.json").read_text())["shapes"] is None
+
+
+def test_what_goes_back_goes_with_its_neighbours(tmp_path: Path, data: Path) -> None:
+    """Query, key and value run as one product, also where an accuracy limit takes layers back."""
+    result = nmcompile.compile(MODEL, tmp_path / "m.plan", target="tensorrt", calibration=data, solver="magnitude",
+                               preset="fast", max_drop="cosine=0.1",
+                               engine=EngineOptions(version="10", shapes=(SHAPES,), build=False))  # fmt: skip
+    assert 0 < len(result.held["dense"]) < 12 and not any("S4" in finding for finding in result.findings)
+    excluded = nmcompile.compile(MODEL, None, target="tensorrt", calibration=data, preset="fast",
+                                 passes="n-m-prune(exclude=*query*, multiple=32)", emit_onnx=tmp_path / "e.onnx")
+    assert not any("S4" in finding for finding in excluded.findings) and excluded.findings
+
+
+def test_names_that_are_the_beginning_of_others() -> None:
+    found = {"variants": {"sparse": {"eligible": ["linear_10 + add", "linear_1 + add"], "chosen": ["linear_10 + add"]}}}
+    assert _idle(found, ["linear_1", "linear_10", "linear_100"]) == ["linear_1"]
+
+
+@pytest.mark.parametrize("options, said", [
+    ({"target": "tensorrt", "pattern": "2x4"}, "TensorRT runs 2:4 zeros only, not 2x4"),
+    ({"target": "tensorrt", "size": "0.3x"}, "TensorRT runs 2:4 zeros only, not size 0.3x"),
+    ({"target": "tensorrt", "sparsity": 0.8}, "always has 0.5 zeros"),
+    ({"engine": EngineOptions()}, "options of an engine are for target tensorrt"),
+])  # fmt: skip
+def test_options_that_do_not_fit(options: dict[str, Any], said: str, data: Path, tmp_path: Path) -> None:
+    with pytest.raises(NmcompileError, match=said):
+        nmcompile.compile(MODEL, None, calibration=data, emit_onnx=tmp_path / "x.onnx", **options)
+
+
+def test_terminated_while_building(tmp_path: Path, data: Path, machine: Machine) -> None:
+    env = machine(sleep=60.0, record=str(tmp_path / "calls"))
+    words = [MODEL, "-o", tmp_path / "m.plan", "--target", "tensorrt", "--shapes", SHAPES, "--calibration", data,
+             "--solver", "magnitude", "--preset", "fast"]  # fmt: skip
+    process = subprocess.Popen([sys.executable, "-c", "from nmcompile.cli import main; main()", *map(str, words)],
+                               env=env, stderr=subprocess.PIPE)  # fmt: skip
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline and "build_serialized_network" not in _read(tmp_path / "calls"):
+        time.sleep(0.1)
+    process.terminate()
+    assert process.wait(60) == 143
+    assert {path.name for path in tmp_path.iterdir()} <= {"calls", "cache", "site"}
+
+
+def _read(path: Path) -> str:
+    return path.read_text() if path.exists() else ""
 
 
 # ---- options

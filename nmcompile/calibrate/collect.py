@@ -15,7 +15,7 @@ from nmcompile import graph as graphs
 from nmcompile.calibrate.data import Data
 from nmcompile.calibrate.statistics import Statistics
 from nmcompile.compare import real_tokens
-from nmcompile.errors import CalibrationError, GraphError
+from nmcompile.errors import CalibrationError, GraphError, NmcompileError
 
 Array = npt.NDArray[Any]
 
@@ -44,7 +44,8 @@ class Calibration:
             return statistics
         inputs = {info.name for info in graphs.inputs(graph)}
         wanted = [name for name in needs if name not in inputs]
-        run = graphs.runner(graph, wanted, optimise=True) if wanted else None
+        plain = any(node.op == "QuantizeLinear" for node in graph.nodes)  # its fusions of pairs change values, or fail
+        run = graphs.runner(graph, wanted, optimise=not plain) if wanted else None
         total = self.data.samples
         for feed in self.data:
             try:
@@ -92,3 +93,22 @@ def without_padding(values: Array, real: Array | None) -> Array:
     if values.ndim == 2 and values.shape[0] == real.size:
         return np.asarray(values[real.ravel()])
     return values
+
+
+def longest(graph: gs.Graph, length: int) -> int:
+    """The greatest number of tokens up to `length` that the model takes (its position table may hold fewer)."""
+    infos = graphs.inputs(graph)
+    if not any(len(info.shape) > 1 and isinstance(info.shape[1], str) for info in infos):
+        return length
+    while length > 8:
+        dims = {dim: length for info in infos for dim in info.shape[1:] if isinstance(dim, str)}
+        feeds = graphs.random_feeds(infos, dims=dims)
+        for name, values in feeds.items():
+            if values.ndim == 2 and values.dtype.kind in "iu" and values.max() > 1:
+                feeds[name] = np.full_like(values, 2)  # no padding token, which RoBERTa's positions do not count
+        try:
+            graphs.run(graph, feeds)
+            return length
+        except NmcompileError:
+            length //= 2
+    return length

@@ -5,6 +5,7 @@ Commands import what they need when they run, so that --help and `run` start wit
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Callable
 from difflib import get_close_matches
@@ -88,4 +89,5 @@ def cli() -> None:
 
 def main() -> None:
     """The entry point of the `nmcompile` command."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what is half written goes, and builders end
     cli(prog_name="nmcompile")

@@ -26,10 +26,11 @@ PLAN.json. Exit status 3: this machine has no GPU or no TensorRT.
 @click.option("--trt-python", metavar="PYTHON", help="The Python that has TensorRT. Default: this one.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(recipe: Path, output: Path | None, trt_python: str | None, as_json: bool) -> None:
-    from nmcompile.backends.tensorrt.build import build, read_description
+    from nmcompile.backends.tensorrt.build import build, read_description, read_recipe
     from nmcompile.cli.engine import described
 
-    terminal.check_writable(output, recipe)
+    models = [recipe.parent / str(name) for name in read_recipe(recipe)["models"].values()]
+    terminal.check_writable(output, recipe, *models)
     with terminal.Progress() as progress:
         plan = build(recipe, trt_python, output, progress)
     facts = read_description(plan)

@@ -105,7 +105,7 @@ def command(model: Path, output: Path | None, emit_onnx: Path | None, report: Pa
         from nmcompile.observers import dump_text as dumper
 
         del options["recipe_"]
-        for_engine = engine.taken(options)
+        for_engine = engine.taken(options, options["target"])
         if fast:
             options["preset"] = "fast"
         result = nmcompile.compile(
@@ -118,7 +118,7 @@ def command(model: Path, output: Path | None, emit_onnx: Path | None, report: Pa
             "give samples of the model's real inputs with --calibration"
         )
     click.echo("\n".join(summary(model, result)))
-    if result.engine is not None and not result.engine.built and for_engine.build:
+    if for_engine is not None and for_engine.build and result.engine is not None and not result.engine.built:
         sys.exit(engine.NO_DEVICE)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from pathlib import Path
 
 import click
@@ -84,11 +83,14 @@ def _engine(facts: dict[str, object]) -> str | None:
 
 
 def tensorrt() -> str:
-    """Whether the TensorRT package can be imported, and why not."""
-    if find_spec("tensorrt") is None:
-        return "not found: the Python package tensorrt is not installed (pip install nmcompile[tensorrt])"
+    """Which TensorRT and GPU there are, or what is lacking for an engine."""
+    from nmcompile.backends.tensorrt.build import installed_version, probe
+
+    found = installed_version()
     try:
-        import tensorrt
-    except Exception as error:  # loading its libraries may fail in any way
-        return f"found, but cannot be loaded: {' '.join(str(error).split())[:200]}"
-    return f"{tensorrt.__version__} (plans for TensorRT are not built yet; --emit-onnx writes its Q/DQ graph)"
+        facts = probe(None)  # in a process of its own: it may crash
+    except NmcompileError as error:
+        return f"{found or 'not installed'}; {error}"
+    if facts["tensorrt"] is None:
+        return f"{facts['gpu']['name']}, but {facts['tensorrt_error']}"
+    return f"{facts['tensorrt']} on {facts['gpu']['name']}"

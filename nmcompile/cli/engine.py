@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from nmcompile.errors import InputError
+from nmcompile.errors import InputError, UnsupportedError
 
 if TYPE_CHECKING:
     from nmcompile.backends.tensorrt.recipe import EngineOptions
@@ -42,15 +42,20 @@ def options(command: click.decorators.FC) -> click.decorators.FC:
     return command
 
 
-def taken(values: dict[str, Any]) -> EngineOptions:
-    """The engine's options out of a command's values, which lose them."""
+def taken(values: dict[str, Any], target: str) -> EngineOptions | None:
+    """The engine's options out of a command's values, which lose them; None for the CPU, which takes none."""
     from nmcompile.backends.tensorrt.recipe import EngineOptions
 
-    return EngineOptions(
+    found = EngineOptions(
         version=values.pop("trt_version"), shapes=tuple(values.pop("shapes")), outputs=values.pop("int8_outputs"),
         weights=values.pop("weights"), python=values.pop("trt_python"), workspace=_bytes(values.pop("workspace")),
         level=values.pop("builder_level"), timing_cache=values.pop("timing_cache"), build=not values.pop("no_build"),
     )  # fmt: skip
+    if target == "tensorrt":
+        return found
+    if found != EngineOptions():
+        raise UnsupportedError("--shapes, --weights, --no-build and the like are for --target tensorrt; leave them out")
+    return None
 
 
 def _bytes(text: str | None) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -14,48 +15,88 @@ from tempfile import TemporaryFile
 from typing import Any
 
 from nmcompile.backends.tensorrt import worker
-from nmcompile.errors import NmcompileError, NoDeviceError
+from nmcompile.errors import NmcompileError, NoDeviceError, PlanError
 from nmcompile.files import cache_folder, write
 
 Progress = Callable[[str, int, int], None]
 LACKING = ("no-gpu", "no-tensorrt")  # kinds of errors that another machine does not have
 FORMAT = 1
+PACKAGES = ("tensorrt", "tensorrt-cu13", "tensorrt-cu12", "tensorrt-lean")
 
 
-def installed_version() -> str | None:
-    """The version of TensorRT in this environment, without importing it."""
-    for name in ("tensorrt", "tensorrt-cu13", "tensorrt-cu12", "tensorrt-lean"):
-        try:
-            return metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return None
+def installed_version(python: str | None = None) -> str | None:
+    """The version of TensorRT in the environment of an interpreter (None: this one), without importing it.
+
+    NmcompileError: the interpreter does not run.
+    """
+    if python is None:
+        return next((found for found in map(_installed, PACKAGES) if found is not None), None)
+    code = ("import importlib.metadata as m\n"
+            f"print(next((d.version for n in {PACKAGES!r} for d in m.distributions() if d.metadata['Name'] == n), ''))")
+    try:
+        done = subprocess.run([python, "-c", code], capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise _no_python(python, error) from None
+    return done.stdout.strip() or None
+
+
+def _installed(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _no_python(python: str, error: Exception) -> NmcompileError:
+    why = getattr(error, "strerror", None) or type(error).__name__
+    return NmcompileError(f"cannot run {python}: {why}; name a Python that has tensorrt with --trt-python")
 
 
 def probe(python: str | None) -> dict[str, Any]:
-    """GPU and TensorRT of an interpreter (None: this one), as the worker sees them. NoDeviceError: one is lacking."""
+    """GPU and TensorRT of an interpreter (None: this one), as the worker sees them. NoDeviceError: there is no GPU."""
     return _ask([python or sys.executable, worker.__file__, "--probe"], lambda *_: None)
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """The content of a recipe. NmcompileError: it is none, or a graph beside it is not the one it was written with."""
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise NmcompileError(f"cannot read the recipe {path}: {getattr(error, 'strerror', None) or error}") from None
+    models = content.get("models") if isinstance(content, dict) else None
+    facts = content.get("facts", {}) if isinstance(content, dict) else None
+    if not isinstance(models, dict) or not isinstance(facts, dict):
+        raise NmcompileError(f"{path} is not a recipe of nmcompile; write one with --target tensorrt --no-build")
+    for name, digest in facts.get("sha256", {}).items():
+        file = path.parent / name
+        if not file.is_file():
+            raise NmcompileError(f"there is no {file}, which the recipe {path} builds from; bring it along")
+        with file.open("rb") as stream:
+            if hashlib.file_digest(stream, "sha256").hexdigest() != digest:
+                raise NmcompileError(f"{file} is not the graph that the recipe {path} was written with; compile again")
+    return dict(content)
 
 
 def build(recipe: Path, python: str | None = None, plan: Path | None = None, tell: Progress | None = None) -> Path:
     """Build the engine of a recipe and write it with its description; the plan's path.
 
-    NoDeviceError: no GPU or no TensorRT here. NmcompileError: what the builder says, in one line.
+    NoDeviceError: no GPU or no TensorRT here. NmcompileError: what is wrong with the recipe, or what the builder says.
     """
-    command = [python or sys.executable, worker.__file__, str(recipe)]
-    if plan is not None:
-        command += ["-o", str(plan)]
+    content = read_recipe(recipe)
+    engine = plan or recipe.parent / str(content.get("plan", "model.plan"))
+    partial = engine.with_name(f".{engine.name}.{os.getpid()}.built")
+    command = [python or sys.executable, worker.__file__, str(recipe), "-o", str(partial)]
     with suppress(OSError):  # builds without it take longer, no more
         cache_folder().mkdir(parents=True, exist_ok=True)
         command += ["--timing-cache", str(cache_folder() / "tensorrt.timing")]
-    result = _ask(command, tell or (lambda *_: None))
-    engine = Path(result["engine"])
     try:
-        given = json.loads(recipe.read_text())
-        describe(engine, given, result)
-    except BaseException:
-        engine.unlink(missing_ok=True)
-        raise
+        result = _ask(command, tell or (lambda *_: None))
+        write(description_path(engine), json.dumps(_description(content, result), indent=1) + "\n")
+        os.replace(partial, engine)
+    except OSError as error:
+        raise NmcompileError(f"cannot write {engine}: {error.strerror or error}") from None
+    finally:
+        partial.unlink(missing_ok=True)
     return engine
 
 
@@ -64,25 +105,47 @@ def description_path(engine: Path) -> Path:
     return engine.with_name(f"{engine.name}.json")
 
 
-def describe(engine: Path, recipe: dict[str, Any], result: dict[str, Any]) -> None:
-    """Write model.plan.json beside the engine: what is known of it beyond its bytes."""
-    content = {
+def _description(recipe: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
+    """What is known of an engine beyond its bytes: of the recipe's variants, the facts of the one that was kept."""
+    facts = recipe.get("facts", {})
+    by_variant = facts.get("variants", {})
+    variants = {name: {**found, "loss": by_variant.get(name, {}).get("loss", {})}
+                for name, found in result["variants"].items()}  # fmt: skip
+    return {
         "format": FORMAT, "target": "tensorrt", "nmcompile": recipe.get("nmcompile"), "source": recipe.get("source"),
-        "profile": recipe.get("version"), "shapes": recipe.get("shapes"), **recipe.get("facts", {}),
-        "tensorrt": result["tensorrt"], "gpu": result["gpu"], "kept": result["kept"], "variants": result["variants"],
+        "profile": recipe.get("version"), "shapes": recipe.get("shapes"), "inputs": facts.get("inputs", []),
+        "outputs": facts.get("outputs", []), "tensorrt": result["tensorrt"], "gpu": result["gpu"],
+        "kept": result["kept"], **by_variant.get(result["kept"], {}), "variants": variants,
+        "timed": {"batch": result.get("batch"), "shapes": result.get("shapes")},
         "warnings": result.get("warnings", []),
     }  # fmt: skip
-    write(description_path(engine), json.dumps(content, indent=1) + "\n")
 
 
 def read_description(engine: Path) -> dict[str, Any] | None:
-    """What is known of an engine; None where there is no description of one."""
+    """What is known of an engine; None where there is no description of one. PlanError: it is damaged."""
+    path = description_path(engine)
     try:
-        content = json.loads(description_path(engine).read_text())
+        content = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError):
         return None
-    known = isinstance(content, dict) and content.get("target") == "tensorrt"
-    return content if known else None
+    if not isinstance(content, dict) or content.get("target") != "tensorrt":
+        return None
+    try:
+        names = {str(item["name"]) for item in (*content["inputs"], *content["outputs"])}
+        sizes = [ranges[key] for ranges in (content["shapes"] or {}).values() for key in ("min", "opt", "max")]
+        whole = (
+            str(content["gpu"]["name"]) and all(isinstance(size, int) for size in content["gpu"]["sm"])
+            and all(isinstance(size, int) for shape in sizes for size in shape)
+            and set(content["shapes"] or {}) <= names and isinstance(content["variants"], dict)
+            and isinstance(content["tensorrt"], str) and isinstance(content["kept"], str)
+            and all(isinstance(layer[key], (str, int)) for layer in content.get("layers", ())
+                    for key in ("name", "outputs", "inputs", "verdict", "why"))
+        )  # fmt: skip
+    except (KeyError, TypeError, AttributeError):
+        whole = False
+    if not whole:
+        raise PlanError(f"{path} is damaged; build the engine again")
+    return content
 
 
 def _ask(command: list[str], tell: Progress) -> dict[str, Any]:
@@ -91,8 +154,7 @@ def _ask(command: list[str], tell: Progress) -> dict[str, Any]:
         try:
             process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=dict(os.environ))
         except OSError as error:
-            raise NmcompileError(f"cannot run {command[0]}: {error.strerror or error}; "
-                                 "name a Python that has tensorrt with --trt-python") from None  # fmt: skip
+            raise _no_python(command[0], error) from None
         answer: dict[str, Any] = {}
         with process:
             try:

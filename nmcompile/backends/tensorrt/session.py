@@ -68,16 +68,21 @@ class EngineSession:
             if self._engine is None:
                 raise PlanError(f"TensorRT {trt.__version__} cannot read {path}; build it again")
             self._context = self._engine.create_execution_context()
+            if self._context is None:
+                raise PlanError(f"the GPU has no room for {path}; free its memory, or build with smaller --shapes")
             self._stream = self._cuda.stream()
         except Failure as error:
             raise _told(error) from None
         self._types = {}
+        self._on_host = set()  # shapes that the engine reads on the CPU
         for index in range(self._engine.num_io_tensors):
             name = self._engine.get_tensor_name(index)
             kind = str(self._engine.get_tensor_dtype(name)).rsplit(".", 1)[-1]
             if kind not in TYPES:
                 raise PlanError(f"{path}: tensor {name!r} is of type {kind}, which sessions do not hand over")
             self._types[name] = np.dtype(TYPES[kind])
+            if str(self._engine.get_tensor_location(name)).rsplit(".", 1)[-1] == "HOST":
+                self._on_host.add(name)
         self._buffers = {name: Buffer(self._cuda) for name in self._types}
         self.isa, self.threads = f"TensorRT {built}, {wanted[0]}", 1  # as plans for the CPU name theirs
 
@@ -91,6 +96,12 @@ class EngineSession:
                 return self._run(values, wanted)
             except Failure as error:
                 raise _told(error) from None
+
+    def close(self) -> None:
+        """Give the GPU's memory back; a closed session does not run any more."""
+        with self._lock:
+            self._context = self._engine = self._runtime = None
+            self._cuda.close()
 
     def limits(self) -> tuple[dict[str, int], int | None]:
         """(rows of the table that each input looks up: not known of an engine, most tokens that it was built for)."""
@@ -114,6 +125,9 @@ class EngineSession:
             held.append(array)
             if not self._context.set_input_shape(name, tuple(array.shape)):
                 raise InputError(f"the engine refuses input {name!r} of shape {list(array.shape)}")
+            if name in self._on_host:
+                self._context.set_tensor_address(name, array.ctypes.data)
+                continue
             address = self._buffers[name].fit(array.nbytes)
             self._cuda.to_device(address, array.ctypes.data, array.nbytes, self._stream)
             self._context.set_tensor_address(name, address)
@@ -123,11 +137,15 @@ class EngineSession:
             if any(size < 0 for size in shape):
                 raise PlanError(f"the size of output {info.name!r} depends on values, which sessions do not support")
             made[info.name] = np.empty(shape, self._types[info.name])
-            self._context.set_tensor_address(info.name, self._buffers[info.name].fit(made[info.name].nbytes))
+            host = info.name in self._on_host
+            address = made[info.name].ctypes.data if host else self._buffers[info.name].fit(made[info.name].nbytes)
+            self._context.set_tensor_address(info.name, address)
         if not self._context.execute_async_v3(self._stream):
             raise PlanError("TensorRT could not run the engine; its messages are above")
         for name in wanted:
             array = made[name]
+            if name in self._on_host:
+                continue
             self._cuda.to_host(array.ctypes.data, self._buffers[name].address, array.nbytes, self._stream)
         self._cuda.synchronize(self._stream)
         kinds = {info.name: info.dtype for info in self.outputs}
