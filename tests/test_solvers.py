@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 
 import numpy as np
 import pytest
@@ -196,3 +197,17 @@ def test_allocation_is_the_best_of_all() -> None:
     assert solvers.allocate([[0.0, 1.0]] * 2, [[0, 10]] * 2, 20) == [1, 1]
     with pytest.raises(NmcompileError, match="at most 20 weights"):
         solvers.allocate([[0.0, 1.0]] * 2, [[0, 10]] * 2, 21)
+
+
+def test_wide_layers_change_their_penalty_more_rarely_and_are_as_good(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    x = np.maximum(rng.standard_normal((2000, 96)) @ rng.standard_normal((96, 96)), 0)
+    hessian, weight = x.T @ x + np.eye(96), rng.standard_normal((32, 96))
+    module = sys.modules["nmcompile.solvers.admm"]
+    for pattern in ("2x4", "2:4"):
+        errors = []
+        for wide in (2048, 0):
+            monkeypatch.setattr(module, "WIDE", wide)
+            left = solvers.admm(weight, hessian, sp.parse_pattern(pattern), 0.5)
+            errors.append(solvers.relative_error(left, weight, hessian))
+        assert errors[1] != errors[0] and errors[1] < 1.03 * errors[0]

@@ -9,6 +9,7 @@ from nmcompile.solvers.refit import refit
 
 STEPS = 300
 EVERY = 3  # steps between changes of the penalty
+WIDE, RARER = 2048, 3  # inputs above which inverting costs the most: the penalty changes less often, by as much in all
 FIRST = 0.1  # penalty, in units of the Hessian's diagonal
 # share of the kept weights that moved since the last change -> how much faster the penalty may grow
 GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))
@@ -30,13 +31,14 @@ def admm(weight: np.ndarray, hessian: np.ndarray, pattern: sp.Pattern, sparsity:
     near, drift = goal * mask, np.zeros_like(goal)  # D, and U times the penalty
     penalty, inverse = FIRST, np.empty(0)
     before = mask
+    rarer = RARER if len(matrix) > WIDE else 1
     for step in range(STEPS):
-        if step % EVERY == 0:
+        if step % (EVERY * rarer) == 0:
             if step:
                 moved = int(np.count_nonzero(mask != before)) / max(2 * int(np.count_nonzero(mask)), 1)
-                if moved == 0.0 and step > 2 * EVERY:
+                if moved == 0.0 and step > 2 * EVERY * rarer:
                     break
-                penalty *= next(growth for least, growth in GROWTH if moved >= least)
+                penalty *= next(growth for least, growth in GROWTH if moved >= least) ** rarer
                 before = mask
             inverse = np.linalg.inv(matrix + np.float32(penalty) * np.eye(len(matrix), dtype=np.float32))
         free = (pull - drift + np.float32(penalty) * near) @ inverse
