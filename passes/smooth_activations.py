@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, cast
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -38,13 +38,15 @@ class SmoothActivations(CalibratedPass):
 
     preserves: ClassVar[bool] = True
     alpha: float = 0.6
-    activations: q8.QuantType = "uint8"  # that alpha is chosen for
+    activations: str = "uint8"  # or int8 for TensorRT: what alpha is chosen for
 
     def needs(self, graph: gs.Graph) -> dict[str, tuple[str, ...]]:
         wanted = ("channels",) if self.alpha else ("channels", "sample")
         return dict.fromkeys(_readers(graph), wanted)
 
     def run(self, graph: gs.Graph, statistics: Statistics | None = None) -> Report:
+        if self.activations not in ("uint8", "int8"):
+            raise PassError(f"activations={self.activations} is not known; choose uint8 (CPU) or int8 (TensorRT)")
         if not 0 <= self.alpha < 1:
             raise PassError(f"alpha={self.alpha} is not between 0 and 1; 0.5 shares the load evenly, 0 chooses")
         readers = _readers(graph)
@@ -57,7 +59,8 @@ class SmoothActivations(CalibratedPass):
             peaks = np.maximum(statistics.channels(name).astype(np.float64), 1e-5)
             weights = np.maximum(np.max([np.abs(layer.weight).max(axis=0) for layer in layers], axis=0), 1e-5)
             alpha = self.alpha or _best_alpha(
-                statistics.sample(name), [layer.weight for layer in layers], peaks, self.activations)  # fmt: skip
+                statistics.sample(name), [layer.weight for layer in layers], peaks,
+                cast("q8.QuantType", self.activations))  # fmt: skip
             scale = _factors(peaks, weights, alpha)
             x = layers[0].x
             b = Builder(graph, f"{name}/smooth")

@@ -203,7 +203,7 @@ def test_layers_that_read_and_write_floats_may_run_in_float() -> None:
 def test_such_a_plan_gives_what_its_graph_gives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     graph = quantized_heads("bert-classifier")
     reference = g.runner(graph)
-    monkeypatch.setattr("nmcompile.job.by_cost_model", heads_in_float)
+    monkeypatch.setattr("nmcompile.targets.by_cost_model", heads_in_float)
     result = nmcompile.compile(graph, tmp_path / "a.plan", measure=False, tuning="off")
     session = nmcompile.load(tmp_path / "a.plan")
     assert [layer["precision"] for layer in result.layers if layer["outputs"] <= 3] == ["float32"]
