@@ -144,13 +144,14 @@ def compile(
     for made-up ones. size: of the plan, as a share of the model's file ("0.25x"), instead of `sparsity`. calibration:
     .npz, folder, .jsonl, iterable of feeds, or a Data; without it ranges come from made-up samples. attention "float":
     queries, keys, values and softmax stay float (the default for TensorRT), or "int8". engine: how an engine is made,
-    for target tensorrt. tuning: each layer runs on the kernel that is fastest by times
-    measured on this machine, kept for the next compile (None), by a table that is read from a file, or measured and
-    written to it where it does not exist, or by the shipped cost model ("off"), which chooses alike on every machine.
+    for target tensorrt. tuning: each layer runs on the kernel that is fastest by times measured on this machine, kept
+    for the next compile (None), by a table that is read from a file, or measured and written to it where it does not
+    exist, or by the shipped cost model ("off"), which chooses alike on every machine.
     require "native": an error unless the whole model runs on the engine. measure: run the plan on held-out samples
     against the model. max_drop: "cosine=0.01" and the like (nmcompile.metrics): layers go back to dense and to float,
     worst first, until it holds on held-out samples. checkpoints: a folder from which an interrupted pruning goes on.
-    Raises NmcompileError; a failed compile leaves no file behind.
+    Raises NmcompileError; a failed compile leaves no file behind, but for the graphs and the recipe of an engine that
+    TensorRT refuses to build.
     """
     start = time.perf_counter()
     chosen = _check_options(target, preset, require, engine)
@@ -211,8 +212,9 @@ def compile(
             _require_native(job)
 
         def lost() -> Mapping[str, Difference]:
-            run = made.opened(scratch or Path(), job.header)
-            return _loss(source, run, held_out, tell) if measure else {}
+            if not measure:
+                return {}
+            return _loss(source, made.opened(scratch or Path(), job.header), held_out, tell)
 
         sizes: dict[str, int] = {}
         loss: Mapping[str, Difference] = {}
@@ -221,8 +223,10 @@ def compile(
             built = make(job, made, options, Path(output), shapes, held.get("dense", ()), held.get("float", ()), lost,
                          without)  # fmt: skip
             loss = built.loss
+        elif isinstance(made, CpuTarget) and scratch is not None and not measure:
+            made.write(scratch, job.header)
         elif scratch is not None or isinstance(made, TensorrtTarget):
-            loss = lost()
+            loss = lost()  # of the plan, which this writes
         if emit_onnx is not None:
             g.save(made.graph if isinstance(made, TensorrtTarget) else job.graph, Path(emit_onnx))
             sizes["qdq_onnx"] = Path(emit_onnx).stat().st_size

@@ -40,10 +40,14 @@ class Job:
     last: list[Step] = field(default_factory=list)
 
     def prepare(self) -> None:
-        """dense: canonical form, features in the order that pruning wants; pruned: that and the rest of `pruning`."""
+        """dense: canonical form, features in the order that pruning wants; pruned: that and the rest of `pruning`;
+        changed: the layers whose weights pruning has changed."""
         orders = list(itertools.takewhile(lambda pass_: pass_.preserves, self.pruning))
         self.dense = self._run([*canonical_passes(), *orders], self.source, self.first)
         self.pruned = self._run(self.pruning[len(orders) :], self.dense, self.first)
+        before = {layer.name: layer.weight for layer in g.linear_layers(self.dense)}
+        self.changed = [layer.name for layer in g.linear_layers(self.pruned)
+                        if layer.name in before and not np.array_equal(layer.weight, before[layer.name])]  # fmt: skip
 
     def quantize(self, dense: Sequence[str] = (), floating: Sequence[str] = ()) -> None:
         """graph: quantized, which the target then finishes. Layers `dense` unpruned, `floating` in float."""
@@ -70,13 +74,6 @@ class Job:
     @property
     def notes(self) -> list[str]:
         return [note for _, report, _ in self.log for note in report.notes] + list(self.target.notes)
-
-    @property
-    def changed(self) -> list[str]:
-        """Layers that pruning has changed."""
-        before = {layer.name: layer.weight for layer in g.linear_layers(self.dense)}
-        return [layer.name for layer in g.linear_layers(self.pruned)
-                if layer.name in before and not np.array_equal(layer.weight, before[layer.name])]  # fmt: skip
 
     @property
     def header(self) -> dict[str, Any]:

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from onnx_text import read_golden
+
+if TYPE_CHECKING:
+    from fake_tensorrt import Script
+    from tensorrt_work import Work
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -50,3 +55,26 @@ def tokenizer(tmp_path: Path) -> Path:
 
     words_tokenizer().save(str(tmp_path / "tokenizer.json"))
     return tmp_path / "tokenizer.json"
+
+
+# ---- TensorRT's builder, with fakes ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def driver(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The fake CUDA driver, compiled."""
+    from fake_tensorrt import cuda_driver
+
+    return cuda_driver(tmp_path_factory.mktemp("cuda"))
+
+
+@pytest.fixture
+def work(driver: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Work]:
+    """`work(script, *options, **changes of the recipe)`."""
+    from tensorrt_work import Work, write_recipe
+
+    def run(script: Script, *options: str, **changes: Any) -> Work:
+        recipe = write_recipe(tmp_path, **{"version": script.profile, **changes})
+        return Work(recipe, script, driver, monkeypatch, *options)
+
+    return run

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_tensorrt import Script, cuda_driver, load
+from fake_tensorrt import Script, load
 from tensorrt_names import TABLES, table
 
 from nmcompile.backends.tensorrt import worker
@@ -25,11 +25,6 @@ NAMES = {  # what the worker calls its objects
 }  # fmt: skip
 GUARDED = {"ParserError.node_name", "ParserError.node_operator"}  # asked for first
 ERRORS = {"strerror", "kind"}  # of OSError and Failure, also called error
-
-
-@pytest.fixture(scope="module")
-def driver(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return cuda_driver(tmp_path_factory.mktemp("cuda"))
 
 
 @pytest.mark.parametrize(("profile", "strong"), [("8.6", False), ("10", False), ("10", True), ("11", True)])

@@ -9,14 +9,8 @@ from collections.abc import Iterator
 from contextlib import closing
 
 import pytest
-from fake_tensorrt import cuda_driver
 
 from nmcompile.backends.tensorrt import worker
-
-
-@pytest.fixture(scope="module")
-def driver(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return cuda_driver(tmp_path_factory.mktemp("cuda"))
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_tensorrt import Script, cuda_driver, install
+from fake_tensorrt import Script, install
 from tensorrt_names import DATA
 from tensorrt_work import Work, left, write_recipe
 
@@ -22,22 +22,6 @@ from nmcompile.backends.tensorrt import worker
 
 PROFILES = ["8.6", "10", "11"]
 WORKER = Path(worker.__file__)
-
-
-@pytest.fixture(scope="module")
-def driver(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return cuda_driver(tmp_path_factory.mktemp("cuda"))
-
-
-@pytest.fixture
-def work(driver: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Work]:
-    """`work(script, **changes of the recipe)`."""
-
-    def run(script: Script, *options: str, **changes: Any) -> Work:
-        recipe = write_recipe(tmp_path, **{"version": script.profile, **changes})
-        return Work(recipe, script, driver, monkeypatch, *options)
-
-    return run
 
 
 # ---- what logs and inspectors say

@@ -19,6 +19,7 @@ from nmcompile.errors import NmcompileError, NoDeviceError
 
 COMMANDS = ("compile", "inspect", "run", "bench", "profile", "compare", "check", "passes", "doctor", "build-engine")
 DEFAULT = "compile"
+NO_DEVICE = 3  # exit status where this machine lacks the GPU or TensorRT
 
 HELP = """Prune, quantize and run exported Transformers.
 
@@ -70,7 +71,7 @@ def guarded(action: Callable[[], Any]) -> Any:
         return action()
     except NmcompileError as error:
         click.echo(f"error: {' '.join(str(error).split())}", err=True)
-        sys.exit(3 if isinstance(error, NoDeviceError) else 1)
+        sys.exit(NO_DEVICE if isinstance(error, NoDeviceError) else 1)
     except KeyboardInterrupt:
         click.echo("interrupted", err=True)
         sys.exit(130)

@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from nmcompile.compiler import Result
 
 UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
-NO_DEVICE = 3  # exit status where this machine lacks the GPU or TensorRT
-FIRST = 4  # layers that the summary names
 
 
 def options(command: click.decorators.FC) -> click.decorators.FC:
