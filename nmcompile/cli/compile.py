@@ -37,10 +37,10 @@ HELP = """Compile an ONNX model to a plan.
 
 Without --sparsity, --pattern, --size and --passes nothing is pruned; zeros that the model has already are used all the
 same. With calibration data, what is left of the weights is fitted to what the dense model computes (some 25 minutes
-for BERT-base on two cores; --fast: less). It costs accuracy all the same: the summary says how much, --max-drop bounds it.
-Calibration data are samples of the model's real
-inputs: .npz with one array per input, a folder of such, or .jsonl with {"input_ids": [...]} or {"text": "..."} per
-line. For TensorRT,
+for BERT-base on two cores; --fast: less). It costs accuracy all the same: the summary says how much, --max-drop bounds
+it. Calibration data are samples of the model's real inputs: .npz with one array per input, a folder of such, or
+.jsonl with {"input_ids": [...]} or {"text": "..."} per line.
+For TensorRT,
 2:4 zeros are the default; a sparse and a dense engine are timed and the faster is kept (--pattern dense: no zeros).
 Without a GPU, graphs and a recipe are written for `nmcompile build-engine` elsewhere, and the exit status is 3.
 A recipe holds these options by their long names:
@@ -61,7 +61,8 @@ A recipe holds these options by their long names:
               help="fast: fewer samples, a quicker solver, ranges without search.")  # fmt: skip
 @click.option("--passes", metavar="SPEC", help="Passes between canonical form and quantization; see passes.")
 @click.option("--sparsity", type=float, metavar="S", help="Share of weights to zero, for example 0.8.")
-@click.option("--pattern", metavar="PATTERN", help="Shape of the zeros: 2x4 (outputs x inputs), 2:4, unstructured; dense: none.")
+@click.option("--pattern", metavar="PATTERN",
+              help="Shape of the zeros: 2x4 (outputs x inputs), 2:4, unstructured; dense: none.")
 @click.option("--size", metavar="SHARE", help="Size of the plan, 0.25x the model's, instead of --sparsity.")
 @click.option("--solver", type=click.Choice(["magnitude", "wanda", "obs", "admm"]),
               help="Which weights go, and what the others become. Default: admm with data, else magnitude.")
