@@ -17,20 +17,9 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from nmcompile import graph as g
-
-LOWEST = float(np.finfo(np.float32).min)  # added to a score: its key is never seen
-
-
-@dataclass(frozen=True)
-class Mask:
-    """Which keys a query sees: where `padding` [batch, keys] is not 0, and none after it if `causal`."""
-
-    padding: gs.Tensor | None = None
-    causal: bool = False
-
-    def __str__(self) -> str:
-        words = [f"padding by {self.padding.name}"] if self.padding is not None else []
-        return " and ".join(words + ["causal"] * self.causal) or "none"
+from nmcompile.builder import Builder
+from nmcompile.derive import Derivation
+from nmcompile.masks import Mask, match_bias
 
 
 @dataclass(frozen=True)
@@ -51,6 +40,7 @@ class Attention:
     nodes: tuple[gs.Node, ...]
     operands: tuple[gs.Tensor, gs.Tensor, gs.Tensor]
     quantized_shares: bool = False  # a pair stands behind the softmax too
+    guarded: bool = False  # rows without a key, which the softmax makes NaN, become 0
 
     @property
     def readers(self) -> tuple[tuple[gs.Node, int], ...]:
@@ -59,183 +49,17 @@ class Attention:
         return (first, 0), (first, 1), (second, 1)
 
 
-@dataclass(frozen=True)
-class Positions:
-    """Token positions: `first + column`; with `ids` [batch, sequence], RoBERTa's count of tokens that are not `pad`."""
-
-    first: int = 0
-    ids: gs.Tensor | None = None
-    pad: int = 0
-
-
-class Builder:
-    """Appends nodes to a graph; each call returns the node's output tensor."""
-
-    def __init__(self, graph: gs.Graph, stem: str) -> None:
-        self.graph = graph
-        self.stem = stem
-        self._given: set[str] = set()  # names of constants that no node reads yet
-
-    def fresh(self, stem: str) -> str:
-        """A name that neither the graph nor a constant of this builder has."""
-        name = g.fresh(self.graph, f"{self.stem}/{stem}")
-        if name in self._given:
-            name = g.unused(self._given | g.names(self.graph), f"{self.stem}/{stem}")
-        self._given.add(name)
-        return name
-
-    def constant(self, values: np.ndarray, stem: str = "const") -> gs.Constant:
-        return gs.Constant(self.fresh(stem), np.asarray(values))
-
-    def ints(self, *values: int) -> gs.Constant:
-        return self.constant(np.array(values, np.int64), "ints")
-
-    def scalar(self, value: float | int, dtype: type | np.dtype = np.float32) -> gs.Constant:
-        return self.constant(np.array(value, dtype), "scalar")
-
-    def __call__(
-        self,
-        op: str,
-        *inputs: gs.Tensor,
-        dtype: type | np.dtype | None = np.float32,
-        shape: Sequence[int | str | None] | None = None,
-        domain: str | None = None,
-        **attrs: object,
-    ) -> gs.Variable:
-        name = self.fresh(op)
-        kind = None if dtype is None else np.dtype(dtype)
-        y = gs.Variable(f"{name}_out", dtype=kind, shape=None if shape is None else list(shape))
-        self.graph.nodes.append(gs.Node(op, name, dict(attrs), list(inputs), [y], domain=domain))
-        return y
-
-
-# ---- masks and positions -------------------------------------------------------------------------------------
-
-
-def build_mask(b: Builder, mask: Mask, like: gs.Tensor) -> gs.Tensor | None:
-    """The additive bias of a mask, broadcastable to [batch, heads, queries, keys]; `like` is [batch, tokens, ...]."""
-    keep: gs.Tensor | None = None
-    if mask.padding is not None:
-        keep = b("Unsqueeze", b("Cast", mask.padding, dtype=bool, to=9), b.ints(1, 2), dtype=bool)
-    if mask.causal:
-        index = b("Range", b.scalar(0, np.int64), sequence_length(b, like), b.scalar(1, np.int64), dtype=np.int64)
-        below = b("LessOrEqual", b("Unsqueeze", index, b.ints(0), dtype=np.int64),
-                  b("Unsqueeze", index, b.ints(1), dtype=np.int64), dtype=bool)  # fmt: skip
-        keep = below if keep is None else b("And", keep, below, dtype=bool)
-    return None if keep is None else b("Where", keep, b.scalar(0.0), b.scalar(LOWEST))
-
-
-def sequence_length(b: Builder, like: gs.Tensor) -> gs.Tensor:
-    """Size of axis 1 of `like`, a scalar."""
-    shape = b("Shape", like, dtype=np.int64)
-    return b("Gather", shape, b.scalar(1, np.int64), dtype=np.int64, axis=0)
-
-
-def match_mask(bias: gs.Tensor) -> Mask | None:
-    """The mask whose canonical bias this is, or None."""
-    where = g.producer(bias)
-    if where is None or where.op != "Where":
-        return None
-    yes, no = g.constant(where.inputs[1]), g.constant(where.inputs[2])
-    if yes is None or no is None or yes.size != 1 or no.size != 1 or float(yes.item()) != 0 or float(no.item()) > -1e30:
-        return None
-    return _match_keep(where.inputs[0])
-
-
-def _match_keep(keep: gs.Tensor) -> Mask | None:
-    node = g.producer(keep)
-    if node is None:
-        return None
-    if node.op == "And":
-        left, right = _match_keep(node.inputs[0]), _match_keep(node.inputs[1])
-        if left is None or right is None:
-            return None
-        return Mask(left.padding if left.padding is not None else right.padding, left.causal or right.causal)
-    if node.op == "LessOrEqual":
-        sides = [g.producer(side) for side in node.inputs]
-        if all(side is not None and side.op == "Unsqueeze" for side in sides):
-            axes = [_ints(side.inputs[1]) for side in sides if side is not None]
-            index = [side.inputs[0] for side in sides if side is not None]
-            positions = match_positions(index[0]) if index[0] is index[1] else None
-            if positions is not None and positions.ids is None and axes == [[0], [1]]:
-                return Mask(causal=True)
-        return None
-    if node.op == "Unsqueeze" and _ints(node.inputs[1]) == [1, 2]:
-        cast = g.producer(node.inputs[0])
-        if cast is not None and cast.op == "Cast":
-            return Mask(padding=cast.inputs[0])
-    return None
-
-
-def build_positions(b: Builder, positions: Positions, like: gs.Tensor) -> gs.Tensor:
-    """Position ids: [sequence], or [batch, sequence] for RoBERTa's."""
-    if positions.ids is None:
-        first = b.scalar(positions.first, np.int64)
-        end = sequence_length(b, like)
-        if positions.first:
-            end = b("Add", end, first, dtype=np.int64)
-        return b("Range", first, end, b.scalar(1, np.int64), dtype=np.int64)
-    pad = b.scalar(positions.pad, np.int64)
-    ids = positions.ids
-    if ids.dtype != np.int64:
-        ids = b("Cast", ids, dtype=np.int64, to=7)
-    same = b("Equal", ids, pad, dtype=bool)
-    real = b("Cast", b("Not", same, dtype=bool), dtype=np.int64, to=7)
-    count = b("CumSum", real, b.scalar(1, np.int64), dtype=np.int64)
-    return b("Add", b("Mul", count, real, dtype=np.int64), pad, dtype=np.int64)
-
-
-def match_positions(ids: gs.Tensor) -> Positions | None:
-    """The canonical positions this tensor holds, or None."""
-    node = g.producer(ids)
-    if node is None:
-        return None
-    if node.op == "Range":
-        return _match_range(node)
-    if node.op != "Add":
-        return None
-    pad, product = g.constant(node.inputs[1]), g.producer(node.inputs[0])
-    if pad is None or pad.size != 1 or product is None or product.op != "Mul":
-        return None
-    count, real = g.producer(product.inputs[0]), g.producer(product.inputs[1])
-    if count is None or count.op != "CumSum" or count.inputs[0] is not product.inputs[1]:
-        return None
-    if _ints(count.inputs[1]) != [1] or count.attrs.get("exclusive", 0) or count.attrs.get("reverse", 0):
-        return None
-    unequal = g.producer(real.inputs[0]) if real is not None and real.op == "Cast" else None
-    equal = g.producer(unequal.inputs[0]) if unequal is not None and unequal.op == "Not" else None
-    if equal is None or equal.op != "Equal" or _ints(equal.inputs[1]) != [int(pad.item())]:
-        return None
-    source = equal.inputs[0]
-    cast = g.producer(source)
-    if cast is not None and cast.op == "Cast":
-        source = cast.inputs[0]
-    return Positions(ids=source, pad=int(pad.item()))
-
-
-def _match_range(node: gs.Node) -> Positions | None:
-    """Range(first, first + tokens, 1)."""
-    first, step = _ints(node.inputs[0]), _ints(node.inputs[2])
-    end = g.producer(node.inputs[1])
-    if first is None or step != [1] or end is None:
-        return None
-    if first != [0]:
-        if end.op != "Add" or _ints(end.inputs[1]) != first:
-            return None
-        end = g.producer(end.inputs[0])
-    shape = g.producer(end.inputs[0]) if end is not None and end.op == "Gather" else None
-    if end is None or shape is None or shape.op != "Shape" or "start" in shape.attrs or _ints(end.inputs[1]) != [1]:
-        return None
-    return Positions(first=first[0])
-
-
 # ---- attention -----------------------------------------------------------------------------------------------
 
 
 def build_attention(
-    b: Builder, q: gs.Tensor, k: gs.Tensor, v: gs.Tensor, heads: int, scale: float, bias: gs.Tensor | None
-) -> gs.Tensor:
-    """Decomposed multi-head attention over [batch, tokens, heads * size] tensors; returns the same shape as q."""
+    b: Builder, q: gs.Tensor, k: gs.Tensor, v: gs.Tensor, heads: int, scale: float, bias: gs.Tensor | None,
+    guarded: bool = False,
+) -> gs.Tensor:  # fmt: skip
+    """Decomposed multi-head attention over [batch, tokens, heads * size] tensors; returns the same shape as q.
+
+    guarded: a row of which every key is hidden by -inf gives 0, not NaN.
+    """
     width = q.shape[-1] if q.shape is not None else None
     size = int(width) // heads if isinstance(width, int) else -1
     split = b.ints(0, 0, heads, size)
@@ -248,61 +72,98 @@ def build_attention(
     if bias is not None:
         scores = b("Add", scores, bias)
     share = b("Softmax", scores, axis=-1)
+    if guarded:
+        share = b("Where", b("IsNaN", share, dtype=bool), b.scalar(0.0), share)
     context = b("MatMul", share, by_head(v, [0, 2, 1, 3]))
     merged = b("Transpose", context, perm=[0, 2, 1, 3])
     return b("Reshape", merged, b.ints(0, 0, heads * size), shape=q.shape)
 
 
-def match_attention(softmax: gs.Node) -> Attention | None:
-    """The canonical attention around a Softmax node, or None."""
+def match_attention(softmax: gs.Node, d: Derivation) -> Attention | None:
+    """The canonical attention around a Softmax node of the graph that was derived, or None."""
     if softmax.op != "Softmax" or softmax.attrs.get("axis", -1) not in (-1, 3):
         return None
+    nodes = [softmax]
     masked = g.producer(softmax.inputs[0])
     bias: gs.Tensor | None = None
-    nodes = [softmax]
     if masked is not None and masked.op == "Add":
         bias = masked.inputs[1]
         nodes.append(masked)
         masked = g.producer(masked.inputs[0])
-    mask = Mask() if bias is None else match_mask(bias)
-    if mask is None or masked is None or masked.op != "Mul":
+    scale = g.constant(masked.inputs[1]) if masked is not None and masked.op == "Mul" else None
+    product = g.producer(masked.inputs[0]) if masked is not None and scale is not None and scale.size == 1 else None
+    if masked is None or scale is None or product is None or product.op != "MatMul":
         return None
-    scale = g.constant(masked.inputs[1])
-    product = g.producer(masked.inputs[0])
-    context = _only(softmax.outputs[0])
+    shares, guard = _guarded(softmax)
+    nodes += guard
+    context = _only(shares)
     pair = context is not None and context.op == "QuantizeLinear"
     if context is not None and pair:
         dequantize = _only(context.outputs[0])
         context = None if dequantize is None else _only(dequantize.outputs[0])
     merged = _only(context.outputs[0]) if context is not None and context.op == "MatMul" else None
     flat = _only(merged.outputs[0]) if merged is not None and merged.op == "Transpose" else None
-    if scale is None or scale.size != 1 or product is None or product.op != "MatMul" or context is None:
-        return None
     if merged is None or flat is None or flat.op != "Reshape" or merged.attrs.get("perm") != [0, 2, 1, 3]:
         return None
+    assert context is not None
     merged_shape = _ints(flat.inputs[1])
     if merged_shape is None or len(merged_shape) != 3 or merged_shape[:2] != [0, 0]:
         return None
     q = _heads(product.inputs[0], [0, 2, 1, 3])
     k = _heads(product.inputs[1], [0, 2, 3, 1])
     v = _heads(context.inputs[1], [0, 2, 1, 3])
-    if q is None or k is None or v is None or not q[1] == k[1] == v[1]:
+    if q is None or k is None or v is None or not q[1:3] == k[1:3] == v[1:3]:
         return None
-    nodes += [masked, product, context, merged, flat, *q[2], *k[2], *v[2]]
+    mask = Mask() if bias is None else _mask(bias, product.outputs[0], d)
+    if mask is None:
+        return None
+    nodes += [masked, product, context, merged, flat, *q[3], *k[3], *v[3]]
     operands = (product.inputs[0], product.inputs[1], context.inputs[1])
     return Attention(
         softmax.name, q[0], k[0], v[0], flat.outputs[0], q[1], float(scale.item()), mask, tuple(nodes), operands,
-        pair,
-    )
+        pair, bool(guard),
+    )  # fmt: skip
 
 
-def attentions(graph: gs.Graph) -> list[Attention]:
-    """Every canonical attention of the graph, in node order."""
-    found = (match_attention(node) for node in graph.nodes if node.op == "Softmax")
+def _mask(bias: gs.Tensor, product: gs.Tensor, d: Derivation) -> Mask | None:
+    shape = d.shape(product)
+    return None if shape is None or len(shape) != 4 else match_bias(d, bias, shape)
+
+
+def _guarded(softmax: gs.Node) -> tuple[gs.Tensor, list[gs.Node]]:
+    """What the softmax gives, past Where(IsNaN(y), 0, y), and the nodes of that."""
+    y = softmax.outputs[0]
+    users = g.consumers(y)
+    test = next((node for node in users if node.op == "IsNaN"), None)
+    choice = _only(test.outputs[0]) if test is not None else None
+    if test is None or choice is None or choice.op != "Where" or len(users) != 2 or choice.inputs[2] is not y:
+        return y, []
+    instead = g.constant(choice.inputs[1])
+    if instead is None or instead.size != 1 or instead.any():
+        return y, []
+    return choice.outputs[0], [test, choice]
+
+
+def is_share(tensor: gs.Tensor) -> bool:
+    """Made by a softmax, so between 0 and 1 whatever the data."""
+    node = g.producer(tensor)
+    if node is not None and node.op == "Where":
+        node = g.producer(node.inputs[2])
+    return node is not None and node.op == "Softmax"
+
+
+def attentions(graph: gs.Graph, d: Derivation | None = None) -> list[Attention]:
+    """Every canonical attention of a sorted graph, in node order; `d` if the graph is derived already."""
+    roots = [node for node in graph.nodes if node.op == "Softmax"]
+    if not roots:
+        return []
+    known = d or Derivation(graph)
+    found = (match_attention(node, known) for node in roots)
     return [item for item in found if item is not None]
 
 
-def _heads(tensor: gs.Tensor, perm: list[int]) -> tuple[gs.Tensor, int, list[gs.Node]] | None:
+def _heads(tensor: gs.Tensor, perm: list[int]) -> tuple[gs.Tensor, int, int, list[gs.Node]] | None:
+    """(what is split by heads, heads, features of each, the nodes that do it)"""
     transpose = g.producer(tensor)
     if transpose is not None and transpose.op == "DequantizeLinear":
         quantize = g.producer(transpose.inputs[0])
@@ -315,7 +176,7 @@ def _heads(tensor: gs.Tensor, perm: list[int]) -> tuple[gs.Tensor, int, list[gs.
     shape = _ints(reshape.inputs[1])
     if shape is None or len(shape) != 4 or shape[:2] != [0, 0]:
         return None
-    return reshape.inputs[0], shape[2], [transpose, reshape]
+    return reshape.inputs[0], shape[2], shape[3], [transpose, reshape]
 
 
 def _ints(tensor: gs.Tensor) -> list[int] | None:

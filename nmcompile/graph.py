@@ -32,7 +32,7 @@ from nmcompile.graph_edit import (
     sort,
     unused,
 )
-from nmcompile.graph_linear import Linear, dequantized, linear_layers, set_bias, set_weight
+from nmcompile.graph_linear import Linear, dequantized, linear_layers, per_feature, set_bias, set_weight
 from nmcompile.graph_model import DOMAINS, export_model, import_model, weightless
 from nmcompile.graph_proto import Dim, Export, annotate
 from nmcompile.graph_run import random_feeds, run, runner
@@ -57,6 +57,7 @@ __all__ = [
     "load",
     "names",
     "outputs",
+    "per_feature",
     "producer",
     "random_feeds",
     "rewire",

@@ -59,9 +59,19 @@ def _bias(graph: gs.Graph, node: gs.Node, size: int) -> tuple[Array | None, gs.T
         return None, y
     others = [t for t in users[0].inputs if t is not y]
     bias = constant(others[0]) if len(others) == 1 else None
-    if bias is None or bias.shape != (size,):
+    if bias is None or bias.shape != (size,):  # CanonicaliseLinear writes other forms like this
         return None, y
     return np.asarray(bias, np.float32), users[0].outputs[0]
+
+
+def per_feature(value: Array, rank: int, width: int) -> Array | None:
+    """A constant as one number per feature [width], where it broadcasts against [..., width] of a rank without changing
+    that shape and varies along the last axis alone; else None."""
+    if value.ndim > rank or any(size != 1 for size in value.shape[:-1]):
+        return None
+    if value.ndim and value.shape[-1] not in (1, width):
+        return None
+    return np.broadcast_to(value.reshape(-1), (width,)).copy()
 
 
 def dequantized(node: gs.Node) -> Array | None:

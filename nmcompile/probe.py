@@ -13,7 +13,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from nmcompile import graph as g
-from nmcompile.errors import NmcompileError
+from nmcompile.derive import Derivation
 from nmcompile.tensorinfo import TensorInfo
 
 Feeds = dict[str, np.ndarray]
@@ -28,40 +28,24 @@ def free_sizes(infos: Sequence[TensorInfo], draw: int) -> dict[str, int]:
     return {name: row[i] if i < len(row) else 2 * i + 5 + 2 * draw for i, name in enumerate(names)}
 
 
-def annotate(graph: gs.Graph) -> str | None:
-    """Set the shape of every tensor from two runs at different sizes; None when that worked, else why it did not.
+def annotate(graph: gs.Graph) -> Derivation:
+    """Set the shape of every tensor of a sorted graph to what is derived; the derivation, for more questions.
 
-    A size that equals a free dimension of the inputs in both runs gets its name, one that never changes its value,
-    any other becomes None.
+    A dimension that is a free one of the inputs has its name, a constant its number, any other None.
     """
     g.infer_shapes(graph)
-    infos = g.inputs(graph)
-    if any(dim is None for info in infos for dim in info.shape):
-        return "an input has dimensions without a name"
-    names = [y.name for node in graph.nodes for y in node.outputs if y.name and not isinstance(y, gs.Constant)]
-    try:
-        run = g.runner(graph, names)
-        sizes = [free_sizes(infos, draw) for draw in (0, 1)]
-        shapes = [
-            {n: np.shape(v) for n, v in run(g.random_feeds(infos, seed=i, dims=sizes[i])).items()} for i in (0, 1)
-        ]
-    except NmcompileError as error:
-        return str(error)
-    tensors = graph.tensors()
-    for name in names:
-        first, second = shapes[0].get(name), shapes[1].get(name)
-        tensor = tensors.get(name)
-        if first is None or second is None or len(first) != len(second) or not isinstance(tensor, gs.Variable):
-            continue
-        tensor.shape = [_dimension(a, b, sizes) for a, b in zip(first, second, strict=True)]
-    return None
+    d = Derivation(graph)
+    for node in graph.nodes:
+        for y in node.outputs:
+            if y.name and isinstance(y, gs.Variable):
+                dims = d.dims(y)
+                y.shape = dims if dims is not None else _numbers(y.shape)
+    return d
 
 
-def _dimension(a: int, b: int, sizes: Sequence[Mapping[str, int]]) -> int | str | None:
-    for name, size in sizes[0].items():
-        if (a, b) == (size, sizes[1][name]):
-            return name
-    return int(a) if a == b else None
+def _numbers(shape: Sequence[int | str | None] | None) -> list[int | None] | None:
+    """What inference found, less the names that it gives to sizes it does not know."""
+    return None if shape is None else [dim if isinstance(dim, int) else None for dim in shape]
 
 
 def concrete(shape: Sequence[int | str | None] | None, sizes: Mapping[str, int]) -> tuple[int, ...] | None:

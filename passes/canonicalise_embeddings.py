@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,12 +10,11 @@ import onnx_graphsurgeon as gs
 
 from nmcompile import graph as g
 from nmcompile import probe
-from nmcompile.canonical import Builder, Positions, build_positions, match_positions
-from nmcompile.errors import NmcompileError
+from nmcompile.builder import Builder
+from nmcompile.derive import Derivation, Underived
+from nmcompile.lookups import Ids, build_ids, columns, explained, read_ids
 from nmcompile.pipeline import Pass, Report
-
-DRAWS = (0, 1)
-LARGEST = 500  # token id of a further run, for ids and what is clipped or compared agree on zeros and ones
+from nmcompile.symbolic import ONE, Element, Index, Poly, poly
 
 
 @dataclass(frozen=True)
@@ -26,34 +24,33 @@ class CanonicaliseEmbeddings(Pass):
     Gather(table, <Slice, Expand, CumSum ... over the inputs>)  ->  Gather(table, Range(0, sequence))
     Gather(table, zeros)                                        ->  table[0]
 
-    What the ids are is read off runs on random inputs at two sizes.
+    What the ids are is derived from the sub-graph that computes them; ids that are something else stay as they are.
     """
 
     preserves: ClassVar[bool] = True
 
     def run(self, graph: gs.Graph) -> Report:
-        sliced = [node for node in graph.nodes if _is_slice(node)]
-        lookups = [node for node in graph.nodes if _is_lookup(node)] + sliced
+        if not any(_is_lookup(node) or _is_slice(node) for node in graph.nodes):
+            return Report()
+        d = probe.annotate(graph)
+        lookups = [node for node in graph.nodes if _is_lookup(node) or _cuts(d, node)]
         inputs = {t.name for t in graph.inputs}
-        open_ = [n for n in lookups if n.op == "Slice" or (
-            n.inputs[1].name not in inputs and match_positions(n.inputs[1]) is None)]  # fmt: skip
-        done = len(lookups) - len(open_)
-        if not open_:
-            return Report(detail={"matched": f"{done}/{done}"} if done else {})
-        reason = probe.annotate(graph)
-        if reason is not None:
-            return Report(detail={"matched": f"{done}/{len(lookups)}"},
-                          notes=(f"embeddings not matched, the graph could not be run: {reason}",))  # fmt: skip
         notes: list[str] = []
-        changed = 0
-        for node in open_:
+        changed = done = 0
+        for node in lookups:
+            if node.op == "Gather" and (node.inputs[1].name in inputs or _is_canonical(node.inputs[1])):
+                done += 1
+                continue
             try:
-                changed += _slice(graph, node) if node.op == "Slice" else _canonicalise(graph, node, notes)
-            except NmcompileError as error:
-                notes.append(f"{node.name}: embedding not matched, its ids cannot be computed alone: {error}")
+                found = _table_rows(d, node) if node.op == "Slice" else read_ids(d, node.inputs[1])
+                _canonicalise(graph, d, node, found)
+                changed += 1
+            except Underived as stop:
+                notes.append(f"{node.name}: embedding not matched, {stop}")
         if changed:
             g.cleanup(graph)
-        return Report(changed=changed, detail={"matched": f"{done + changed}/{len(lookups)}"}, notes=tuple(notes))
+        detail = {"matched": f"{done + changed}/{len(lookups)}"} if lookups else {}
+        return Report(changed=changed, detail=detail, notes=tuple(notes))
 
 
 def _is_lookup(node: gs.Node) -> bool:
@@ -65,72 +62,72 @@ def _is_lookup(node: gs.Node) -> bool:
 
 
 def _is_slice(node: gs.Node) -> bool:
+    return node.op == "Slice" and isinstance(node.inputs[0], gs.Constant)
+
+
+def _cuts(d: Derivation, node: gs.Node) -> bool:
     """A table cut to the sequence's length, as some exporters read positions."""
-    if node.op != "Slice" or not isinstance(node.inputs[0], gs.Constant) or not node.outputs[0].shape:
+    if not _is_slice(node):
         return False
-    table, shape = node.inputs[0], node.outputs[0].shape
-    return len(table.shape) == 2 and table.dtype == np.float32 and not isinstance(shape[0], int)
+    table, shape = node.inputs[0], d.shape(node.outputs[0])
+    return (len(table.shape) == 2 and table.dtype == np.float32 and shape is not None
+            and shape[0].integer is None and shape[1].integer == table.shape[1])  # fmt: skip
 
 
-def _slice(graph: gs.Graph, node: gs.Node) -> int:
+def _is_canonical(ids: gs.Tensor) -> bool:
+    """What build_ids makes: a Range, or RoBERTa's Add(Mul(CumSum(real), real), pad)."""
+    node = g.producer(ids)
+    product = g.producer(node.inputs[0]) if node is not None and node.op == "Add" else None
+    count = g.producer(product.inputs[0]) if product is not None and product.op == "Mul" else None
+    return node is not None and (node.op == "Range" or (count is not None and count.op == "CumSum"))
+
+
+def _table_rows(d: Derivation, node: gs.Node) -> Ids:
+    """Which rows of its table a Slice gives, in order."""
+    table, (rows, width) = node.inputs[0], d.value(node.outputs[0]).shape
+    place = poly(Index("t", rows)), poly(Index("f", width))
+    atom = next(iter(d.element(node.outputs[0], place).atoms), None)
+    if not isinstance(atom, Element) or atom.tensor != table.name or atom.index[1] != place[1]:
+        raise Underived("it does not give rows of its table in order")
+    return explained(atom.index[0], place[:1], (rows,), d.inputs)
+
+
+def _canonicalise(graph: gs.Graph, d: Derivation, node: gs.Node, found: Ids) -> None:
+    """Underived where it may not be: what follows must add a row, or rows by position, by broadcasting."""
     table, y = node.inputs[0], node.outputs[0]
-    for draw in DRAWS:
-        feeds = probe.binary_feeds(graph, draw)
-        value = probe.evaluate(graph, [y.name], feeds)[y.name]
-        tokens = [t for t in graph.inputs if feeds[t.name].ndim == 2]
-        source = next((t for t in tokens if feeds[t.name].shape[1] == len(value)), None)
-        if source is None or not _equal(value, table.values[: len(value)]):
-            return 0
+    if found.kind == "input":
+        node.inputs[1] = found.source
+        return
+    if found.kind == "row":
+        if not _is_added(graph, d, y, None) or not 0 <= found.first < table.shape[0]:
+            raise Underived(f"it always gives row {found.first}, and is not added to other embeddings")
+        g.rewire(graph, y, Builder(graph, node.name).constant(table.values[found.first].copy(), "row"))
+        return
+    if found.kind == "position" and not _is_added(graph, d, y, found.length):
+        raise Underived("it gives rows by position, and is not added to other embeddings")
     b = Builder(graph, node.name)
-    new = b("Gather", table, build_positions(b, Positions(), source), axis=0, shape=y.shape)
-    g.rewire(graph, y, new)
-    return 1
+    ids = build_ids(b, found, d.inputs)
+    if node.op == "Slice":
+        g.rewire(graph, y, b("Gather", table, ids, axis=0, shape=[None, table.shape[1]]))
+        return
+    node.inputs[1] = ids
+    y.shape = None
 
 
-def _canonicalise(graph: gs.Graph, node: gs.Node, notes: list[str]) -> int:
-    table, ids = node.inputs
-    values, feeds = [], []
-    for draw, largest in (*((draw, 1) for draw in DRAWS), (0, LARGEST)):
-        feeds.append(probe.binary_feeds(graph, draw, largest))
-        values.append(probe.evaluate(graph, [ids.name], feeds[-1])[ids.name])
-    sources = [t for t in graph.inputs if t.name in feeds[0] and feeds[0][t.name].ndim == 2]
-    for source in sources:
-        if all(_equal(v, f[source.name]) for v, f in zip(values, feeds, strict=True)):
-            node.inputs[1] = source
-            return 1
-    added = all(user.op == "Add" for user in g.consumers(node.outputs[0])) and not g.is_output(graph, node.outputs[0])
-    fixed = not probe.read(graph, ids)  # by no input's values, whatever the runs show
-    if fixed and added and all(np.ptp(v) == 0 for v in values) and values[0].flat[0] == values[1].flat[0]:
-        row = Builder(graph, node.name).constant(table.values[int(values[0].flat[0])].copy(), "row")
-        g.rewire(graph, node.outputs[0], row)
-        return 1
-    found = _positions(values, feeds, sources)
-    if found is None or not sources or (found.ids is None and not (added and fixed)):
-        notes.append(f"{node.name}: embedding not matched, its ids are neither an input nor positions")
-        return 0
-    like = found.ids if found.ids is not None else sources[0]
-    node.inputs[1] = build_positions(Builder(graph, node.name), found, like)
-    node.outputs[0].shape = None
-    return 1
-
-
-def _equal(a: np.ndarray, b: np.ndarray) -> bool:
-    return a.shape == b.shape and bool((a == b).all())
-
-
-def _positions(
-    values: Sequence[np.ndarray], feeds: Sequence[probe.Feeds], sources: Sequence[gs.Tensor]
-) -> Positions | None:
-    first = int(values[0].reshape(-1)[0])
-    if all(_equal(v, np.broadcast_to(np.arange(v.shape[-1]) + first, v.shape)) for v in values):
-        lengths = {f[sources[0].name].shape[1] for f in feeds} if sources else set()
-        return Positions(first=first) if lengths == {v.shape[-1] for v in values} else None
-    for source in sources:
-        for pad in (1, 0):
-            wanted = []
-            for f in feeds:
-                real = (f[source.name] != pad).astype(np.int64)
-                wanted.append(np.cumsum(real, axis=1) * real + pad)
-            if all(_equal(v, w) for v, w in zip(values, wanted, strict=True)):
-                return Positions(ids=source, pad=pad)
-    return None
+def _is_added(graph: gs.Graph, d: Derivation, y: gs.Tensor, length: Poly | None) -> bool:
+    """Whether every reader adds it to a tensor of at least its rank, with as many columns as it has rows."""
+    users, shape = g.consumers(y), d.value(y).shape
+    if not users or g.is_output(graph, y):
+        return False
+    for user in users:
+        if user.op != "Add":
+            return False
+        other = d.shape(next((x for x in user.inputs if x is not y), y))
+        if other is None or len(other) < len(shape) or len(other) < 2 or other[-1] != shape[-1]:
+            return False
+        lead = (ONE,) * (len(other) - len(shape)) + shape[:-1]  # what it gives must come from the other operand
+        if any(columns(own) not in (ONE, size) for own, size in zip(lead, map(columns, other[:-1]), strict=True)):
+            return False
+        if length is not None and columns(other[-2]) != length:
+            return False
+    return True

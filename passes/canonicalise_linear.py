@@ -9,7 +9,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from nmcompile import graph as g
-from nmcompile.canonical import Builder
+from nmcompile.builder import Builder
 from nmcompile.passes.unflatten import unflatten
 from nmcompile.pipeline import Pass, Report
 

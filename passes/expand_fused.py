@@ -10,7 +10,8 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from nmcompile import graph as g
-from nmcompile.canonical import LOWEST, Builder, Mask, build_mask
+from nmcompile.builder import Builder
+from nmcompile.masks import LOWEST, Mask, build_mask
 from nmcompile.pipeline import Pass, Report
 
 MICROSOFT = "com.microsoft"

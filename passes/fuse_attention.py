@@ -11,15 +11,18 @@ import onnx_graphsurgeon as gs
 
 from nmcompile import graph as g
 from nmcompile import probe
-from nmcompile.canonical import Builder, Mask, build_attention, build_mask, match_attention
+from nmcompile.builder import Builder
+from nmcompile.canonical import build_attention, match_attention
+from nmcompile.derive import Derivation, Underived
 from nmcompile.errors import NmcompileError
+from nmcompile.masks import Mask, build_mask, read_scores
 from nmcompile.pipeline import Pass, Report
+from nmcompile.symbolic import Element, Index, Poly, evaluate, floor_divided, poly
 
 # Operators that move or scale values without mixing them: what may stand between a projection and its scores.
 CARRY = {"Reshape", "Transpose", "Mul", "Div", "Unsqueeze", "Squeeze", "Identity", "Cast", "Split", "Slice", "Gather",
          "Expand", "Tile"}  # fmt: skip
 BETWEEN = {"Add", "Mul", "Div", "Where", "Cast", "Identity", "Sub"}
-MASKED = -5e3  # a score below this hides its key: exporters add -10000 or the lowest float
 DRAWS = (0, 1)
 
 
@@ -49,43 +52,37 @@ class FuseAttention(Pass):
     Softmax(MatMul(q, k^T) * s + <mask sub-graph>), MatMul(., v)
         ->  the same over Reshape/Transpose by heads, mask = Where(keep, 0, lowest)
 
-    The operands' layout, the scale and the mask are read off runs of the sub-graph on odd sizes, so merged projections,
-    exporters' mask arithmetic and scaled q and k all match. Rotary embeddings and learned position biases do not.
+    The operands' layout, the scale and the mask are derived from the sub-graph (nmcompile.derive), so merged projections,
+    exporters' mask arithmetic and scaled q and k all match, and what is derived holds at every length. Two runs are a
+    second opinion. Rotary embeddings and learned position biases do not match.
     """
 
     preserves: ClassVar[bool] = True
 
     def run(self, graph: gs.Graph) -> Report:
-        roots = [node for node in graph.nodes if node.op == "Softmax" and match_attention(node) is None]
+        if not any(node.op == "Softmax" for node in graph.nodes):
+            return Report()
+        d = probe.annotate(graph)
+        roots = [node for node in graph.nodes if node.op == "Softmax" and match_attention(node, d) is None]
         done = sum(node.op == "Softmax" for node in graph.nodes) - len(roots)
-        if not roots:
-            return Report(detail={"matched": f"{done}/{done}"} if done else {})
-        reason = probe.annotate(graph)
-        if reason is not None:
-            return Report(detail={"matched": f"{done}/{done + len(roots)}"},
-                          notes=(f"attention not matched, the graph could not be run: {reason}",))  # fmt: skip
         notes: list[str] = []
-        masks: dict[str, gs.Tensor | None] = {}
-        fused = attention = 0
+        found: list[tuple[gs.Node, _Found]] = []
+        attention = 0
         for root in roots:
             try:
-                found = _find(graph, root)
-            except Miss as miss:
-                if str(miss):
-                    attention += 1
-                    notes.append(f"{root.name}: attention not matched, {miss}")
-                continue
-            except NmcompileError as error:
-                attention += 1
-                notes.append(f"{root.name}: attention not matched, its sub-graph does not run alone: {error}")
-                continue
+                found.append((root, _find(graph, d, root)))
+            except (Miss, Underived, NmcompileError) as miss:
+                if not str(miss):
+                    continue
+                notes.append(f"{root.name}: attention not matched, {miss}")
             attention += 1
-            fused += 1
-            _replace(graph, root, found, masks)
-        if fused:
+        masks: dict[tuple[object, ...], gs.Tensor | None] = {}
+        for root, item in found:
+            _replace(graph, root, item, masks)
+        if found:
             g.cleanup(graph)
-        detail = {"matched": f"{fused + done}/{attention + done}"} if attention + done else {}
-        return Report(changed=fused, detail=detail, notes=tuple(notes))
+        detail = {"matched": f"{len(found) + done}/{attention + done}"} if attention + done else {}
+        return Report(changed=len(found), detail=detail, notes=tuple(notes))
 
 
 @dataclass(frozen=True)
@@ -96,46 +93,26 @@ class _Found:
     y: gs.Tensor
     scale: float
     mask: Mask
+    guarded: bool
 
 
-def _find(graph: gs.Graph, root: gs.Node) -> _Found:
+def _find(graph: gs.Graph, d: Derivation, root: gs.Node) -> _Found:
     product = _product_above(root)
-    context = _context_below(root)
-    qh, kh, vh = product.inputs[0], product.inputs[1], context.inputs[1]
-    q, k, v = (_operand(graph, t, keys) for t, keys in ((qh, False), (kh, True), (vh, False)))
-    if k.source.shape[:2] != q.source.shape[:2] or v.source.shape[:2] != q.source.shape[:2]:
+    context, guarded = _context_below(root)
+    q, k, v = (_operand(d, t, keys) for t, keys in zip(
+        (product.inputs[0], product.inputs[1], context.inputs[1]), (False, True, False), strict=True))  # fmt: skip
+    lead = d.value(q.source).shape[:2]
+    if d.value(k.source).shape[:2] != lead or d.value(v.source).shape[:2] != lead:
         raise Miss("queries and keys come from different sequences (cross-attention)")
     if q.features.shape != k.features.shape or v.features.shape != q.features.shape:
         raise Miss(f"heads differ: q {q.features.shape}, k {k.features.shape}, v {v.features.shape}")
     if v.scale != 1.0:
         raise Miss("its values are scaled")
-    ys = _merged_below(context, q.features.size)
-    scale, mask = None, None
-    for draw in DRAWS:
-        feeds = probe.binary_feeds(graph, draw)
-        sizes = probe.free_sizes(g.inputs(graph), draw)
-        rng = np.random.default_rng(draw)
-        cut = {t.source.name: t.source for t in (q, k, v)}
-        for name, tensor in cut.items():
-            shape = probe.concrete(tensor.shape, sizes)
-            if shape is None:
-                raise Miss(f"the shape of {name} is not known")
-            feeds[name] = rng.standard_normal(shape).astype(np.float32)
-        names = [product.outputs[0].name, root.inputs[0].name, *(y.name for y in ys)]
-        values = probe.evaluate(graph, list(dict.fromkeys(names)), feeds, tuple(cut))
-        factor, keep = _scores(values[product.outputs[0].name], values[root.inputs[0].name])
-        mask = _explain(graph, keep, feeds, mask)
-        if scale is not None and not np.isclose(factor, scale, rtol=1e-3):
-            raise Miss("its scale changes with the sequence")
-        scale = factor if scale is None else scale
-        ys = _agreeing(ys, values, _reference(feeds, q, k, v, factor, keep))
-        if not ys:
-            raise Miss("what follows the softmax is not softmax(q k) v merged by heads")
-    assert scale is not None and mask is not None
-    others = probe.read(graph, root.inputs[0], cut) - {mask.padding.name if mask.padding is not None else ""}
-    if others:  # in the runs it looked like `mask`, with other values it may not
-        raise Miss(f"its mask is computed from {', '.join(sorted(others))}, and not as padding over [batch, tokens]")
-    return _Found(q, k, v, ys[0], scale * q.scale * k.scale, mask)
+    scale, mask = read_scores(d, root.inputs[0], product.outputs[0].name)
+    y = _merged_below(d, context, *q.features.shape)
+    found = _Found(q, k, v, y, scale * q.scale * k.scale, mask, guarded and mask.lowest == float("-inf"))
+    _agrees(graph, found)
+    return found
 
 
 def _product_above(root: gs.Node) -> gs.Node:
@@ -178,117 +155,176 @@ def _leads_to_product(tensor: gs.Tensor) -> bool:
     return False
 
 
-def _context_below(root: gs.Node) -> gs.Node:
-    """The product of the softmax with the values, past guards against NaN and casts."""
-    tensor = root.outputs[0]
+def _context_below(root: gs.Node) -> tuple[gs.Node, bool]:
+    """(the product of the softmax with the values, whether rows of NaN become 0 before it)"""
+    tensor, guarded = root.outputs[0], False
     for _ in range(5):
         users = [node for node in g.consumers(tensor) if node.op != "IsNaN"]
         if len(users) != 1:
             raise Miss("the softmax has several consumers" if users else "the softmax feeds nothing")
         if users[0].op == "MatMul" and users[0].inputs[0] is tensor:
-            return users[0]
-        if users[0].op not in ("Where", "Cast", "Identity", "Dropout"):
+            return users[0], guarded
+        if users[0].op == "Where" and _guards(users[0], tensor):
+            guarded = True
+        elif users[0].op not in ("Cast", "Identity", "Dropout"):
             raise Miss(f"the softmax feeds a {users[0].op}")
         tensor = users[0].outputs[0]
     raise Miss("no product with the values follows the softmax")
 
 
-def _operand(graph: gs.Graph, tensor: gs.Tensor, keys: bool) -> Operand:
+def _guards(where: gs.Node, tensor: gs.Tensor) -> bool:
+    """Where(IsNaN(tensor), 0, tensor)"""
+    test, instead = g.producer(where.inputs[0]), g.constant(where.inputs[1])
+    return (test is not None and test.op == "IsNaN" and test.inputs[0] is tensor and where.inputs[2] is tensor
+            and instead is not None and not instead.any())  # fmt: skip
+
+
+def _operand(d: Derivation, tensor: gs.Tensor, keys: bool) -> Operand:
     """Where a [batch, heads, tokens, size] operand (keys: [.., size, tokens]) comes from."""
-    if tensor.shape is None or len(tensor.shape) != 4:
+    shape = d.value(tensor).shape
+    if len(shape) != 4:
         raise Miss(f"{tensor.name} has not four dimensions")
-    batch, heads = tensor.shape[0], tensor.shape[1]
-    tokens, size = (tensor.shape[3], tensor.shape[2]) if keys else (tensor.shape[2], tensor.shape[3])
-    if not isinstance(heads, int) or not isinstance(size, int):
-        raise Miss(f"the heads of {tensor.name} are not known, its shape is {tensor.shape}")
+    heads, size = shape[1].integer, shape[2 if keys else 3].integer
+    if heads is None or size is None:
+        raise Miss(f"the heads of {tensor.name} are not known, its shape is [{', '.join(map(str, shape))}]")
     source: gs.Tensor | None = tensor
+    nodes: list[gs.Node] = []
     for _ in range(14):
         node = g.producer(source) if source is not None else None
         if node is None or node.op not in CARRY:
             break
+        nodes.insert(0, node)
         source = next((x for x in node.inputs if g.constant(x) is None), None)
-        if source is None or source.shape is None or len(source.shape) != 3:
+        lead = d.shape(source) if source is not None else None
+        if source is None or lead is None or len(lead) != 3 or lead[:2] != (shape[0], shape[3 if keys else 2]):
             continue
-        if list(source.shape[:2]) == [batch, tokens] and isinstance(source.shape[2], int):
-            found = _features(graph, source, tensor, keys)
-            if found is not None and found.features.shape == (heads, size):
-                return found
-    raise Miss(f"{tensor.name} is not a projection split by heads (rotary embeddings are not supported yet)")
+        found = _features(d.cut(source, nodes), source, tensor, keys, (heads, size))
+        if found is not None:
+            return found
+    raise Miss(f"{tensor.name} is not a projection split by heads, {_where(d, source, tensor)}")
 
 
-def _features(graph: gs.Graph, source: gs.Tensor, tensor: gs.Tensor, keys: bool) -> Operand | None:
-    """Trace features: with ones the operand shows its scale, with 1, 2, 3, ... which feature each place holds."""
-    feeds = probe.binary_feeds(graph, 0)
-    shape = probe.concrete(source.shape, probe.free_sizes(g.inputs(graph), 0))
-    if shape is None:
+def _where(d: Derivation, source: gs.Tensor | None, tensor: gs.Tensor) -> str:
+    """What stands between an operand and its projection."""
+    stop = d.stopped((source or tensor).name)
+    node = g.producer(source) if source is not None else None
+    turned = node is not None and node.op in ("Add", "Concat", "RotaryEmbedding") and _turns(node)
+    return f"it is turned by position at {stop} (rotary embeddings)" if turned else f"it is computed by {stop}"
+
+
+def _turns(node: gs.Node) -> bool:
+    """x * cos + turned(x) * sin: a sum of two products, or the two halves of one."""
+    if node.op == "RotaryEmbedding":
+        return True
+    makers = [g.producer(x) for x in node.inputs if g.constant(x) is None]
+    if node.op == "Concat":
+        return any(maker is not None and maker.op in ("Add", "Sub") and _turns_half(maker) for maker in makers)
+    return _turns_half(node)
+
+
+def _turns_half(node: gs.Node) -> bool:
+    makers = [g.producer(x) for x in node.inputs]
+    return len(makers) == 2 and all(maker is not None and maker.op == "Mul" for maker in makers)
+
+
+def _features(
+    d: Derivation, source: gs.Tensor, tensor: gs.Tensor, keys: bool, wanted: tuple[int, int]
+) -> Operand | None:
+    """Which feature of the source each head's place holds, and by what it is multiplied."""
+    b, h, t, i = (Index(name, size) for name, size in zip("bhti" if not keys else "bhit", d.value(tensor).shape, strict=True))
+    if keys:
+        t, i = i, t
+    batch, head, token, part = (poly(item) for item in (b, h, t, i))
+    value = d.element(tensor, (batch, head, part, token) if keys else (batch, head, token, part))
+    if len(value.terms) != 1:
         return None
-    results = []
-    for row in (np.ones(shape[2]), np.arange(1.0, shape[2] + 1)):
-        feeds[source.name] = np.broadcast_to(row, shape).astype(np.float32)
-        value = probe.evaluate(graph, [tensor.name], feeds, (source.name,))[tensor.name].astype(np.float64)
-        results.append(value.swapaxes(2, 3) if keys else value)  # [batch, heads, tokens, size]
-    ones, counted = results
-    scale = float(ones.flat[0])
-    if scale == 0 or not np.allclose(ones, scale, rtol=1e-4):
+    ((monomial, scale),) = value.terms.items()
+    atoms = [(atom, power) for atom, power in monomial]
+    if len(atoms) != 1 or atoms[0][1] != 1 or not isinstance(atoms[0][0], Element):
         return None
-    traced = counted / scale - 1
-    features = np.rint(traced[0, :, 0, :]).astype(np.int64)
-    if not np.allclose(traced, features[None, :, None, :], atol=1e-2) or features.min() < 0:
+    atom = atoms[0][0]
+    if atom.tensor != source.name or atom.index[:2] != (batch, token):
         return None
-    return Operand(source, features, 1.0 if np.isclose(scale, 1.0, rtol=1e-6) else scale)
+    grid = {h: np.arange(wanted[0])[:, None], i: np.arange(wanted[1])[None, :]}
+    features = evaluate(atom.index[2], grid)
+    if features is None:
+        return None
+    return Operand(source, np.broadcast_to(features, wanted).astype(np.int64), float(scale))
 
 
-def _scores(product: np.ndarray, scores: np.ndarray) -> tuple[float, np.ndarray]:
-    """The factor between q k^T and the softmax's input where keys are seen, and which keys are seen."""
-    keep = np.isfinite(scores) & (scores > MASKED)
-    if not keep.any():
-        raise Miss("every key is masked")
-    a, b = product[keep].astype(np.float64), scores[keep].astype(np.float64)
-    factor = float(a @ b / (a @ a))
-    if not np.allclose(b, factor * a, atol=1e-3 * float(np.abs(b).max() + 1e-6)):
-        raise Miss("a bias other than a mask is added to its scores (relative positions)")
-    return factor, keep
-
-
-def _explain(graph: gs.Graph, keep: np.ndarray, feeds: probe.Feeds, known: Mask | None) -> Mask:
-    """The mask that leaves exactly these keys: none, causal, padding by one input, or both."""
-    batch, _, queries, keys = keep.shape
-    triangle = np.tril(np.ones((queries, keys), bool))[None, None]
-    sources = [t for t in graph.inputs if t.name in feeds and feeds[t.name].shape == (batch, keys)]
-    candidates = [Mask(None, False), Mask(None, True)]
-    candidates += [Mask(source, causal) for source in sources for causal in (False, True)]
-    for mask in candidates:
-        seen = np.ones_like(keep) if not mask.causal else np.broadcast_to(triangle, keep.shape)
-        if mask.padding is not None:
-            seen = seen & (feeds[mask.padding.name] != 0)[:, None, None, :]
-        if (seen == keep).all() and (known is None or _same(mask, known)):
-            return mask
-    raise Miss("its mask is neither causal nor the padding given by an input of shape [batch, tokens]")
-
-
-def _same(a: Mask, b: Mask) -> bool:
-    return a.causal == b.causal and (a.padding.name if a.padding else "") == (b.padding.name if b.padding else "")
-
-
-def _merged_below(context: gs.Node, width: int) -> list[gs.Tensor]:
-    """Tensors after the context product that may hold it merged by heads, as [batch, tokens, width] or flat."""
+def _merged_below(d: Derivation, context: gs.Node, heads: int, size: int) -> gs.Tensor:
+    """The tensor after the context product that holds it merged by heads: [batch, tokens, width] rather than flat."""
     found, tensor = [], context.outputs[0]
     for _ in range(4):
         users = g.consumers(tensor)
         if len(users) != 1 or users[0].op not in ("Transpose", "Reshape", "Identity", "Cast"):
             break
         tensor = users[0].outputs[0]
-        if tensor.shape is not None and len(tensor.shape) in (2, 3) and tensor.shape[-1] == width:
+        shape = d.shape(tensor)
+        if shape is not None and len(shape) in (2, 3) and shape[-1].integer == heads * size:
             found.append(tensor)
     if not found:
         raise Miss("its result is not merged by heads")
-    return sorted(found, key=lambda t: -len(t.shape))
+    for tensor in sorted(found, key=lambda t: -len(d.value(t).shape)):
+        if _is_merged(d, tensor, context.outputs[0], heads, size):
+            return tensor
+    raise Miss("what follows the softmax is not softmax(q k) v merged by heads")
 
 
-def _reference(feeds: probe.Feeds, q: Operand, k: Operand, v: Operand, factor: float, keep: np.ndarray) -> np.ndarray:
+def _is_merged(d: Derivation, tensor: gs.Tensor, context: gs.Tensor, heads: int, size: int) -> bool:
+    """tensor[b, t, f] is context[b, f // size, t, f % size]."""
+    shape, tokens = d.value(tensor).shape, d.value(context).shape[2]
+    place = tuple(poly(Index(name, extent)) for name, extent in zip("btf"[3 - len(shape) :], shape, strict=True))
+    if len(shape) == 2:
+        place = (poly(Index("n", shape[0])), place[1])
+    value = d.element(tensor, place)
+    atom = next(iter(value.atoms), None)
+    if not isinstance(atom, Element) or value != poly(atom) or atom.tensor != context.name:
+        return False
+    batch, token = place[:2] if len(shape) == 3 else floor_divided(place[0], tokens)
+    column = Index("f", shape[-1])
+    grid = {column: np.arange(heads * size)}
+    head, part = evaluate(atom.index[1], grid), evaluate(atom.index[3], grid)
+    return (atom.index[0] == batch and atom.index[2] == token and head is not None and part is not None
+            and bool((head == grid[column] // size).all() and (part == grid[column] % size).all()))  # fmt: skip
+
+
+# ---- a second opinion ----------------------------------------------------------------------------------------
+
+
+def _agrees(graph: gs.Graph, found: _Found) -> None:
+    """Run what was matched next to softmax(q k^T + mask) v in numpy; Miss where they differ.
+
+    A graph that cannot be run on made-up inputs is taken as it was derived.
+    """
+    for draw in DRAWS:
+        feeds = probe.binary_feeds(graph, draw)
+        sizes = probe.free_sizes(g.inputs(graph), draw)
+        rng = np.random.default_rng(draw)
+        cut = {t.source.name: t.source for t in (found.q, found.k, found.v)}
+        for name, tensor in cut.items():
+            shape = probe.concrete(tensor.shape, sizes)
+            if shape is None:
+                return
+            feeds[name] = rng.standard_normal(shape).astype(np.float32)
+        try:
+            value = probe.evaluate(graph, [found.y.name], feeds, tuple(cut))[found.y.name]
+        except NmcompileError:
+            return
+        reference = _reference(feeds, found)
+        if value.size != reference.size or not np.allclose(value.reshape(reference.shape), reference, atol=1e-3):
+            raise Miss(f"a run at {sizes} disagrees with its derivation: {found.mask}, scale {found.scale:g}")
+
+
+def _reference(feeds: probe.Feeds, found: _Found) -> np.ndarray:
     """softmax(q k^T) v in numpy, merged by heads: [batch, tokens, width]."""
-    parts = [feeds[t.source.name].astype(np.float64)[..., t.features] for t in (q, k, v)]  # [b, t, heads, size]
-    scores = np.einsum("bqhd,bkhd->bhqk", parts[0], parts[1]) * factor * q.scale * k.scale
+    parts = [feeds[t.source.name].astype(np.float64)[..., t.features] for t in (found.q, found.k, found.v)]
+    scores = np.einsum("bqhd,bkhd->bhqk", parts[0], parts[1]) * found.scale  # parts are [b, t, heads, size]
+    keep = np.ones(scores.shape, bool)
+    if found.mask.padding is not None:
+        keep &= (feeds[found.mask.padding.name] != 0)[:, None, None, :]
+    if found.mask.causal:
+        keep &= np.tril(np.ones(scores.shape[2:], bool))
     scores = np.where(keep, scores, -np.inf)
     share = np.exp(scores - scores.max(-1, keepdims=True))
     share /= share.sum(-1, keepdims=True)
@@ -296,19 +332,17 @@ def _reference(feeds: probe.Feeds, q: Operand, k: Operand, v: Operand, factor: f
     return np.asarray(y.reshape(*y.shape[:2], -1))
 
 
-def _agreeing(ys: Sequence[gs.Tensor], values: probe.Feeds, reference: np.ndarray) -> list[gs.Tensor]:
-    return [y for y in ys if np.allclose(values[y.name].reshape(reference.shape), reference, atol=1e-3)]
-
-
-def _replace(graph: gs.Graph, root: gs.Node, found: _Found, masks: dict[str, gs.Tensor | None]) -> None:
+def _replace(
+    graph: gs.Graph, root: gs.Node, found: _Found, masks: dict[tuple[object, ...], gs.Tensor | None]
+) -> None:
     stem = root.name.rsplit("/", 1)[0] or root.name
     b = Builder(graph, stem)
     q, k, v = (_project(graph, getattr(found, part), stem, part) for part in "qkv")
-    key = str(found.mask)
+    key = found.mask.key
     if key not in masks:
         like = found.q.source if found.mask.padding is None else found.mask.padding  # an input, rather
         masks[key] = build_mask(Builder(graph, "mask"), found.mask, like)
-    y = build_attention(b, q, k, v, found.q.features.shape[0], found.scale, masks[key])
+    y = build_attention(b, q, k, v, found.q.features.shape[0], found.scale, masks[key], found.guarded)
     if len(found.y.shape) == 2:
         y = b("Reshape", y, b.ints(-1, int(found.y.shape[-1])), shape=found.y.shape)
     g.rewire(graph, found.y, y)

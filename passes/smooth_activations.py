@@ -11,7 +11,8 @@ import onnx_graphsurgeon as gs
 
 from nmcompile import graph as g
 from nmcompile import quantize as q8
-from nmcompile.canonical import Builder, role
+from nmcompile.builder import Builder
+from nmcompile.canonical import role
 from nmcompile.errors import PassError
 from nmcompile.pipeline import CalibratedPass, Report
 

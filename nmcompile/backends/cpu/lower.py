@@ -56,6 +56,7 @@ def lower(graph: gs.Graph, choose: Choose = by_cost_model) -> Lowered:
     header: Json = {
         "inputs": [_info(info) for info in g.inputs(graph)],
         "outputs": [_info(info) for info in g.outputs(graph)],
+        **({"assumes": [guard.to_json() for guard in parts.guards]} if parts.guards else {}),
         "segments": segments,
         "layers": [{k: v for k, v in layer.items() if k not in REPORTED} for layer in layers],
     }

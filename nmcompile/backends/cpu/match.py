@@ -7,6 +7,7 @@ pairs are not operations of their own; they say in which form an operation reads
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeAlias
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -15,8 +16,14 @@ from nmcompile import graph as g
 from nmcompile.backends.cpu.match_patches import match_patches
 from nmcompile.backends.cpu.ops import FLOAT, Form, Op, Read, Space
 from nmcompile.backends.cpu.pack import MAX_INPUTS
-from nmcompile.canonical import match_attention, match_positions
+from nmcompile import probe
+from nmcompile.canonical import Attention, attentions
+from nmcompile.derive import Underived
+from nmcompile.lookups import columns, read_ids
+from nmcompile.symbolic import Poly
 
+# (where its rows come from, the table, the nodes it stands for, the sizes of its ids unless they are one row)
+Lookup: TypeAlias = "tuple[tuple[object, ...], np.ndarray, list[gs.Node], tuple[Poly, ...] | None]"
 UNARY = {"Relu": "relu", "Tanh": "tanh", "Sigmoid": "sigmoid"}
 BINARY = {"Add": "add", "Sub": "sub", "Mul": "mul"}
 
@@ -26,6 +33,7 @@ class Matcher:
 
     def __init__(self, graph: gs.Graph) -> None:
         self.graph = graph
+        self.derived = probe.annotate(graph)
         self.inputs = {t.name for t in graph.inputs}
         self.tensors = graph.tensors()
         self.spaces: dict[str, Space] = {}
@@ -39,7 +47,8 @@ class Matcher:
             "Gather": self._gather, "Conv": lambda conv: match_patches(conv, self.inputs),
             "Squeeze": self._view, "Cast": self._view, "Identity": self._view,
         }  # fmt: skip
-        attention = {id(n) for node in graph.nodes for n in self._attention_nodes(node)}
+        self.attentions: dict[str, Attention] = {found.name: found for found in attentions(graph, self.derived)}
+        attention = {id(n) for found in self.attentions.values() for n in found.nodes}
         last = [node for node in graph.nodes if node.op == "Softmax"]  # they ask how their operands are made
         for node in [*(node for node in graph.nodes if node.op != "Softmax"), *last]:
             match = table.get(node.op)
@@ -54,11 +63,6 @@ class Matcher:
                 self.spaces[found.y] = found.space
         order = {id(node): i for i, node in enumerate(graph.nodes)}
         self.ops.sort(key=lambda op: max(order[id(node)] for node in op.nodes))
-
-    @staticmethod
-    def _attention_nodes(node: gs.Node) -> tuple[gs.Node, ...]:
-        found = match_attention(node)
-        return found.nodes if found is not None else ()
 
     # ---- what a tensor is ----
 
@@ -125,8 +129,9 @@ class Matcher:
         users = g.consumers(y)
         if len(users) == 1 and users[0].op == "Add" and not g.is_output(self.graph, y):
             value = next((v for v in map(g.constant, users[0].inputs) if v is not None), None)
-            if value is not None and value.size == n and value.shape[-1] == n:
-                bias, y = value.reshape(-1).astype(np.float32), users[0].outputs[0]
+            row = None if value is None else g.per_feature(value, 2 if space.first else 3, n)
+            if row is not None:
+                bias, y = row.astype(np.float32), users[0].outputs[0]
                 nodes.append(users[0])
         data: dict[str, object] = {"weight": matrix, "bias": bias, "scale": scale}
         quantized = scale is not None and read.form.layout == "u8"
@@ -153,19 +158,20 @@ class Matcher:
         return stored.T, np.broadcast_to(scale.reshape(-1).astype(np.float32), (stored.shape[1],)).copy()
 
     def _attention(self, node: gs.Node) -> Op | str | None:
-        found = match_attention(node)
+        found = self.attentions.get(node.name)
         if found is None:
             return "its attention is not in canonical form"
         if found.quantized_shares:
             return "its softmax is quantized, which the engine does by steps of its own"
-        if found.mask.padding is not None and found.mask.padding.name not in self.inputs:
-            return "its mask is not a graph input"
         parts = zip(found.operands, (found.q, found.k, found.v), ("u8", "keys", "values"), strict=True)
         reads = tuple(self._operand(*part) for part in parts)
         spaces = [self.space(self._tensor(read.tensor)) for read in reads]
         width = found.q.shape[-1] if found.q.shape is not None else None
         if spaces[0] is None or spaces.count(spaces[0]) != 3 or not isinstance(width, int):
             return "its queries and keys are not the same tokens"
+        mask = found.mask
+        if mask.padding is not None and list(mask.padding.shape or []) != [spaces[0].batch, spaces[0].tokens]:
+            return f"its mask {mask.padding.name} is not [batch, tokens] of its queries"
         if width % found.heads or (width // found.heads) % 4:
             return f"head size {width / found.heads:g} is not a multiple of 4"
         # only a linear layer writes the forms that keys and values are read in
@@ -179,6 +185,7 @@ class Matcher:
             "scale": found.scale,
             "causal": found.mask.causal,
             "mask": padding,
+            "binary": found.mask.binary,
         }
         kind = "attention" if quantized else "attention_float"
         return Op(kind, reads, found.y.name, width, spaces[0], found.nodes, data, node.name)
@@ -240,8 +247,9 @@ class Matcher:
                 continue
             if node.op == "Sub" and x is b:
                 return None
-            if value.size in (1, rows) and (value.ndim == 0 or value.shape[-1] in (1, rows)):
-                row = np.broadcast_to(value.reshape(-1).astype(np.float32), (rows,)).copy()
+            per_feature = g.per_feature(value, 2 if space.first else 3, rows)
+            if per_feature is not None:
+                row = per_feature.astype(np.float32)
                 data = {"mul": row if node.op == "Mul" else None,
                         "add": {"Add": row, "Sub": -row, "Mul": None}[node.op]}  # fmt: skip
                 return Op("affine", (Read(x.name),), y, rows, space, (node,), dict(data), node.name)
@@ -305,24 +313,32 @@ class Matcher:
         if any(user.op == "Add" and self._lookups(user.outputs[0]) is not None for user in users):
             return None  # a larger sum holds this one
         sources = self._lookups(node.outputs[0])
-        if not sources or not any(kind != "row" for kind, *_ in (source[0] for source in sources)):
+        shape = self.derived.shape(node.outputs[0])
+        if not sources or shape is None or len(shape) != 3:
+            return None
+        if not any(source[0][0] in ("input", "cumulative") for source in sources):
+            return None
+        lead = columns(shape[0]), columns(shape[1])
+        if any(length is not None and length != lead[-len(length) :] for *_, length in sources):
+            return None  # by an input of other tokens than the rest
+        ids = next(self._tensor(str(s[0][1])) for s in sources if s[0][0] in ("input", "cumulative"))
+        if ids.shape is None or None in ids.shape:
             return None
         nodes = tuple(item for source in sources for item in source[2])
-        ids = next((self._tensor(str(s[0][1])) for s in sources if s[0][0] in ("input", "cumulative")), None)
-        if ids is None or ids.shape is None or None in ids.shape:
-            return None
         rows = int(sources[0][1].shape[-1])
-        space = Space(ids.shape[0], ids.shape[1])
         data: dict[str, object] = {"sources": [s[0] for s in sources], "tables": [s[1] for s in sources]}
         return Op(
-            "embed", (), node.outputs[0].name, rows, space, tuple({id(n): n for n in nodes}.values()), data, node.name
-        )
+            "embed", (), node.outputs[0].name, rows, Space(ids.shape[0], ids.shape[1]),
+            tuple({id(n): n for n in nodes}.values()), data, node.name,
+        )  # fmt: skip
 
-    def _lookups(self, tensor: gs.Tensor) -> list[tuple[tuple[object, ...], np.ndarray, list[gs.Node]]] | None:
-        """(source, table, nodes) of each term of a sum of look-ups; None when a term is something else."""
+    def _lookups(self, tensor: gs.Tensor) -> list[Lookup] | None:
+        """(source, table, nodes, sizes of its ids) of each term of a sum of look-ups; None when a term is something
+        else."""
         value = g.constant(tensor)
         if value is not None:
-            return [(("row", 0), value.reshape(1, -1), [])] if value.ndim == 1 and value.dtype == np.float32 else None
+            row = value.ndim == 1 and value.dtype == np.float32
+            return [(("row", 0), value.reshape(1, -1), [], None)] if row else None
         node = g.producer(tensor)
         if node is None:
             return None
@@ -332,21 +348,21 @@ class Matcher:
             left, right = self._lookups(node.inputs[0]), self._lookups(node.inputs[1])
             if left is None or right is None:
                 return None
-            return [*((s, t, [*n, node]) for s, t, n in left), *((s, t, [*n, node]) for s, t, n in right)]
+            return [(source, table, [*nodes, node], size) for source, table, nodes, size in (*left, *right)]
         table = g.constant(node.inputs[0]) if node.op == "Gather" and node.attrs.get("axis", 0) == 0 else None
         if table is None or table.ndim != 2 or table.dtype != np.float32:
             return None
-        ids = node.inputs[1]
-        if ids.name in self.inputs and ids.shape is not None and len(ids.shape) == 2:
-            return [(("input", ids.name), table, [node])]
-        positions = match_positions(ids)
-        if positions is None:
+        try:
+            ids = read_ids(self.derived, node.inputs[1])
+        except Underived:
             return None
-        if positions.ids is None:
-            return [(("position", positions.first), table, [node])]
-        if positions.ids.name not in self.inputs:
+        shape = tuple(map(columns, self.derived.value(node.inputs[1]).shape))
+        if ids.kind == "position":
+            return [(("position", ids.first), table, [node], shape[-1:])]
+        if ids.source is None or len(shape) != 2:
             return None
-        return [(("cumulative", positions.ids.name, positions.pad), table, [node])]
+        rest = (ids.first,) if ids.kind == "cumulative" else ()
+        return [((ids.kind, ids.source.name, *rest), table, [node], shape)]
 
     def _tensor(self, name: str) -> gs.Tensor:
         return self.tensors[name]

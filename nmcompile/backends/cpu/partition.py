@@ -11,7 +11,9 @@ import onnx_graphsurgeon as gs
 
 from nmcompile.backends.cpu.match import Matcher
 from nmcompile.backends.cpu.ops import Op
-from nmcompile.backends.cpu.padding import padding_matters
+from nmcompile.backends.cpu.padding import Reading, reads_padding
+from nmcompile.derive import Derivation
+from nmcompile.guards import Guard
 
 # A native segment pays for moving its activations into the engine's layout from this many layers on.
 MIN_LAYERS = 2
@@ -37,6 +39,7 @@ Item: TypeAlias = "Op | gs.Node"
 class Partition:
     segments: tuple[Segment, ...]  # in the order in which they run
     reasons: tuple[str, ...]  # why nodes fell to onnxruntime
+    guards: tuple[Guard, ...] = ()  # what the native segments assume of the inputs
 
 
 def partition(graph: gs.Graph) -> Partition:
@@ -54,7 +57,7 @@ def partition(graph: gs.Graph) -> Partition:
         segments = _segments(graph, ops)
         refused = [(op, why) for segment in segments if segment.native for op, why in _refuse(segment)]
         if not refused:
-            refused = [pair for segment in segments for pair in _leaks(graph, segment, segments)]
+            refused = [pair for segment in segments for pair in _leaks(graph, matcher.derived, segment, segments)]
         if not refused:
             break
         for op, why in refused:
@@ -62,7 +65,8 @@ def partition(graph: gs.Graph) -> Partition:
             reasons.setdefault(op.name, why)
     outside = {node.name for segment in segments if not segment.native for node in segment.nodes}
     told = tuple(f"{name}: runs on onnxruntime, {why}" for name, why in reasons.items() if name in outside)
-    return Partition(tuple(segments), told)
+    guards = {guard for segment in segments for guard in _guards(graph, matcher.derived, segment, segments)}
+    return Partition(tuple(segments), told, tuple(sorted(guards)))
 
 
 def _segments(graph: gs.Graph, ops: Sequence[Op]) -> list[Segment]:
@@ -174,13 +178,26 @@ def _refuse(segment: Segment) -> list[tuple[Op, str]]:
     return refused
 
 
-def _leaks(graph: gs.Graph, segment: Segment, segments: Sequence[Segment]) -> list[tuple[Op, str]]:
-    """The attentions of a segment that drops padding, when what comes after it would miss that padding."""
-    if segment.mask is None:
-        return []
+def _read_after(graph: gs.Graph, d: Derivation, segment: Segment, segments: Sequence[Segment]) -> Reading:
+    """What comes after a segment that drops padding makes of its tokens' rows."""
     later = {name for other in segments if other is not segment for name in other.inputs}
     tensors = [name for name in segment.outputs if name in later]
-    if not tensors or not padding_matters(graph, segment.mask, tensors):
+    return reads_padding(graph, d, segment.mask, tensors) if segment.mask is not None and tensors else Reading()
+
+
+def _leaks(
+    graph: gs.Graph, d: Derivation, segment: Segment, segments: Sequence[Segment]
+) -> list[tuple[Op, str]]:
+    """The attentions of a segment that drops padding, when what comes after it would miss that padding."""
+    leak = _read_after(graph, d, segment, segments).leak
+    why = f"what follows may read padding, which the engine does not compute, at {leak}"
+    return [(op, why) for op in segment.ops if op.kind.startswith("attention")] if leak else []
+
+
+def _guards(graph: gs.Graph, d: Derivation, segment: Segment, segments: Sequence[Segment]) -> list[Guard]:
+    """What a native segment assumes of the mask by which it drops tokens."""
+    if segment.mask is None:
         return []
-    why = f"what follows reads the padding of {tensors[0]}, which the engine does not compute"
-    return [(op, why) for op in segment.ops if op.kind.startswith("attention")]
+    binary = [Guard(segment.mask, "binary")] if any(op.data.get("binary") for op in segment.ops) else []
+    first = any(op.kind == "first" for op in segment.ops) or _read_after(graph, d, segment, segments).first
+    return [*binary, *([Guard(segment.mask, "first-token")] if first else [])]

@@ -13,6 +13,8 @@ import numpy as np
 
 from nmcompile import _native
 from nmcompile.errors import InputError, PlanError
+from nmcompile.guards import check as check_guards
+from nmcompile.guards import read_guards
 from nmcompile.made_up import limits
 from nmcompile.plan import Plan
 from nmcompile.tensorinfo import check_feeds, chosen_outputs, read_info
@@ -73,6 +75,7 @@ class Session:
         try:
             self.inputs = tuple(read_info(item) for item in header["inputs"])
             self.outputs = tuple(read_info(item) for item in header["outputs"])
+            self.guards = read_guards(header.get("assumes", []), [info.name for info in self.inputs])
             self._segments = [self._open(segment, isa or "") for segment in header["segments"]]
         except (KeyError, TypeError, AttributeError, IndexError) as error:
             raise PlanError(
@@ -103,12 +106,18 @@ class Session:
             if info.name not in ready:
                 raise PlanError(f"the plan does not make its output {info.name!r}; compile it again")
 
+    def _checked(self, feeds: Mapping[str, np.ndarray]) -> Arrays:
+        """The inputs, of the types and shapes of the model's, within what the plan assumes of them."""
+        values = check_feeds(feeds, self.inputs)
+        check_guards(self.guards, values)
+        return values
+
     def run(self, feeds: Mapping[str, np.ndarray], outputs: Sequence[str] | None = None) -> Arrays:
         """Outputs by name for inputs by name; `outputs` picks some. Rows of padding tokens hold zeros.
 
         Raises InputError for names, types, shapes or token ids that do not fit.
         """
-        values: Arrays = check_feeds(feeds, self.inputs)
+        values = self._checked(feeds)
         wanted = chosen_outputs(outputs, self.outputs)
         for segment in self._segments:
             values.update(segment.run(values))
@@ -124,7 +133,7 @@ class Session:
 
     def profile(self, feeds: Mapping[str, np.ndarray]) -> list[tuple[str, int]]:
         """(step, nanoseconds) for one run, segment by segment; an onnxruntime segment counts as one step."""
-        values: Arrays = check_feeds(feeds, self.inputs)
+        values = self._checked(feeds)
         times: list[tuple[str, int]] = []
         for segment in self._segments:
             made, spent = segment.profile(values)
@@ -135,7 +144,7 @@ class Session:
     def trace(self, feeds: Mapping[str, np.ndarray]) -> Trace:
         """One run with every step's begin and end on every thread. Raises InputError as `run` does."""
         start = perf_counter_ns()
-        values: Arrays = check_feeds(feeds, self.inputs)
+        values = self._checked(feeds)
         found: list[tuple[int, np.ndarray]] = []
         for segment in self._segments:
             begin = perf_counter_ns() - start

@@ -1,0 +1,368 @@
+"""Masks of attention: which keys a query sees, derived from the sub-graph that computes it, and its canonical form.
+
+    Where(keep, 0, lowest)        keep from a [batch, keys] input, from the causal triangle, or both
+    (1 - padding) * lowest        the same for a padding that is 0 or 1; with other values it adds something else
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from nmcompile.builder import Builder, sequence_length
+from nmcompile.derive import Derivation, Underived
+from nmcompile.derive.value import aligned
+from nmcompile.symbolic import (
+    ONE,
+    ZERO,
+    AtLeast,
+    Atom,
+    Element,
+    Index,
+    Infinity,
+    IsZero,
+    Poly,
+    at_least_zero,
+    mentioned,
+    never_negative,
+    poly,
+    substitute,
+)
+
+LOWEST = float(np.finfo(np.float32).min)  # added to a score: its key is never seen
+HIDDEN = -5e3  # a score below this hides its key: exporters add -10000 or the lowest float
+ABSORBS = -1e30  # added to a score, nothing is left of it
+MAX_CONDITIONS = 6
+
+
+@dataclass(frozen=True)
+class Mask:
+    """Which keys a query sees: where `padding` [batch, keys] says so, and none after it if `causal`.
+
+    test: at which values of padding a key is seen: "nonzero", "one" (others hide it), "positive", or "linear", which is
+    seen at 1 and hidden at 0 by (1 - padding) * lowest. lowest: what is added to hidden scores; triangle: what the
+    causal triangle adds by itself, where it is not one condition with the padding.
+    """
+
+    padding: gs.Tensor | None = None
+    causal: bool = False
+    test: str = "nonzero"
+    lowest: float = LOWEST
+    triangle: float | None = None
+
+    def __str__(self) -> str:
+        words = [f"padding by {self.padding.name}"] if self.padding is not None else []
+        return " and ".join(words + ["causal"] * self.causal) or "none"
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """Equal for equal masks."""
+        name = self.padding.name if self.padding is not None else ""
+        return (name, self.causal, self.test, self.lowest, self.triangle)
+
+    @property
+    def binary(self) -> bool:
+        """Whether the padding must be 0 or 1 for a key to be seen wherever it is not 0."""
+        return self.padding is not None and self.test != "nonzero"
+
+    @property
+    def plain(self) -> Mask:
+        """The same for a padding of 0 and 1, as one condition that hides by the lowest float."""
+        return Mask(self.padding, self.causal)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What becomes of a score: factor * product + added + endless * infinity."""
+
+    factor: float
+    added: float
+    endless: float
+
+    @property
+    def hidden(self) -> bool:
+        return self.endless < 0 or (self.endless == 0 and self.added <= HIDDEN)
+
+    @property
+    def seen(self) -> bool:
+        return self.endless == 0 and self.added == 0 and self.factor != 0
+
+    def like(self, other: Outcome) -> bool:
+        """Whether both give the same number in float32."""
+        if self.endless or other.endless:
+            return self.endless < 0 and other.endless < 0
+        if self.added <= ABSORBS and other.added <= ABSORBS:
+            return self.added == other.added
+        return self == other
+
+
+Case = Mapping[Atom, int]  # conditions on places, each with its truth
+
+
+@dataclass(frozen=True)
+class _Table:
+    """Every outcome of the scores: by which conditions on places hold, and by the value of the padding there."""
+
+    outcomes: Mapping[tuple[int, float], Outcome]
+    cases: tuple[Case, ...]
+    values: tuple[float, ...]
+    linear: bool  # the padding's value itself is added
+
+
+def read_scores(d: Derivation, scores: gs.Tensor, product: str) -> tuple[float, Mask]:
+    """(factor of the product where a key is seen, the mask) of scores [batch, heads, queries, keys].
+
+    product: the tensor q k^T that they are computed from. Underived says what stands in the way.
+    """
+    shape = d.shape(scores)
+    if shape is None or len(shape) != 4:
+        raise Underived(f"its scores are of no known shape ({d.why.get(scores.name, 'they have not four dimensions')})")
+    place = _places(shape)
+    return _read(d, d.element(scores, place), Element(product, place, "f"), shape)
+
+
+def match_bias(d: Derivation, bias: gs.Tensor, shape: Sequence[Poly]) -> Mask | None:
+    """The mask that an additive bias is for scores of a shape [batch, heads, queries, keys]; None for any other."""
+    score = Element("", _places(shape), "f")
+    try:
+        return _read(d, poly(score) + aligned(d.value(bias), score.index), score, shape)[1]
+    except Underived:
+        return None
+
+
+def _places(shape: Sequence[Poly]) -> tuple[Poly, ...]:
+    return tuple(ZERO if size == ONE else poly(Index(name, size)) for name, size in zip("bhqk", shape, strict=True))
+
+
+def _read(d: Derivation, value: Poly, score: Element, shape: Sequence[Poly]) -> tuple[float, Mask]:
+    padding = _padding(d, value, score)
+    table = _table(value, score, padding)
+    source = None if padding is None else d.inputs[padding.tensor]
+    return _factor(table), _explained(table, padding, source, score.index, shape)
+
+
+def _padding(d: Derivation, value: Poly, score: Element) -> Element | None:
+    """The one element of an input that the mask is computed from."""
+    place, atoms = score.index, mentioned(value)
+    if score not in atoms:
+        raise Underived("its scores are not a factor times the product of queries and keys")
+    others = [atom for atom in atoms if isinstance(atom, Element) and atom != score]
+    for atom in sorted(others, key=lambda item: (item.tensor in d.inputs, str(item))):
+        if atom.tensor not in d.inputs:
+            raise Underived(f"a bias other than a mask is added to its scores, by {d.stopped(atom.tensor)}")
+    strange = [atom for atom in atoms if not isinstance(atom, (Element, Index, AtLeast, IsZero, Infinity))]
+    sizes = [atom for atom in strange if type(atom).__name__ != "Size"]
+    if sizes:
+        raise Underived(f"its mask is computed from {sizes[0]}")
+    if len(others) > 1:
+        raise Underived(f"its mask is computed from {' and '.join(sorted(map(str, others)))}")
+    if not others:
+        return None
+    if others[0].index not in ((place[0], place[3]), (ZERO, place[3])):
+        raise Underived(f"its mask is read as {others[0]}, and not as padding over [batch, keys]")
+    return others[0]
+
+
+def _table(value: Poly, score: Element, padding: Element | None) -> _Table:
+    values = _values(value, padding)
+    by_value = {v: value if padding is None else substitute(value, {padding: poly(v)}) for v in values}
+    found = {atom for item in by_value.values() for atom in mentioned(item) if isinstance(atom, (AtLeast, IsZero))}
+    places = sorted(found, key=str)
+    if len(places) > MAX_CONDITIONS:
+        raise Underived(f"its mask has {len(places)} conditions")
+    cases = tuple(case for bits in itertools.product((0, 1), repeat=len(places))
+                  if _possible(case := dict(zip(places, bits, strict=True))))  # fmt: skip
+    outcomes = {}
+    for number, case in enumerate(cases):
+        known = {atom: poly(bit) for atom, bit in case.items()}
+        for v, item in by_value.items():
+            outcomes[number, v] = _outcome(substitute(item, known), score)
+    linear = padding is not None and any(padding in dict(monomial) for monomial in value.terms) and padding.kind != "b"
+    return _Table(outcomes, cases, values, linear)
+
+
+def _values(value: Poly, padding: Element | None) -> tuple[float, ...]:
+    """Values of the padding that stand for all others: 0, 1, and around each number it is compared with."""
+    if padding is None:
+        return (1,)
+    if padding.kind == "b":
+        return (0, 1)
+    found: set[float] = {0, 1, 2, -1, 1 << 40, -(1 << 40)}
+    for atom in mentioned(value):
+        if isinstance(atom, (AtLeast, IsZero)) and padding in mentioned(atom.value):
+            slope = substitute(atom.value, {padding: ONE}) - substitute(atom.value, {padding: ZERO})
+            rest = substitute(atom.value, {padding: ZERO})
+            if slope.number is None or rest.number is None or atom.value != rest + poly(padding) * slope:
+                raise Underived(f"its mask is computed by {atom}")
+            root = -float(rest.number) / float(slope.number)
+            found |= {root - 1, root, root + 1} if root == int(root) else {int(root) - 1, int(root), int(root) + 1}
+            if padding.kind == "f":
+                found |= {root - 0.25, root + 0.25}
+    whole = padding.kind == "i"
+    return tuple(sorted({int(item) if whole else float(item) for item in found}))
+
+
+def _possible(case: Case) -> bool:
+    """Whether these conditions can hold and fail together."""
+    signed = [atom.value if bit else -atom.value - 1 for atom, bit in case.items()
+              if isinstance(atom, AtLeast) and atom.value.whole]  # fmt: skip
+    return not any(never_negative(-(a + b) - 1) for a, b in itertools.combinations(signed, 2))
+
+
+def _outcome(value: Poly, score: Element) -> Outcome:
+    factor = added = endless = 0.0
+    for monomial, number in value.terms.items():
+        if not monomial:
+            added = float(number)
+        elif monomial == frozenset({(score, 1)}):
+            factor = float(number)
+        elif monomial == frozenset({(Infinity(), 1)}):
+            endless = float(number)
+        else:
+            others = [str(atom) for atom, _ in monomial if atom != score]
+            what = "scaled by" if score in dict(monomial) else "biased by"
+            raise Underived(f"its scores are {what} {', '.join(sorted(others)) or 'their square'}")
+    return Outcome(factor, added, endless)
+
+
+def _factor(table: _Table) -> float:
+    seen = [outcome for outcome in table.outcomes.values() if not outcome.hidden]
+    if not seen:
+        raise Underived("every key is masked")
+    factors = {outcome.factor for (_, v), outcome in table.outcomes.items()
+               if not outcome.hidden and (v in (0, 1) or not table.linear)}  # fmt: skip
+    biased = [o for (_, v), o in table.outcomes.items() if not o.hidden and not o.seen and (v in (0, 1) or not table.linear)]
+    if biased:
+        raise Underived(f"a bias of {biased[0].added:g} other than a mask is added to its scores")
+    if max(factors) - min(factors) > 1e-6 * abs(max(factors)):
+        raise Underived("its scale differs between keys")
+    return float(max(factors))
+
+
+def _explained(
+    table: _Table, padding: Element | None, source: gs.Tensor | None, place: Sequence[Poly], shape: Sequence[Poly]
+) -> Mask:
+    """The mask that hides exactly these keys; the one that adds the same numbers, if there is one."""
+    below = at_least_zero(place[2] - place[3])
+    conditions = set().union(*table.cases) if table.cases else set()
+    triangle = {atom for atom in mentioned(below) if isinstance(atom, AtLeast)} & conditions
+    square = shape[2] == shape[3]
+    tests = ("nonzero",) if source is None else ("nonzero", "one", "positive", "linear")
+    for causal, test in itertools.product((False, True), tests):
+        if causal and not (triangle and square):
+            continue
+        if all(outcome.hidden != _seen(table.cases[number], v, below if causal else ONE, test, source is not None)
+               for (number, v), outcome in table.outcomes.items() if not (test == "linear" and v not in (0, 1))):
+            if (test == "linear") != (table.linear and padding is not None):
+                continue
+            return _exact(table, Mask(source, causal, test), below)
+    raise Underived(_described(table, conditions, padding))
+
+
+def _seen(case: Case, v: float, below: Poly, test: str, padded: bool) -> bool:
+    passes = not padded or {"nonzero": v != 0, "one": v == 1, "positive": v > 0, "linear": v == 1}[test]
+    return passes and _truth(case, below)
+
+
+def _truth(case: Case, condition: Poly) -> bool:
+    value = substitute(condition, {atom: poly(bit) for atom, bit in case.items()})
+    return bool(value.number)
+
+
+def _exact(table: _Table, mask: Mask, below: Poly) -> Mask:
+    """The mask with the numbers that it adds where it hides. Underived where it is no sum that we build."""
+    factor = next(o.factor for o in table.outcomes.values() if not o.hidden)
+    added = {float("-inf") if o.endless else o.added for o in table.outcomes.values() if o.hidden}
+    numbers = sorted({number for number in added if number <= HIDDEN} | {LOWEST}, key=lambda n: (n != LOWEST, n))
+    choices = [Mask(mask.padding, mask.causal, mask.test, number) for number in numbers]
+    if mask.causal and mask.padding is not None:
+        choices += [Mask(mask.padding, True, mask.test, a, b) for a in numbers for b in numbers]
+    for choice in choices:
+        made = ((_adds(choice, table.cases[number], v, below, factor), outcome)
+                for (number, v), outcome in table.outcomes.items())  # fmt: skip
+        if all(new.like(old) or (len(added) == 1 and _replaced(old) and new.added <= ABSORBS) for new, old in made):
+            return choice
+    raise Underived(f"its mask ({mask}) adds {', '.join(f'{n:g}' for n in sorted(added))} in turn")
+
+
+def _replaced(outcome: Outcome) -> bool:
+    """The score is replaced by a number: where all are, they are alike, as they are when nothing is left of them."""
+    return outcome.hidden and outcome.factor == 0 and not outcome.endless
+
+
+def _adds(mask: Mask, case: Case, v: float, below: Poly, factor: float) -> Outcome:
+    """What the canonical form of a mask makes of a score."""
+    allowed = not mask.causal or _truth(case, below)
+    passes = mask.padding is None or _seen({}, v, ONE, mask.test, True)
+    if mask.triangle is None and mask.test != "linear":
+        parts = [0.0 if allowed and passes else mask.lowest]
+    else:
+        over = mask.triangle if mask.triangle is not None else mask.lowest
+        by_padding = (1 - v) * mask.lowest if mask.test == "linear" and mask.lowest != float("-inf") else (
+            0.0 if passes else mask.lowest)  # fmt: skip
+        parts = [0.0 if allowed else over, 0.0 if mask.padding is None else by_padding]
+    endless = sum(part == float("-inf") for part in parts)
+    return Outcome(factor, 0.0 if endless else float(sum(parts)), -float(endless))
+
+
+def _described(table: _Table, conditions: set[Atom], padding: Element | None) -> str:
+    """What the mask is, for one that is neither causal nor padding."""
+    words = sorted(map(str, conditions))
+    if padding is not None:
+        words.append(f"the values of {padding}")
+    return f"its mask is neither causal nor padding: it depends on {' and '.join(words) or 'nothing'}"
+
+
+# ---- the canonical form --------------------------------------------------------------------------------------
+
+
+def build_mask(b: Builder, mask: Mask, like: gs.Tensor) -> gs.Tensor | None:
+    """The additive bias of a mask, broadcastable to [batch, heads, queries, keys]; `like` is [batch, tokens, ...]."""
+    keep = [] if mask.padding is None else [_shown(b, mask)] if mask.test != "linear" else []
+    below = _below(b, like) if mask.causal else None
+    if mask.triangle is None and mask.test != "linear":
+        keep += [] if below is None else [below]
+        return _hiding(b, b("And", *keep, dtype=bool), mask.lowest) if len(keep) == 2 else (
+            _hiding(b, keep[0], mask.lowest) if keep else None)  # fmt: skip
+    linear = mask.padding is not None and mask.test == "linear"
+    by_padding = _linear(b, mask) if linear else _hiding(b, keep[0], mask.lowest) if keep else None
+    if below is None:
+        return by_padding
+    by_place = _hiding(b, below, mask.lowest if mask.triangle is None else mask.triangle)
+    return by_place if by_padding is None else b("Add", by_place, by_padding)
+
+
+def _hiding(b: Builder, keep: gs.Tensor, lowest: float) -> gs.Tensor:
+    return b("Where", keep, b.scalar(0.0), b.scalar(lowest))
+
+
+def _shown(b: Builder, mask: Mask) -> gs.Tensor:
+    """Whether each key is seen by the padding: bool [batch, 1, 1, keys]."""
+    assert mask.padding is not None
+    kind = np.dtype(mask.padding.dtype)
+    if mask.test == "nonzero":
+        shown = b("Cast", mask.padding, dtype=bool, to=9)
+    else:
+        op, value = ("Equal", 1) if mask.test == "one" else ("Greater", 0)
+        shown = b(op, mask.padding, b.scalar(value, kind), dtype=bool)
+    return b("Unsqueeze", shown, b.ints(1, 2), dtype=bool)
+
+
+def _linear(b: Builder, mask: Mask) -> gs.Tensor:
+    """(1 - padding) * lowest, [batch, 1, 1, keys]."""
+    assert mask.padding is not None
+    wide = b("Unsqueeze", b("Cast", mask.padding, to=1), b.ints(1, 2))
+    return b("Mul", b("Sub", b.scalar(1.0), wide), b.scalar(mask.lowest))
+
+
+def _below(b: Builder, like: gs.Tensor) -> gs.Tensor:
+    """Whether a key stands no further than the query: bool [tokens, tokens]."""
+    length = sequence_length(b, like)
+    index = b("Range", b.scalar(0, np.int64), length, b.scalar(1, np.int64), dtype=np.int64)
+    return b("LessOrEqual", b("Unsqueeze", index, b.ints(0), dtype=np.int64),
+             b("Unsqueeze", index, b.ints(1), dtype=np.int64), dtype=bool)  # fmt: skip
+
