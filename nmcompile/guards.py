@@ -10,7 +10,7 @@ import numpy as np
 
 from nmcompile.errors import InputError, PlanError
 
-RULES = ("binary", "first-token")
+RULES = ("binary", "first-token", "some-token")
 
 
 @dataclass(frozen=True, order=True)
@@ -18,7 +18,8 @@ class Guard:
     """A rule on one input, [batch, tokens].
 
     binary: it holds 0 and 1 only (the model computes something else from other values). first-token: no row begins with
-    0 (the model reads the first token, which is not computed where it is hidden).
+    0 (the model reads the first token, which is not computed where it is hidden). some-token: no row holds 0 alone (another
+    attention looks at its tokens, and would see hidden ones).
     """
 
     input: str
@@ -28,7 +29,8 @@ class Guard:
         return {"input": self.input, "rule": self.rule}
 
     def __str__(self) -> str:
-        what = {"binary": "holds 0 and 1 only", "first-token": "does not hide the first token of a row"}
+        what = {"binary": "holds 0 and 1 only", "first-token": "does not hide the first token of a row",
+                "some-token": "does not hide all tokens of a row"}  # fmt: skip
         return f"{self.input} {what[self.rule]}"
 
 
@@ -55,7 +57,10 @@ def check(guards: Sequence[Guard], values: Mapping[str, np.ndarray]) -> None:
                 row = int(np.argwhere(wrong)[0][0])
                 raise InputError(f"input {guard.input!r} holds {array[wrong].flat[0]!s} in row {row}; the model takes it as "
                                  "a mask of 0 and 1, give it like that")  # fmt: skip
-        elif array.shape[1] and (array[:, 0] == 0).any():
-            row = int(np.argmax(array[:, 0] == 0))
-            raise InputError(f"input {guard.input!r} hides the first token of row {row}, which the model's result is read "
-                             "from; pad on the right, and leave out rows without tokens")  # fmt: skip
+            continue
+        hidden = array[:, 0] == 0 if guard.rule == "first-token" else ~array.astype(bool).any(axis=1)
+        if array.shape[1] and hidden.any():
+            row = int(np.argmax(hidden))
+            what = "the first token" if guard.rule == "first-token" else "every token"
+            raise InputError(f"input {guard.input!r} hides {what} of row {row}, which the model's result is read from; "
+                             "pad on the right, and leave out rows without tokens")  # fmt: skip

@@ -110,7 +110,6 @@ class _Table:
     outcomes: Mapping[tuple[int, float], Outcome]
     cases: tuple[Case, ...]
     values: tuple[float, ...]
-    linear: bool  # the padding's value itself is added
 
 
 def read_scores(d: Derivation, scores: gs.Tensor, product: str) -> tuple[float, Mask]:
@@ -154,6 +153,8 @@ def _padding(d: Derivation, value: Poly, score: Element) -> Element | None:
     for atom in sorted(others, key=lambda item: (item.tensor in d.inputs, str(item))):
         if atom.tensor not in d.inputs:
             raise Underived(f"a bias other than a mask is added to its scores, by {d.stopped(atom.tensor)}")
+        if atom.kind == "f" and place[2] in atom.index:
+            raise Underived(f"a bias other than a mask is added to its scores, {atom}")
     strange = [atom for atom in atoms if not isinstance(atom, (Element, Index, AtLeast, IsZero, Infinity))]
     sizes = [atom for atom in strange if type(atom).__name__ != "Size"]
     if sizes:
@@ -168,6 +169,9 @@ def _padding(d: Derivation, value: Poly, score: Element) -> Element | None:
 
 
 def _table(value: Poly, score: Element, padding: Element | None) -> _Table:
+    if any(score in dict(monomial) and padding in dict(monomial) for monomial in value.terms if padding is not None):
+        if padding is not None and padding.kind != "b":
+            raise Underived(f"its scores are scaled by {padding}")
     values = _values(value, padding)
     by_value = {v: value if padding is None else substitute(value, {padding: poly(v)}) for v in values}
     found = {atom for item in by_value.values() for atom in mentioned(item) if isinstance(atom, (AtLeast, IsZero))}
@@ -181,8 +185,7 @@ def _table(value: Poly, score: Element, padding: Element | None) -> _Table:
         known = {atom: poly(bit) for atom, bit in case.items()}
         for v, item in by_value.items():
             outcomes[number, v] = _outcome(substitute(item, known), score)
-    linear = padding is not None and any(padding in dict(monomial) for monomial in value.terms) and padding.kind != "b"
-    return _Table(outcomes, cases, values, linear)
+    return _Table(outcomes, cases, values)
 
 
 def _values(value: Poly, padding: Element | None) -> tuple[float, ...]:
@@ -230,17 +233,17 @@ def _outcome(value: Poly, score: Element) -> Outcome:
 
 
 def _factor(table: _Table) -> float:
-    seen = [outcome for outcome in table.outcomes.values() if not outcome.hidden]
+    """Of the product where the padding is 0 or 1 and a key is seen."""
+    seen = [outcome for (_, v), outcome in table.outcomes.items() if v in (0, 1) and not outcome.hidden]
     if not seen:
         raise Underived("every key is masked")
-    factors = {outcome.factor for (_, v), outcome in table.outcomes.items()
-               if not outcome.hidden and (v in (0, 1) or not table.linear)}  # fmt: skip
-    biased = [o for (_, v), o in table.outcomes.items() if not o.hidden and not o.seen and (v in (0, 1) or not table.linear)]
+    biased = [outcome for outcome in seen if not outcome.seen]
     if biased:
         raise Underived(f"a bias of {biased[0].added:g} other than a mask is added to its scores")
+    factors = [outcome.factor for outcome in seen]
     if max(factors) - min(factors) > 1e-6 * abs(max(factors)):
         raise Underived("its scale differs between keys")
-    return float(max(factors))
+    return factors[0]
 
 
 def _explained(
@@ -255,12 +258,14 @@ def _explained(
     for causal, test in itertools.product((False, True), tests):
         if causal and not (triangle and square):
             continue
-        if all(outcome.hidden != _seen(table.cases[number], v, below if causal else ONE, test, source is not None)
-               for (number, v), outcome in table.outcomes.items() if not (test == "linear" and v not in (0, 1))):
-            if (test == "linear") != (table.linear and padding is not None):
-                continue
+        if all(_fits(outcome, _seen(table.cases[number], v, below if causal else ONE, test, source is not None))
+               for (number, v), outcome in table.outcomes.items() if test != "linear" or v in (0, 1)):  # fmt: skip
             return _exact(table, Mask(source, causal, test), below)
     raise Underived(_described(table, conditions, padding))
+
+
+def _fits(outcome: Outcome, seen: bool) -> bool:
+    return outcome.seen if seen else outcome.hidden
 
 
 def _seen(case: Case, v: float, below: Poly, test: str, padded: bool) -> bool:
@@ -275,15 +280,17 @@ def _truth(case: Case, condition: Poly) -> bool:
 
 def _exact(table: _Table, mask: Mask, below: Poly) -> Mask:
     """The mask with the numbers that it adds where it hides. Underived where it is no sum that we build."""
-    factor = next(o.factor for o in table.outcomes.values() if not o.hidden)
+    factor = _factor(table)
     added = {float("-inf") if o.endless else o.added for o in table.outcomes.values() if o.hidden}
     numbers = sorted({number for number in added if number <= HIDDEN} | {LOWEST}, key=lambda n: (n != LOWEST, n))
+    # two sums of the lowest float, which cancel each other for a padding of 2, do so in their own order
+    apart = mask.causal and mask.test == "linear"
     choices = [Mask(mask.padding, mask.causal, mask.test, number) for number in numbers]
     if mask.causal and mask.padding is not None:
         choices += [Mask(mask.padding, True, mask.test, a, b) for a in numbers for b in numbers]
     for choice in choices:
         made = ((_adds(choice, table.cases[number], v, below, factor), outcome)
-                for (number, v), outcome in table.outcomes.items())  # fmt: skip
+                for (number, v), outcome in table.outcomes.items() if v in (0, 1) or not apart)  # fmt: skip
         if all(new.like(old) or (len(added) == 1 and _replaced(old) and new.added <= ABSORBS) for new, old in made):
             return choice
     raise Underived(f"its mask ({mask}) adds {', '.join(f'{n:g}' for n in sorted(added))} in turn")

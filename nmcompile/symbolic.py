@@ -17,7 +17,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-Number: TypeAlias = "int | float"
+Number: TypeAlias = "int | float | Fraction"
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,7 @@ class Poly:
     @cached_property
     def whole(self) -> bool:
         """Whether it can only be an integer."""
-        plain = all(isinstance(factor, int) or float(factor).is_integer() for factor in self.terms.values())
+        plain = all(factor == int(factor) for factor in self.terms.values())
         return plain and not any(isinstance(a, Infinity) or (isinstance(a, Element) and a.kind == "f")
                                  for a in self.atoms)  # fmt: skip
 
@@ -215,7 +215,7 @@ def _monomial_text(monomial: Monomial) -> str:
 
 
 def _term_text(text: str, factor: Number) -> str:
-    number = f"{factor:g}" if isinstance(factor, float) else str(factor)
+    number = str(factor) if isinstance(factor, int) and abs(factor) < 1 << 53 else f"{float(factor):g}"
     if not text:
         return number
     return text if factor == 1 else f"-{text}" if factor == -1 else f"{number}*{text}"
@@ -241,9 +241,11 @@ def poly(value: Poly | Number | Atom) -> Poly:
     """A number or an atom as a polynomial."""
     if isinstance(value, Poly):
         return value
-    if isinstance(value, (int, float)):
+    if isinstance(value, float):
         if value in (float("inf"), float("-inf")):
             return Poly({frozenset({(Infinity(), 1)}): 1 if value > 0 else -1})
+        return Poly({UNIT: int(value) if value.is_integer() else Fraction(value)})  # exact: the lowest float less 1 is not it
+    if isinstance(value, (int, Fraction)):
         return Poly({UNIT: value})
     return Poly({frozenset({(value, 1)}): 1})
 
@@ -350,8 +352,8 @@ def _by_cases(value: Poly, holds: Callable[[Number], bool]) -> Poly | None:
     for case in range(1 << len(atoms)):
         truth = {atom: case >> place & 1 for place, atom in enumerate(atoms)}
         found = substitute(value, {atom: poly(bit) for atom, bit in truth.items()})
-        number = found.number if not found.atoms else float("inf") * next(
-            factor for monomial, factor in found.terms.items() if monomial)  # fmt: skip
+        number = found.number if not found.atoms else float("inf") * float(next(
+            factor for monomial, factor in found.terms.items() if monomial))  # fmt: skip
         if number is not None and holds(number):
             product = ONE
             for atom, bit in truth.items():

@@ -30,17 +30,18 @@ class CanonicaliseEmbeddings(Pass):
     preserves: ClassVar[bool] = True
 
     def run(self, graph: gs.Graph) -> Report:
-        if not any(_is_lookup(node) or _is_slice(node) for node in graph.nodes):
-            return Report()
-        d = probe.annotate(graph)
-        lookups = [node for node in graph.nodes if _is_lookup(node) or _cuts(d, node)]
+        candidates = [node for node in graph.nodes if _is_lookup(node) or _is_slice(node)]
         inputs = {t.name for t in graph.inputs}
+        left = [n for n in candidates
+                if n.op == "Slice" or not (n.inputs[1].name in inputs or _is_canonical(n.inputs[1]))]  # fmt: skip
+        done = len(candidates) - len(left)
+        if not left:
+            return Report(detail={"matched": f"{done}/{done}"} if done else {})
+        d = probe.annotate(graph)
+        lookups = [node for node in left if node.op != "Slice" or _cuts(d, node)]
         notes: list[str] = []
-        changed = done = 0
+        changed = 0
         for node in lookups:
-            if node.op == "Gather" and (node.inputs[1].name in inputs or _is_canonical(node.inputs[1])):
-                done += 1
-                continue
             try:
                 found = _table_rows(d, node) if node.op == "Slice" else read_ids(d, node.inputs[1])
                 _canonicalise(graph, d, node, found)
@@ -49,7 +50,7 @@ class CanonicaliseEmbeddings(Pass):
                 notes.append(f"{node.name}: embedding not matched, {stop}")
         if changed:
             g.cleanup(graph)
-        detail = {"matched": f"{done + changed}/{len(lookups)}"} if lookups else {}
+        detail = {"matched": f"{done + changed}/{done + len(lookups)}"} if done + len(lookups) else {}
         return Report(changed=changed, detail=detail, notes=tuple(notes))
 
 

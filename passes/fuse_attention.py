@@ -12,7 +12,7 @@ import onnx_graphsurgeon as gs
 from nmcompile import graph as g
 from nmcompile import probe
 from nmcompile.builder import Builder
-from nmcompile.canonical import build_attention, match_attention
+from nmcompile.canonical import attentions, build_attention
 from nmcompile.derive import Derivation, Underived
 from nmcompile.errors import NmcompileError
 from nmcompile.masks import Mask, build_mask, read_scores
@@ -60,11 +60,13 @@ class FuseAttention(Pass):
     preserves: ClassVar[bool] = True
 
     def run(self, graph: gs.Graph) -> Report:
-        if not any(node.op == "Softmax" for node in graph.nodes):
-            return Report()
+        softmaxes = [node for node in graph.nodes if node.op == "Softmax"]
+        known = {found.name for found in attentions(graph)} if softmaxes else set()
+        roots = [node for node in softmaxes if node.name not in known]
+        done = len(softmaxes) - len(roots)
+        if not roots:
+            return Report(detail={"matched": f"{done}/{done}"} if done else {})
         d = probe.annotate(graph)
-        roots = [node for node in graph.nodes if node.op == "Softmax" and match_attention(node, d) is None]
-        done = sum(node.op == "Softmax" for node in graph.nodes) - len(roots)
         notes: list[str] = []
         found: list[tuple[gs.Node, _Found]] = []
         attention = 0
@@ -116,25 +118,42 @@ def _find(graph: gs.Graph, d: Derivation, root: gs.Node) -> _Found:
 
 
 def _product_above(root: gs.Node) -> gs.Node:
-    """The q k^T product that the scores come from."""
-    if root.attrs.get("axis", -1) not in (-1, 3):
-        raise Miss("")
-    tensor = root.inputs[0]
-    for _ in range(8):
-        node = g.producer(tensor)
-        if node is None:
-            raise Miss("")
-        if node.op == "MatMul":
-            if any(g.constant(x) is not None for x in node.inputs) or len(node.outputs[0].shape or []) != 4:
-                raise Miss("")  # a softmax over class scores, not over keys
-            return node
-        if node.op not in BETWEEN:
-            raise Miss("")
-        paths = [x for x in node.inputs if g.constant(x) is None and len(x.shape or []) == 4]
-        tensor = next((x for x in paths if _leads_to_product(x)), None)
-        if tensor is None:
-            raise Miss("")
-    raise Miss("")
+    """The q k^T product that the scores come from; a Miss without a reason where the softmax is over no keys."""
+    why = "is not over the last of four axes"
+    if root.attrs.get("axis", -1) in (-1, 3):
+        tensor = root.inputs[0]
+        for _ in range(8):
+            node = g.producer(tensor)
+            if node is None:
+                why = f"is over {tensor.name}"
+                break
+            why = f"is over scores made by {node.op} '{node.name}', no product of queries and keys by heads"
+            if node.op == "MatMul":
+                if not any(g.constant(x) is not None for x in node.inputs) and len(node.outputs[0].shape or []) == 4:
+                    return node
+                break
+            if node.op not in BETWEEN:
+                break
+            paths = [x for x in node.inputs if g.constant(x) is None and len(x.shape or []) == 4]
+            following = next((x for x in paths if _leads_to_product(x)), None)
+            if following is None:
+                makers = [maker for maker in map(g.producer, paths) if maker is not None and maker.op not in BETWEEN]
+                if makers:
+                    why = f"is over scores made by {makers[0].op} '{makers[0].name}', no product of queries and keys by heads"
+                break
+            tensor = following
+    raise Miss(f"its softmax {why}" if _weighs(root.outputs[0]) else "")
+
+
+def _weighs(shares: gs.Tensor, depth: int = 6) -> bool:
+    """Whether what a softmax gives is multiplied by a computed matrix, as attention's values are."""
+    for user in g.consumers(shares) if depth else []:
+        if user.op == "MatMul" and user.inputs[0] is shares and g.constant(user.inputs[1]) is None:
+            maker = g.producer(user.inputs[1])
+            return maker is None or maker.op != "DequantizeLinear" or g.constant(maker.inputs[0]) is None
+        if user.op in ("Where", "Cast", "Identity", "Dropout", "Reshape", "Transpose") and _weighs(user.outputs[0], depth - 1):
+            return True
+    return False
 
 
 def _leads_to_product(tensor: gs.Tensor) -> bool:
@@ -198,7 +217,7 @@ def _operand(d: Derivation, tensor: gs.Tensor, keys: bool) -> Operand:
         lead = d.shape(source) if source is not None else None
         if source is None or lead is None or len(lead) != 3 or lead[:2] != (shape[0], shape[3 if keys else 2]):
             continue
-        found = _features(d.cut(source, nodes), source, tensor, keys, (heads, size))
+        found = _features(d.cut([source], nodes), source, tensor, keys, (heads, size))
         if found is not None:
             return found
     raise Miss(f"{tensor.name} is not a projection split by heads, {_where(d, source, tensor)}")

@@ -9,21 +9,10 @@ import pytest
 from onnx_text import parse
 
 from nmcompile import graph as g
-from nmcompile.canonical import (
-    LOWEST,
-    Attention,
-    Builder,
-    Mask,
-    Positions,
-    attentions,
-    build_attention,
-    build_mask,
-    build_positions,
-    match_attention,
-    match_mask,
-    match_positions,
-    role,
-)
+from nmcompile.builder import Builder
+from nmcompile.canonical import Attention, attentions, build_attention, match_attention, role
+from nmcompile.derive import Derivation
+from nmcompile.masks import LOWEST, Mask, build_mask
 
 QKV = "(float[B,S,8] q, float[B,S,8] k, float[B,S,8] v, int64[B,S] mask) => (float[B,S,8] y) { y = Identity(q) }"
 IDS = "(int64[B,S] ids) => (int64[B,S] y) { y = Identity(ids) }"
@@ -137,102 +126,21 @@ def test_a_small_change_is_no_match(change: str) -> None:
 
 def test_only_a_softmax_is_the_middle_of_attention() -> None:
     graph, _ = attention("none")
-    assert [match_attention(node) is not None for node in graph.nodes] == [
-        n.op == "Softmax" for n in graph.nodes
-    ]
+    d = Derivation(graph)
+    assert [match_attention(node, d) is not None for node in graph.nodes] == [n.op == "Softmax" for n in graph.nodes]
 
 
-# ---- masks and positions ----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["padding by mask", "causal", "padding by mask and causal"])
-def test_masks_are_matched_again(name: str) -> None:
+def test_rows_without_a_key_are_guarded_against_nan() -> None:
     graph = parse(QKV)
-    bias = build_mask(Builder(graph, "mask"), masks(graph)[name], graph.inputs[0])
-    assert bias is not None and str(match_mask(bias)) == name
-
-
-def test_no_mask_is_no_tensor() -> None:
-    graph = parse(QKV)
-    assert build_mask(Builder(graph, "mask"), Mask(), graph.inputs[0]) is None
-    assert match_mask(graph.inputs[0]) is None
-    assert (str(Mask()), str(Mask(graph.inputs[3], True))) == ("none", "padding by mask and causal")
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "keep = Unsqueeze(is, a2)  y = Where(keep, low, zero)",  # the wrong way round
-        "keep = Unsqueeze(is, a1)  y = Where(keep, zero, low)",  # hides queries
-        "keep0 = Unsqueeze(is, a2)  keep = Not(keep0)  y = Where(keep, zero, low)",
-        "keep = Unsqueeze(is, a2)  y = Where(keep, zero, some)",
-        "k2 = Unsqueeze(is, a2)  k1 = Unsqueeze(is, a1)  keep = Or(k1, k2)  y = Where(keep, zero, low)",
-        "at = Constant <value_ints = [3, 1, 2]> ()  r = Unsqueeze(at, row)  c = Unsqueeze(at, column)"
-        "  keep = LessOrEqual(r, c)  y = Where(keep, zero, low)",
-        "at = Cast <to = 7> (is)  r = Unsqueeze(at, a1)  c = Unsqueeze(at, a2)  keep = LessOrEqual(r, c)"
-        "  y = Where(keep, zero, low)",
-    ],
-)
-def test_other_masks_do_not_match(text: str) -> None:
-    graph = parse(f"""(int64[B,S] mask) => (float[B,M,N,K] y) {{
-        zero = Constant <value_float = 0.0> ()  low = Constant <value_float = -3.4028235e38> ()
-        some = Constant <value_float = -100.0> ()
-        row = Constant <value_ints = [0]> ()  column = Constant <value_ints = [1]> ()
-        a2 = Constant <value_ints = [1, 2]> ()  a1 = Constant <value_ints = [1, 3]> ()
-        is = Cast <to = 9> (mask)  {text} }}""")
-    assert match_mask(graph.outputs[0]) is None
-
-
-@pytest.mark.parametrize("first", [0, 2])
-def test_positions_count_columns(first: int) -> None:
-    graph = parse(IDS)
-    y = build_positions(Builder(graph, "p"), Positions(first=first), graph.inputs[0])
-    assert match_positions(y) == Positions(first=first)
-    finish(graph, y)
-    assert g.run(graph, {"ids": np.zeros((2, 5), np.int64)})["y"].tolist() == list(range(first, first + 5))
-
-
-@pytest.mark.parametrize("dtype", ["int64", "int32"])
-def test_positions_of_roberta_skip_padding(dtype: str) -> None:
-    graph = parse(
-        IDS.replace("int64[B,S] ids", f"{dtype}[B,S] ids").replace(
-            "y = Identity(ids)", "y = Cast <to = 7> (ids)"
-        )
-    )
-    y = build_positions(Builder(graph, "p"), Positions(ids=graph.inputs[0], pad=1), graph.inputs[0])
-    found = match_positions(y)
-    assert found is not None and found.ids is graph.inputs[0] and found.pad == 1
-    finish(graph, y)
-    ids = np.array([[5, 6, 1, 1], [1, 7, 1, 8]], dtype)
-    assert g.run(graph, {"ids": ids})["y"].tolist() == [[2, 3, 1, 1], [1, 2, 1, 3]]
-
-
-def test_other_ids_are_no_positions() -> None:
-    graph = parse(IDS)
-    assert match_positions(graph.inputs[0]) is None
-    graph = parse("(int64[B,S] ids, int64[S] c) => (int64[B,S] y) { y = Add(ids, c) }")
-    assert match_positions(graph.outputs[0]) is None
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "i0 = Constant <value_int = 0> ()  i2 = Constant <value_int = 2> ()  i1 = Constant <value_int = 1> ()"
-        "  n = Shape(ids)  s = Gather(n, i1)  y = Range(i0, s, i2)",
-        "i0 = Constant <value_int = 0> ()  i1 = Constant <value_int = 1> ()  end = Constant <value_int = 5> ()"
-        "  y = Range(i0, end, i1)",
-        "i0 = Constant <value_int = 0> ()  i1 = Constant <value_int = 1> ()  n = Shape(ids)  s = Gather(n, i0)"
-        "  y = Range(i0, s, i1)",
-        "one = Constant <value_int = 1> ()  same = Equal(ids, one)  not = Not(same)  real = Cast <to = 7> (not)"
-        "  zero = Constant <value_int = 0> ()  count = CumSum(real, zero)  kept = Mul(count, real)  y = Add(kept, one)",
-        "one = Constant <value_int = 1> ()  two = Constant <value_int = 2> ()  same = Equal(ids, one)  not = Not(same)"
-        "  real = Cast <to = 7> (not)  count = CumSum(real, one)  kept = Mul(count, real)  y = Add(kept, two)",
-    ],
-    ids=["steps of two", "fixed end", "counts rows", "CumSum over rows", "another pad"],
-)
-def test_what_only_looks_like_positions(text: str) -> None:
-    graph = parse(f"(int64[B,S] ids) => (int64[M] y) {{ {text} }}")
-    assert match_positions(graph.outputs[0]) is None
+    b, (q, k, v, mask) = Builder(graph, "layer"), graph.inputs
+    bias = build_mask(b, Mask(mask, lowest=float("-inf")), q)
+    finish(graph, build_attention(b, q, k, v, 2, 0.3, bias, guarded=True))
+    (found,) = attentions(graph)
+    assert found.guarded and found.mask.lowest == float("-inf")
+    feeds = g.random_feeds(g.inputs(graph), 3, SIZES)
+    feeds["mask"][:] = [[0, 0, 0, 0, 0], [0, 1, 0, 1, 1]]
+    y = g.run(graph, feeds)["y"]
+    assert not y[0].any() and np.isfinite(y).all()
 
 
 # ---- builder and roles ------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""CanonicaliseEmbeddings: what a table is read by, found by running it."""
+"""CanonicaliseEmbeddings: what a table is read by, derived from the graph that computes its ids."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import pytest
 from onnx_text import apply, assert_same_outputs, parse
 
 from nmcompile import graph as g
-from nmcompile.canonical import match_positions
+from nmcompile.derive import Derivation
+from nmcompile.lookups import Ids, read_ids
 from nmcompile.passes import CanonicaliseEmbeddings
 from nmcompile.pipeline import Report
 
@@ -41,15 +42,19 @@ def canonical(graph: gs.Graph, changed: int = 1) -> gs.Graph:
     return after
 
 
-def kept(graph: gs.Graph) -> None:
+def kept(graph: gs.Graph, reason: str) -> None:
     after, report = apply(CanonicaliseEmbeddings(), graph)
     assert (report.changed, report.detail) == (0, {"matched": "1/2"})
-    assert len(report.notes) == 1 and "its ids are neither an input nor positions" in report.notes[0]
+    assert len(report.notes) == 1 and reason in report.notes[0], report.notes
     assert_same_outputs(graph, after, 0, {"B": 2, "S": 5})
 
 
 def ids_of(graph: gs.Graph) -> gs.Tensor:
     return next(node for node in graph.nodes if node.inputs[0].name == "places").inputs[1]
+
+
+def read(graph: gs.Graph) -> Ids:
+    return read_ids(Derivation(graph), ids_of(graph))
 
 
 def test_before_and_after(golden: Callable[[str], str]) -> None:
@@ -67,15 +72,15 @@ def test_before_and_after(golden: Callable[[str], str]) -> None:
     ],
 )
 def test_positions(text: str, changed: int, first: int) -> None:
-    found = match_positions(ids_of(canonical(embedding(text), changed)))
-    assert found is not None and (found.first, found.ids) == (first, None)
+    found = read(canonical(embedding(text), changed))
+    assert (found.kind, found.first) == ("position", first)
 
 
-@pytest.mark.parametrize("pad", [0, 1])
+@pytest.mark.parametrize("pad", [0, 1, 2, 7])
 def test_positions_of_roberta(pad: int) -> None:
-    found = match_positions(ids_of(canonical(embedding(ROBERTA, pad=pad))))
-    assert found is not None and found.ids is not None
-    assert (found.ids.name, found.pad) == ("ids", pad)
+    found = read(canonical(embedding(ROBERTA, pad=pad)))
+    assert found.kind == "cumulative" and found.source is not None
+    assert (found.source.name, found.first) == ("ids", pad)
 
 
 @pytest.mark.parametrize(
@@ -93,8 +98,7 @@ def test_one_row_for_all() -> None:
 def test_a_table_that_is_sliced() -> None:
     graph = parse(f"""(int64[B,S] ids) => (float[B,S,4] y) <float[600,4] words, float[20,4] places> {{
         {CONSTANTS} w = Gather(words, ids)  p = Slice(places, a0, length1, a0)  y = Add(w, p) }}""")
-    found = match_positions(ids_of(canonical(graph)))
-    assert found is not None and found.first == 0
+    assert read(canonical(graph)).first == 0
 
 
 def test_a_shared_table() -> None:
@@ -106,35 +110,47 @@ def test_a_shared_table() -> None:
 
 
 @pytest.mark.parametrize(
-    "text",
+    ("text", "reason"),
     [
-        "m = Min(ids, i3)  at = Mod(m, i3)",
-        "ne = Equal(ids, i0)  not = Not(ne)  at = Cast <to = 7> (not)",  # as ids, on zeros and ones
-        "five = Constant <value_int = 5> ()  eq = Equal(ids, five)  at = Cast <to = 7> (eq)",  # 0 on zeros and ones
-        "at0 = Range(i0, length, i1)  four = Constant <value_int = 4> ()  at = Mod(at0, four)",
+        ("m = Min(ids, i3)  at = Mod(m, i3)", "ids[b, t]"),
+        ("ne = Equal(ids, i0)  not = Not(ne)  at = Cast <to = 7> (not)", "ids[b, t]"),  # as ids, on zeros and ones
+        ("five = Constant <value_int = 5> ()  eq = Equal(ids, five)  at = Cast <to = 7> (eq)", "ids[b, t] + 5 == 0"),
+        ("at0 = Range(i0, length, i1)  four = Constant <value_int = 4> ()  at = Mod(at0, four)", "(t % 4)"),
+        ("at0 = Range(i0, length, i1)  at = Min(at0, i3)", "+ 3 >= 0"),  # as positions, up to the fourth
+        ("back = Sub(length, i1)  at0 = Range(i0, length, i1)  at = Sub(back, at0)", "-t + S - 1"),
+        ("high = Constant <value_int = 590> ()  l = Less(ids, high)  at = Where(l, token_type, ids)", "ids[b, t]"),
     ],
-    ids=["clipped", "compared with 0", "compared with 5", "periodic"],
+    ids=["clipped", "compared with 0", "compared with 5", "periodic", "positions clipped", "reversed", "high ids"],
 )
-def test_near_misses_say_why(text: str) -> None:
-    kept(embedding(text))
+def test_near_misses_say_why(text: str, reason: str) -> None:
+    kept(embedding(text), reason)
 
 
-def test_positions_that_skip_a_pad_beyond_the_runs() -> None:
-    kept(embedding(ROBERTA, pad=2))
+def test_positions_of_other_tokens_stay() -> None:
+    """As decoders' were taken for the encoder's: both inputs have two dimensions, the lengths differ."""
+    graph = parse(f"""(int64[B,S] ids, int64[B,T] target) => (float[B,T,4] y) <float[600,4] words, float[20,4] places> {{
+        {CONSTANTS} sizes = Shape(target)  count = Gather(sizes, i1)  from = Range(i0, count, i1)  at = Add(from, i3)
+        w = Gather(words, target)  p = Gather(places, at)  y = Add(w, p) }}""")
+    after, report = apply(CanonicaliseEmbeddings(), graph)
+    assert report == Report(changed=1, detail={"matched": "2/2"})
+    for sizes in ({"B": 2, "S": 5, "T": 3}, {"B": 1, "S": 1, "T": 7}):
+        assert_same_outputs(graph, after, 0, sizes)
+
+
+def test_rows_by_position_that_broadcast_over_one_token_keep_their_shape() -> None:
+    """The other operand has one token: the sum takes its length from the positions."""
+    graph = parse(f"""(int64[B,S] ids, int64[B,1] start) => (float[B,S,4] y) <float[600,4] words, float[20,4] places> {{
+        {CONSTANTS} {SLICED}  w = Gather(words, start)  p = Gather(places, at)  y = Add(w, p) }}""")
+    after, report = apply(CanonicaliseEmbeddings(), graph)
+    assert report.changed == 0 and "not added to other embeddings" in report.notes[0]
+    assert_same_outputs(graph, after, 0, {"B": 2, "S": 5})
 
 
 def test_results_that_are_graph_outputs_keep_their_shape() -> None:
-    kept(embedding(SLICED, outputs=", float[B,S,4] p"))
-    kept(embedding("at = ConstantOfShape <value = int64[1] {3}> (rows)", outputs=", float[B,S,4] p"))
+    kept(embedding(SLICED, outputs=", float[B,S,4] p"), "it gives rows by position")
+    kept(embedding("at = ConstantOfShape <value = int64[1] {3}> (rows)", outputs=", float[B,S,4] p"), "always gives row 3")
     graph = embedding("at = Identity(token_type)", outputs=", float[B,S,4] p")
     canonical(graph)
-
-
-def test_a_graph_that_cannot_be_run_says_so() -> None:
-    graph = embedding(SLICED)
-    graph.inputs[0].shape = [None, None]
-    _, report = apply(CanonicaliseEmbeddings(), graph)
-    assert report.changed == 0 and "an input has dimensions without a name" in report.notes[0]
 
 
 def test_no_embeddings() -> None:

@@ -70,7 +70,7 @@ def attention(
         low = Constant <value_float = -3.4028235e38> ()  minus = Constant <value_float = -10000.0> ()
         i0 = Constant <value_int = 0> ()  i1 = Constant <value_int = 1> ()  i2 = Constant <value_int = 2> ()
         a0 = Constant <value_ints = [0]> ()  a1 = Constant <value_ints = [1]> ()
-        middle = Constant <value_ints = [1, 2]> ()
+        middle = Constant <value_ints = [1, 2]> ()  far = Constant <value_int = 15> ()
         {project} {split} {scale} {mask} {softmax} {merge} }}"""
     return parse(text)
 
@@ -229,7 +229,7 @@ def test_rotary_embeddings_do_not_match() -> None:
         turned = Concat <axis = -1> (neg, left)  by_cos = Mul(qh, cos)  by_sin = Mul(turned, sin)
         rotated = Add(by_cos, by_sin)  qk = MatMul(rotated, kt)  s = Div(qk, two)"""
     inputs = "float[B,S,8] x, int64[B,S] mask, float[S,4] cos, float[S,4] sin"
-    missed(attention(inputs=inputs, scale=scale), "rotary embeddings are not supported")
+    missed(attention(inputs=inputs, scale=scale), "turned by position at Add 'Add_")
 
 
 def test_relative_position_biases_do_not_match() -> None:
@@ -256,20 +256,28 @@ def test_cross_attention_does_not_match() -> None:
           "inputs": "float[B,8,8] x, int64[B,8] mask", "outputs": "float[B,8,8] y"}, "merged by heads"),
         ({"merge": "y = Identity(c)", "outputs": "float[B,2,S,4] y"}, "not merged by heads"),
         ({"mask": MASKS["additive lowest"][0].replace("middle", "a1"),
-          "inputs": "float[B,S,8] x, int64[B,S,S] mask"}, "its mask is computed from mask, and not as padding"),
+          "inputs": "float[B,S,8] x, int64[B,S,S] mask"}, "its mask is read as mask[b, q, k], and not as padding"),
         ({"mask": "m = Add(s, mask)",
-          "inputs": "float[B,S,8] x, float[B,1,S,S] mask"}, "its mask is computed from mask, and not as padding"),
+          "inputs": "float[B,S,8] x, float[B,1,S,S] mask"}, "a bias other than a mask is added to its scores, mask[b, 0, q, k]"),
         ({"mask": "drop = Equal(mask, i2)  d4 = Unsqueeze(drop, middle)  m = Where(d4, low, s)"},
-         "its mask is computed from mask, and not as padding"),
+         "it depends on the values of mask[b, k]"),
         ({"mask": "ones = Equal(mask, i1)  d4 = Unsqueeze(ones, middle)  m = Where(d4, low, s)"},
-         "neither causal nor the padding"),
-        ({"mask": TRIANGLE + "upper = Not(below)  m = Where(upper, s, low)"}, "neither causal nor the padding"),
+         "it depends on the values of mask[b, k]"),
+        ({"mask": TRIANGLE + "upper = Not(below)  m = Where(upper, s, low)"}, "neither causal nor padding: it depends on (-q + k - 1 >= 0)"),
+        ({"mask": TRIANGLE + "gap = Sub(column, row)  near = Less(gap, far)  m = Where(near, s, low)"},
+         "neither causal nor padding: it depends on (-q + k + 14 >= 0)"),
+        ({"mask": TRIANGLE + "f = Cast <to = 1> (length)  m = Mul(s, f)"}, "scaled by S"),
     ],
     ids=["relu", "two readers", "scaled values", "wrong merge", "no merge", "3-D mask", "4-D mask",
-         "padded by 2", "padded by 1", "upper triangle"],
+         "padded by 2", "padded by 1", "upper triangle", "window", "scaled by the length"],
 )  # fmt: skip
 def test_near_misses_say_why(change: dict[str, str], reason: str) -> None:
     missed(attention(**change), reason)
+
+
+def test_scores_that_are_made_otherwise_are_a_reason() -> None:
+    """Disentangled attention, caps, products of merged heads: a softmax that weighs values is an attention all the same."""
+    missed(attention(scale="p0 = MatMul(qh, kt)  s = Tanh(p0)", mask="m = Identity(s)"), "made by Tanh 'Tanh_")
 
 
 def test_a_softmax_over_classes_is_no_attention() -> None:
@@ -278,7 +286,7 @@ def test_a_softmax_over_classes_is_no_attention() -> None:
     assert report == Report()
 
 
-def test_inputs_without_dimension_names_are_a_reason() -> None:
+def test_inputs_without_dimension_names_are_no_padding_of_each_other() -> None:
     graph = attention()
     graph.inputs[0].shape = [None, None, 8]
-    missed(graph, "dimensions without a name")
+    missed(graph, "which need not agree")

@@ -66,14 +66,17 @@ class Derivation:
         node = self._makers.get(name)
         return name if node is None else f"{node.op} '{node.name}'"
 
-    def cut(self, source: gs.Tensor, nodes: Sequence[gs.Node]) -> Derivation:
-        """The same with `source` an element of its own, and what `nodes`, producers first, make of it."""
+    def cut(self, sources: Sequence[gs.Tensor], nodes: Sequence[gs.Node]) -> Derivation:
+        """The same with each of `sources` an element of its own, and what `nodes`, producers first, make of them."""
         other = object.__new__(Derivation)
         other.__dict__ = {**self.__dict__, "_values": dict(self._values), "why": dict(self.why)}
-        known = self.value(source)
-        other._values[source.name] = opaque(source.name, known.shape, known.kind)
+        for source in sources:
+            known = self.value(source)
+            other._values[source.name] = opaque(source.name, known.shape, known.kind)
+        names = {source.name for source in sources}
         for node in nodes:
-            other._node(node)
+            if not any(y.name in names for y in node.outputs):
+                other._node(node)
         return other
 
     # ---- walking ----

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 
-import numpy as np
 import onnx_graphsurgeon as gs
 
 from nmcompile.derive.value import At, Shape, Underived, Value, aligned, broadcast
@@ -68,9 +68,9 @@ def _quotient(node: gs.Node, args: Sequence[Value | None]) -> Made:
                 raise Underived("a quotient of integers that may be negative")
             return floor_divided(a, b)[0]
         divisor = b.number
-        if divisor is None or divisor == 0 or math.isinf(divisor):
+        if not divisor:
             raise Underived("a quotient by what is not constant")
-        return a * (1.0 / divisor)
+        return a * (1 / Fraction(divisor))
 
     return _combined(node, args, divide)
 
@@ -141,21 +141,21 @@ def _root(x: Poly) -> Poly:
     value = x.number
     if value is None or value < 0:
         raise Underived("a root of what is not constant")
-    return poly(math.sqrt(value))
+    return poly(math.sqrt(float(value)))
 
 
 def _power(base: Poly, exponent: Poly) -> Poly:
     a, b = base.number, exponent.number
     if a is None or b is None or (a <= 0 and b != int(b)):
         raise Underived("a power of what is not constant")
-    return poly(float(np.float64(a) ** b))
+    return poly(float(a) ** float(b))
 
 
 def _reciprocal(x: Poly) -> Poly:
     value = x.number
     if not value:
         raise Underived("one over what is not constant")
-    return poly(1.0 / value)
+    return poly(1 / Fraction(value))
 
 
 def _magnitude(x: Poly) -> Poly:

@@ -1,7 +1,7 @@
 """Does anything after a native segment look at padding? Its rows are zeros there, not what the model would compute.
 
-Followed from operator to operator: a tensor that comes from token rows either still holds each row by itself, or padding
-has been taken out of it by the mask, or only its first token is left. Whatever cannot be followed looks at padding.
+Followed from operator to operator. A tensor that comes from token rows still holds each row by itself, or the mask has
+taken padding out of it, or only its first token is left. Whatever cannot be followed looks at padding.
 """
 
 from __future__ import annotations
@@ -11,14 +11,26 @@ from dataclasses import dataclass
 
 import onnx_graphsurgeon as gs
 
-from nmcompile import graph as g
 from nmcompile.derive import Derivation, Underived
-from nmcompile.derive.value import aligned
-from nmcompile.symbolic import ONE, ZERO, Element, Index, Poly, mentioned, poly, substitute
+from nmcompile.derive.elementwise import ELEMENTWISE
+from nmcompile.derive.movement import MOVEMENT
+from nmcompile.masks import HIDDEN
+from nmcompile.symbolic import (
+    ONE,
+    ZERO,
+    AtLeast,
+    Element,
+    Index,
+    Infinity,
+    IsZero,
+    Poly,
+    mentioned,
+    poly,
+    substitute,
+)
 
-BY_ELEMENT = {"Relu", "Tanh", "Sigmoid", "Gelu", "Erf", "Exp", "Neg", "Sqrt", "Abs", "Identity", "Dropout", "Cast", "Elu",
-              "LeakyRelu", "HardSwish", "Pow", "Add", "Sub", "Div", "Clip", "QuantizeLinear", "DequantizeLinear",
-              "Softplus", "Reciprocal", "Sin", "Cos", "Min", "Max"}  # fmt: skip
+FUNCTIONS = {"QuantizeLinear", "DequantizeLinear", "Dropout", "Identity"}  # of each element, beside ELEMENTWISE
+FOLLOWED = set(MOVEMENT) - {"CumSum", "Concat"} | set(ELEMENTWISE) | FUNCTIONS
 ALONG_LAST = {"LayerNormalization", "RMSNormalization", "Softmax", "LogSoftmax", "LpNormalization"}
 REDUCTIONS = {"ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceL2", "ReduceSumSquare", "ArgMax", "ArgMin"}
 
@@ -29,112 +41,151 @@ class Leak(Exception):
 
 @dataclass(frozen=True)
 class Reading:
-    """leak: where padding is read, "" where it is not. first: whether the first token is, padding or not."""
+    """leak: where padding is read, "" where it is not. first: whether the first token is read, padding or not. keys: whether
+    padding is hidden from another attention, which needs a key that is not."""
 
     leak: str = ""
     first: bool = False
+    keys: bool = False
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Token rows lie along an axis, None where they are merged with others for the time being.
+
+    stage: "rows" as they are, "scores" as keys of queries that are no such rows, "hidden" the same where the mask hides
+    padding, "shares" after the softmax, where padding has none.
+    """
+
+    axis: int | None
+    stage: str = "rows"
 
 
 def reads_padding(graph: gs.Graph, d: Derivation, mask: str, tensors: Sequence[str]) -> Reading:
     """What the graph makes of the rows of these token tensors, [batch, tokens, ...], where the mask is 0."""
     known = graph.tensors()
-    rows = {name: 1 for name in tensors if len(known[name].shape or []) == 3}  # tensor -> the axis its tokens lie along
-    first = False
+    sources = [known[name] for name in tensors if len(known[name].shape or []) == 3]
+    walk = _Walk(d.cut(sources, graph.nodes), mask, {t.name: Rows(1) for t in sources})
     try:
         for node in graph.nodes:
-            entering = {x.name for x in node.inputs if x.name in rows}
-            if not entering or any(y.name in rows for y in node.outputs):
-                continue
-            axis, reads_first = _through(d, node, rows, mask)
-            first = first or reads_first
-            if axis is not None:
-                rows.update({y.name: axis for y in node.outputs if y.name})
+            if any(x.name in walk.rows for x in node.inputs) and not any(y.name in walk.rows for y in node.outputs):
+                walk.through(node)
         for tensor in graph.outputs:
-            if rows.get(tensor.name, 1) != 1:
-                return Reading(f"output {tensor.name}", first)
+            if walk.rows.get(tensor.name, Rows(1)) != Rows(1):
+                raise Leak(f"output {tensor.name}")
     except (Leak, Underived) as stop:
-        return Reading(str(stop), first)
-    return Reading("", first)
+        return Reading(str(stop), walk.first, walk.keys)
+    return Reading("", walk.first, walk.keys)
 
 
-def _through(d: Derivation, node: gs.Node, rows: dict[str, int], mask: str) -> tuple[int | None, bool]:
-    """(the axis of tokens in what the node makes, None where padding is out of it; whether it takes the first token)"""
-    own = next(x for x in node.inputs if x.name in rows)
-    axis, shape = rows[own.name], d.value(own).shape
-    back = axis - len(shape)  # counted from the end
-    name = f"{node.op} '{node.name}'"
-    if node.op in ("Shape", "Size"):
-        return None, False
-    if node.op in ("Mul", "Where", *BY_ELEMENT):
-        rank = len(d.value(node.outputs[0]).shape)
-        if any(rows[x.name] - len(d.value(x).shape) != back for x in node.inputs if x.name in rows):
-            raise Leak(name)
-        if node.op in ("Mul", "Where") and _hides(d, node, rows, mask, back):
-            return None, False
-        return rank + back, False
-    if node.op == "MatMul" and node.inputs[0] is own and node.inputs[1].name not in rows and back <= -2:
-        if len(d.value(node.inputs[1]).shape) == 2:
-            return axis, False
-    if node.op in ALONG_LAST and node.attrs.get("axis", -1) in (-1, len(shape) - 1) and back <= -2:
-        return axis, False
-    if node.op in ("Reshape", "Unsqueeze", "Squeeze", "Flatten", "Expand"):
-        after = d.value(node.outputs[0]).shape
-        if after[: axis + 1] == shape[: axis + 1]:
-            return axis, False
-    if node.op == "Transpose":
-        perm = list(node.attrs.get("perm", range(len(shape))[::-1]))
-        return perm.index(axis), False
-    if node.op in ("Split", "Concat", "Gather", "Slice") or node.op in REDUCTIONS:
-        found = _part(d, node, axis, shape)
+class _Walk:
+    """Which tensors hold token rows, and how, as one node after another is passed."""
+
+    def __init__(self, d: Derivation, mask: str, rows: dict[str, Rows]) -> None:
+        self.d, self.mask, self.rows = d, mask, rows
+        self.roots = dict(rows)  # of them, those that stand for themselves in the derivation
+        self.first = self.keys = False
+
+    def through(self, node: gs.Node) -> None:
+        if node.op in ("Shape", "Size"):
+            return
+        if node.op in FOLLOWED:
+            for y in node.outputs:
+                found = self._followed(node, y)
+                if found is not None:
+                    self.rows[y.name] = found
+            return
+        found = self._product(node) if node.op == "MatMul" else self._along(node)
         if found is not None:
-            return found
-    raise Leak(name)
+            for y in node.outputs:
+                self.rows[y.name] = self.roots[y.name] = found
+
+    def _followed(self, node: gs.Node, y: gs.Tensor) -> Rows | None:
+        """By the elements of what the node makes; None where the mask has taken padding out, or the first token is left."""
+        shape = self.d.value(y).shape
+        place = tuple(ZERO if size == ONE else poly(Index(f"i{axis}", size)) for axis, size in enumerate(shape))
+        value = self.d.element(y, place)
+        if value == poly(Element(y.name, place, self.d.value(y).kind)):  # a function of elements, or what has no rule
+            return self._function(node, y)
+        hidden = self._without_padding(value)
+        left = [atom for atom in mentioned(hidden) if isinstance(atom, Element) and atom.tensor in self.roots]
+        if not left:
+            return None
+        stages = {self.roots[atom.tensor].stage for atom in left}
+        columns = {atom.index[self._axis(atom)] for atom in left}
+        if len(stages) > 1 or any(isinstance(atom, Element) for column in columns for atom in mentioned(column)):
+            raise Leak(f"{node.op} '{node.name}'")
+        if columns == {ZERO} and stages == {"rows"}:
+            self.first = True
+            return None
+        (stage,) = stages
+        if stage == "scores" and _vanishes(hidden):
+            stage = "hidden"
+        column = columns.pop()
+        straight = not columns and column in place and all(atom.index[0] == place[0] for atom in left)
+        return Rows(place.index(column) if straight else None, stage)
+
+    def _axis(self, atom: Element) -> int:
+        axis = self.roots[atom.tensor].axis
+        assert axis is not None
+        return axis
+
+    def _without_padding(self, value: Poly) -> Poly:
+        """The element where the mask is 0, in every row that it comes from."""
+        found = mentioned(value)
+        rows = {(atom.index[0], atom.index[self._axis(atom)]) for atom in found
+                if isinstance(atom, Element) and atom.tensor in self.roots}  # fmt: skip
+        masks = [atom for atom in found if isinstance(atom, Element) and atom.tensor == self.mask and atom.index in rows]
+        return substitute(value, {atom: ZERO for atom in masks})
+
+    def _function(self, node: gs.Node, y: gs.Tensor) -> Rows:
+        if node.op not in ELEMENTWISE and node.op not in FUNCTIONS:
+            raise Leak(f"{node.op} '{node.name}'")
+        entering = [x for x in node.inputs if x.name in self.rows]
+        rank = len(self.d.value(y).shape)
+        places = {(state.stage, None if state.axis is None else state.axis - len(self.d.value(x).shape))
+                  for x in entering for state in [self.rows[x.name]]}  # fmt: skip
+        (stage, back), *others = places
+        if others or back is None or stage in ("scores", "hidden"):
+            raise Leak(f"{node.op} '{node.name}'")
+        self.roots[y.name] = Rows(rank + back, stage)
+        return self.roots[y.name]
+
+    def _product(self, node: gs.Node) -> Rows | None:
+        """Rows times a matrix; queries times rows as keys; shares times rows as values."""
+        ranks = [len(self.d.value(x).shape) for x in node.inputs]
+        left, right = (self.rows.get(x.name) for x in node.inputs)
+        if left is not None and left.axis is not None and left.stage == "rows" and right is None:
+            if left.axis <= ranks[0] - 2 and ranks[1] == 2:
+                return left
+        if left is None and right == Rows(ranks[1] - 1):
+            return Rows(len(self.d.value(node.outputs[0]).shape) - 1, "scores")
+        if left == Rows(ranks[0] - 1, "shares") and right == Rows(ranks[1] - 2):
+            self.keys = True
+            return None
+        raise Leak(f"{node.op} '{node.name}'")
+
+    def _along(self, node: gs.Node) -> Rows:
+        """Operators along other axes than the tokens', and the softmax over keys."""
+        own = next(x for x in node.inputs if x.name in self.rows)
+        state, shape = self.rows[own.name], self.d.value(own).shape
+        last = node.attrs.get("axis", -1) in (-1, len(shape) - 1)
+        if state.axis is not None and node.op in ALONG_LAST and last:
+            if state.stage == "rows" and state.axis <= len(shape) - 2:
+                return state
+            if state.stage == "hidden" and node.op == "Softmax" and state.axis == len(shape) - 1:
+                return Rows(state.axis, "shares")
+        if state.axis is not None and state.stage == "rows" and node.op in REDUCTIONS:
+            after = self.d.value(node.outputs[0]).shape
+            if after[: state.axis + 1] == shape[: state.axis + 1] and shape[state.axis] != ONE:
+                return state
+        raise Leak(f"{node.op} '{node.name}'")
 
 
-def _part(d: Derivation, node: gs.Node, axis: int, shape: Sequence[Poly]) -> tuple[int | None, bool] | None:
-    """What picks or reduces along other axes leaves the rows; a Gather or Slice may take the first token."""
-    after = d.value(node.outputs[0]).shape
-    along = int(node.attrs.get("axis", 0))
-    along += len(shape) * (along < 0)
-    if node.op in ("Split", "Concat"):
-        return (axis, False) if along != axis else None
-    if node.op == "Gather":
-        index = g.constant(node.inputs[1])
-        if along == axis:
-            return (None, True) if index is not None and not index.any() else None
-        rank = 1 if index is None else index.ndim
-        return (axis if along > axis else axis + rank - 1), False
-    if node.op == "Slice":
-        if after[axis] == shape[axis]:
-            return axis, False
-        starts, ends = g.constant(node.inputs[1]), g.constant(node.inputs[2])
-        plain = starts is not None and ends is not None and starts.size == 1 and not starts.any()
-        return (None, True) if plain and after[axis] == ONE else None
-    reduced = len(shape) - len(after)
-    if reduced == 0:
-        return (axis, False) if after[axis] == shape[axis] and shape[axis] != ONE else None
-    return (axis, False) if after[: axis + 1] == tuple(shape[: axis + 1]) else None
-
-
-def _hides(d: Derivation, node: gs.Node, rows: dict[str, int], mask: str, back: int) -> bool:
-    """Whether the mask takes padding out: a factor that is 0 there, or a choice that takes the other side there."""
-    shape = d.value(node.outputs[0]).shape
-    place = tuple(ZERO if size == ONE else poly(Index(f"i{axis}", size)) for axis, size in enumerate(shape))
-    others = [x for x in node.inputs if x.name not in rows]
-    if node.op == "Where":
-        others = [node.inputs[0]] if node.inputs[0].name not in rows else []
-    for x in others:
-        try:
-            value = aligned(d.value(x), place)
-        except Underived:
-            continue
-        here = [atom for atom in mentioned(value) if isinstance(atom, Element) and atom.tensor == mask
-                and atom.index == (place[0], place[len(shape) + back])]  # fmt: skip
-        hidden = substitute(value, {atom: ZERO for atom in here})
-        if not here or hidden.number is None:
-            continue
-        if node.op == "Mul":
-            return hidden.number == 0
-        chosen = node.inputs[1 if hidden.number else 2]
-        return chosen.name not in rows
-    return False
+def _vanishes(score: Poly) -> bool:
+    """Whether so much is taken from a score that nothing is left of its share."""
+    added = 0.0
+    for monomial, factor in score.terms.items():
+        if all(isinstance(atom, Infinity) for atom, _ in monomial):
+            added += float(factor) * (float("inf") if monomial else 1.0)
+    return added <= HIDDEN and not any(isinstance(atom, (AtLeast, IsZero)) for atom in score.atoms)

@@ -199,5 +199,7 @@ def _guards(graph: gs.Graph, d: Derivation, segment: Segment, segments: Sequence
     if segment.mask is None:
         return []
     binary = [Guard(segment.mask, "binary")] if any(op.data.get("binary") for op in segment.ops) else []
-    first = any(op.kind == "first" for op in segment.ops) or _read_after(graph, d, segment, segments).first
-    return [*binary, *([Guard(segment.mask, "first-token")] if first else [])]
+    after = _read_after(graph, d, segment, segments)
+    first = after.first or any(op.kind == "first" for op in segment.ops)
+    rules = ["first-token"] * first + ["some-token"] * after.keys
+    return [*binary, *(Guard(segment.mask, rule) for rule in rules)]
