@@ -14,7 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
-from random_graph_feeds import USUAL, Feeds, Run, runs, samples
+from random_graph_feeds import USUAL, Run, runs, samples
 from random_graph_masks import Applied
 from random_graph_model import Built, build
 from random_graphs import Recipe
@@ -30,25 +30,27 @@ from nmcompile.targets import CpuTarget
 Arrays = Mapping[str, np.ndarray]
 HIDDEN = -1000.0  # what is added to the score of a hidden key is below
 
-# The largest relative error of a vector (its last axis) against onnxruntime. Float forms differ by rounding alone; a key
-# too many among 200 moves a vector by 1 %.
+# The largest relative error of a vector (its last axis) against onnxruntime. Float forms differ by rounding alone; a
+# key too many among 200 moves a vector by 1 %.
 EXACT = 2e-3
-# Of INT8, by the cosine of an output over the vectors of one sequence together: between the plan and its Q/DQ graph, and
-# between that and the model, where sequences shorter than all samples leave the ranges that samples gave.
+# Of INT8, by the cosine of an output over the vectors of one sequence together: between the plan and its Q/DQ graph,
+# and between these and the model, where sequences unlike all samples leave the ranges that samples gave.
 LEAST_AGREEMENT = 0.98
 LEAST_COSINE = 0.9
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of one graph. complaints: (form, what is wrong), none where it is right; guarded: inputs that the plan
-    refuses with a reason; missing: what runs on onnxruntime, and why."""
+    """What came of one graph. complaints: (form, what is wrong), none where it is right; barred: a usual input that
+    the plan refuses; guarded: unusual ones that it refuses, with a reason; missing: what runs on onnxruntime, and why.
+    """
 
     recipe: Recipe
     complaints: tuple[tuple[str, str], ...] = ()
     runs: int = 0
+    barred: str = ""
     guarded: int = 0
-    refused: str = ""  # the reason of the first refusal
+    refusal: str = ""  # the reason of the first
     native: bool = False  # one native segment
     attention: bool = False  # every attention is native
     embedding: bool = False  # the look-ups are
@@ -61,31 +63,35 @@ class Outcome:
             return "error"
         if self.complaints:
             return "wrong"
+        if self.barred:
+            return "refused"
         return "native" if self.native else "declined"
 
 
 @dataclass
 class _Tally:
-    """Complaints so far, one for each form and output."""
+    """What was found so far: complaints, one for each form and output, and refusals."""
 
     complaints: dict[tuple[str, str], str] = field(default_factory=dict)
+    barred: str = ""
+    refusals: list[str] = field(default_factory=list)
 
     def add(self, form: str, output: str, text: str) -> None:
         self.complaints.setdefault((form, output), text)
 
 
-def check(recipe: Recipe, edit: Callable[[Built], Built] = lambda built: built) -> Outcome:
+def check(recipe: Recipe, instead: Recipe | None = None) -> Outcome:
     """Compile the graph of a recipe and compare all forms with onnxruntime at every run of `runs`.
 
-    edit: what stands for nmcompile's model where a test wants one that differs from the recipe's.
+    instead: what is compiled in its place, so that the check has something to find.
     """
     built = build(recipe)
-    compiled = edit(built)
+    model = built.model if instead is None else build(instead).model
     with TemporaryDirectory() as name:
         folder = Path(name)
         try:
-            canonical, _ = Pipeline(canonical_passes()).run(g.load(compiled.model))
-            result = nmcompile.compile(compiled.model, folder / "m.plan", calibration=samples(recipe), preset="fast",
+            canonical, _ = Pipeline(canonical_passes()).run(g.load(model))
+            result = nmcompile.compile(model, folder / "m.plan", calibration=samples(recipe), preset="fast",
                                        tuning="off", emit_onnx=folder / "m.onnx", measure=False)  # fmt: skip
             made = CpuTarget()
             made.finish(canonical)
@@ -117,7 +123,7 @@ def _compared(recipe: Recipe, built: Built, forms: _Forms, notes: Sequence[str])
     names = [info.name for info in g.outputs(graph)]
     inner = [name for applied in built.applied.values() for a in applied for name in (*a.keeps, *a.biases)]
     reference = g.runner(graph, list(dict.fromkeys([*names, *inner])))
-    tally, done, guarded, refused = _Tally(), 0, 0, ""
+    tally, done = _Tally(), 0
     for run in runs(recipe):
         try:
             values = reference(run.feeds)
@@ -126,46 +132,51 @@ def _compared(recipe: Recipe, built: Built, forms: _Forms, notes: Sequence[str])
         done += 1
         wanted = {name: values[name] for name in names}
         seen = {name: shown(values, applied, run) for name, applied in built.applied.items()}
-        why = _held(tally, forms, run, wanted, seen)
-        guarded += bool(why)
-        refused = refused or why
+        _hold(tally, forms, run, wanted, seen)
     kinds = [step["step"] for segment in forms.plan.header["segments"] for step in segment.get("steps", ())]
-    wanted_attentions = len(recipe.masks) + 2 * (recipe.decoder is not None)
+    attentions = len(recipe.masks) + 2 * (recipe.decoder is not None)
     return Outcome(
-        recipe, tuple((form, f"{output}: {text}") for (form, output), text in tally.complaints.items()), done, guarded,
-        refused, [segment["kind"] for segment in forms.plan.header["segments"]] == ["native"],
-        sum(kind.startswith("attention") for kind in kinds) >= wanted_attentions, "embed" in kinds,
-        next((note for note in notes if "not matched" in note), next((n for n in notes if "onnxruntime" in n), "")),
-    )  # fmt: skip
+        recipe,
+        complaints=tuple((form, f"{output}: {text}") for (form, output), text in tally.complaints.items()),
+        runs=done,
+        barred=tally.barred,
+        guarded=len(tally.refusals),
+        refusal=next(iter(tally.refusals), ""),
+        native=[segment["kind"] for segment in forms.plan.header["segments"]] == ["native"],
+        attention=sum(kind.startswith("attention") for kind in kinds) >= attentions,
+        embedding="embed" in kinds,
+        missing=next((n for n in notes if "not matched" in n), next((n for n in notes if "onnxruntime" in n), "")),
+    )
 
 
-def _held(tally: _Tally, forms: _Forms, run: Run, wanted: Arrays, seen: Mapping[str, np.ndarray]) -> str:
-    """Compare all forms on one run; the plan's reason where it refuses the inputs."""
+def _hold(tally: _Tally, forms: _Forms, run: Run, wanted: Arrays, seen: Mapping[str, np.ndarray]) -> None:
+    """Compare all forms on one run; where the plan refuses the inputs, the graphs promise nothing about them either."""
     try:
         found = forms.plan.run(run.feeds)
         exact = forms.exact.run(run.feeds)
     except InputError as refusal:
         if run.masks in USUAL:
-            tally.add("plan", "inputs", f"refused at {run}: {refusal}")
-        return str(refusal)
+            tally.barred = tally.barred or f"refused at {run}: {refusal}"
+        else:
+            tally.refusals.append(str(refusal))
+        return
     except Exception as error:
         tally.add("plan", "run", f"fails at {run}: {type(error).__name__}: {error}")
-        return ""
-    _rounded(tally, "plan", run, wanted, found, seen, LEAST_COSINE)
+        return
+    _rounded(tally, "plan", run, wanted, wanted, found, seen, LEAST_COSINE)
     _exact(tally, "float plan", run, wanted, exact, seen)
     try:
         _exact(tally, "canonical", run, wanted, forms.canonical(run.feeds), seen)
         rounded = forms.onnx(run.feeds)
-        _rounded(tally, "onnx", run, wanted, rounded, seen, LEAST_COSINE)
-        _rounded(tally, "plan and onnx", run, rounded, found, seen, LEAST_AGREEMENT)
+        _rounded(tally, "onnx", run, wanted, wanted, rounded, seen, LEAST_COSINE)
+        _rounded(tally, "plan and onnx", run, wanted, rounded, found, seen, LEAST_AGREEMENT)
     except NmcompileError as error:
         tally.add("graph", "run", f"fails at {run}: {error}")
-    return ""
 
 
 def shown(values: Arrays, applied: Sequence[Applied], run: Run) -> np.ndarray:
-    """bool [batch, tokens] of the first sequence: tokens that a query of some layer sees as keys. A plan gives zeros for
-    the others."""
+    """bool [batch, tokens] of the first sequence: tokens that a query of some layer sees as keys. A plan gives zeros
+    for the others."""
     batch, tokens = run.feeds["input_ids"].shape
     found = np.zeros((batch, run.past + tokens), bool)
     for layer in applied:
@@ -179,13 +190,10 @@ def shown(values: Arrays, applied: Sequence[Applied], run: Run) -> np.ndarray:
     return found[:, run.past :]
 
 
-def _vectors(wanted: np.ndarray, found: np.ndarray, real: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Both as [vectors, features], and the sequence of each; without hidden rows and what is no number in the model."""
-    rows = np.broadcast_to(np.arange(len(wanted)).reshape(-1, *[1] * (wanted.ndim - 2)), wanted.shape[:-1])
-    use = np.isfinite(wanted).all(axis=-1)
-    if real is not None:
-        use &= real
-    return wanted[use].astype(np.float64), found[use].astype(np.float64), rows[use]
+def _compared_rows(wanted: np.ndarray, real: np.ndarray | None) -> np.ndarray:
+    """Which vectors are compared: not the hidden ones, nor those that are no numbers in the model."""
+    use = np.asarray(np.isfinite(wanted).all(axis=-1))
+    return use if real is None else use & real
 
 
 def _fits(tally: _Tally, form: str, run: Run, name: str, wanted: np.ndarray, found: Arrays) -> bool:
@@ -197,12 +205,14 @@ def _fits(tally: _Tally, form: str, run: Run, name: str, wanted: np.ndarray, fou
 
 
 def _exact(tally: _Tally, form: str, run: Run, wanted: Arrays, found: Arrays, seen: Mapping[str, np.ndarray]) -> None:
+    """Vector by vector: |found - wanted| / |wanted|."""
     for name, values in wanted.items():
         if not _fits(tally, form, run, name, values, found):
             continue
-        a, b, _ = _vectors(values, found[name], seen.get(name))
-        if not len(a):
+        use = _compared_rows(values, seen.get(name))
+        if not use.any():
             continue
+        a, b = (x[use].astype(np.float64) for x in (values, found[name]))
         norms = np.linalg.norm(a, axis=1)
         error = np.linalg.norm(a - b, axis=1) / np.maximum(norms, 0.1 * np.sqrt(np.mean(norms**2)) + 1e-12)
         if not error.max() <= EXACT:
@@ -210,14 +220,16 @@ def _exact(tally: _Tally, form: str, run: Run, wanted: Arrays, found: Arrays, se
 
 
 def _rounded(
-    tally: _Tally, form: str, run: Run, wanted: Arrays, found: Arrays, seen: Mapping[str, np.ndarray], least: float
-) -> None:
+    tally: _Tally, form: str, run: Run, model: Arrays, wanted: Arrays, found: Arrays,
+    seen: Mapping[str, np.ndarray], least: float,
+) -> None:  # fmt: skip
+    """Sequence by sequence, by cosine; `model` tells which vectors count."""
     for name, values in wanted.items():
         if not _fits(tally, form, run, name, values, found):
             continue
-        a, b, rows = _vectors(values, found[name], seen.get(name))
-        for row in np.unique(rows):
-            one, other = a[rows == row].ravel(), b[rows == row].ravel()
-            cosine = float(one @ other / max(np.linalg.norm(one) * np.linalg.norm(other), 1e-12))
+        use = _compared_rows(model[name], seen.get(name))
+        for one, other, rows in zip(values, found[name], use, strict=True):
+            a, b = (x[rows].astype(np.float64).ravel() for x in (one, other))
+            cosine = float(a @ b / max(np.linalg.norm(a) * np.linalg.norm(b), 1e-12)) if len(a) else 1.0
             if not cosine >= least:
                 tally.add(form, name, f"cosine {cosine:.3f} at {run}")

@@ -74,7 +74,7 @@ def samples(recipe: Recipe) -> list[Feeds]:
     """Short samples with usual masks, for calibration: of 6 to 12 tokens, and two of one token, whose attention is not
     averaged and so takes the widest range."""
     rng = np.random.default_rng([recipe.seed, 2])
-    alike = recipe.past or any(item.shape != "bs" for item in recipe.inputs)  # what is not padded
+    alike = any(item.shape == "b11s" for item in recipe.inputs)  # which calibration does not pad
     found = []
     for index in range(SAMPLES):
         tokens = recipe.static or (8 if alike else 1 if index % 8 == 5 else int(rng.integers(6, 13)))
@@ -143,7 +143,7 @@ def _mask(rng: np.random.Generator, shape: tuple[int, int], kind: str, dtype: st
     counts = rng.integers(1, tokens + 1, batch)
     counts[0] = tokens if batch > 1 else max(1, tokens - 2)
     right = np.arange(tokens) < counts[:, None]
-    mask = {
+    mask: np.ndarray = {
         "full": np.ones(shape, bool),
         "right": right,
         "left": right[:, ::-1],
@@ -154,4 +154,4 @@ def _mask(rng: np.random.Generator, shape: tuple[int, int], kind: str, dtype: st
     if kind != "values" or dtype == "bool":
         return mask.astype(dtype)
     odd = rng.choice([2, -1, 1, 1] if dtype != "float32" else [2, -1, 0.5, 1], shape)
-    return np.where(mask, odd, 0).astype(dtype)
+    return np.asarray(np.where(mask, odd, 0), dtype)

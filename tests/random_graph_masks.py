@@ -118,7 +118,8 @@ def _causal(b: Nodes, form: str, frame: Frame) -> str:
     if form == "range":
         return b.at_most(b.axes("Unsqueeze", frame.k, 0), b.axes("Unsqueeze", frame.q, 1))
     if form == "triangle":
-        rows = b.slice(b.constant(np.tril(np.ones((TRIANGLE, TRIANGLE), bool))), frame.past or b.integer(0), frame.keys, 0)
+        triangle = b.constant(np.tril(np.ones((TRIANGLE, TRIANGLE), bool)))
+        rows = b.slice(triangle, frame.past or b.integer(0), frame.keys, 0)
         return b.slice(rows, b.integer(0), frame.keys, 1)
     both = b.shape(frame.queries, frame.keys)
     ones = b("Expand", b.integer(1), both)

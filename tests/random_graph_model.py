@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import e, sqrt
 
@@ -9,7 +10,7 @@ import numpy as np
 import onnx
 from random_graph_masks import Applied, Frame, masked, positioned, row_ids
 from random_graph_nodes import BATCH, TOKENS, Nodes
-from random_graphs import Causal, Given, Mask, Recipe
+from random_graphs import Causal, Mask, Padding, Recipe
 
 LABELS = 16  # outputs of a classifier
 TOTAL, PAST, TARGETS = "total", "past", "targets"  # free sizes
@@ -103,9 +104,8 @@ def _layer(b: Nodes, recipe: Recipe, x: str, mask: Mask | None, frame: Frame, in
     return _residual(b, recipe, x, attend)
 
 
-def _residual(b: Nodes, recipe: Recipe, x: str, attend: object) -> tuple[str, Applied]:
+def _residual(b: Nodes, recipe: Recipe, x: str, attend: Callable[[str], tuple[str, Applied]]) -> tuple[str, Applied]:
     """x + attention, and that + feed-forward layers, normalised before or after."""
-    assert callable(attend)
     width, fused, early = recipe.hidden, recipe.style.fused_norm, recipe.style.pre_norm
     y, applied = attend(b.norm(x, width, fused) if early else x)
     x = b("Add", x, y)
@@ -124,8 +124,7 @@ def _attention(
     inner = heads * size
     if style.merged and x == other:
         y = b.linear(x, recipe.hidden, 3 * inner)
-        split = {"num_outputs": 3} if b.opset >= 18 else {}
-        q, k, v = b.several("Split", 3, y, axis=2, **split)
+        q, k, v = b.split(y, 3, axis=2)
     else:
         q, k, v = (b.linear(source, recipe.hidden, inner) for source in (x, other, other))
     factor = _factor(b, recipe, frame)
@@ -211,8 +210,6 @@ def _decoded(b: Nodes, recipe: Recipe, states: str, frame: Frame) -> tuple[str, 
 
 def _padding_only(recipe: Recipe) -> Mask | None:
     """The encoder's padding as cross-attention sees it."""
-    from random_graphs import Padding
-
     mask = next((item for item in recipe.inputs if "mask" in item.name), None)
     return None if mask is None else Mask(Padding(mask.name), "add", "lowest")
 
@@ -221,7 +218,7 @@ def _padding_only(recipe: Recipe) -> Mask | None:
 
 
 def _head(b: Nodes, recipe: Recipe, kind: str, x: str, frame: Frame, tokens: int | str) -> None:
-    if kind in b_outputs(b):
+    if kind in {info.name for info in b.outputs}:
         return
     if kind == "tokens":
         b.output(x, kind, [BATCH, tokens, recipe.hidden])
@@ -229,10 +226,6 @@ def _head(b: Nodes, recipe: Recipe, kind: str, x: str, frame: Frame, tokens: int
     pooled = _pooled(b, recipe, kind, x, frame)
     b.output(b.linear(b("Tanh", b.linear(pooled, recipe.hidden, recipe.hidden)), recipe.hidden, LABELS),
              kind.replace(" ", "_"), [BATCH, LABELS])  # fmt: skip
-
-
-def b_outputs(b: Nodes) -> set[str]:
-    return {info.name for info in b.outputs}
 
 
 def _pooled(b: Nodes, recipe: Recipe, kind: str, x: str, frame: Frame) -> str:
@@ -255,8 +248,3 @@ def _pooled(b: Nodes, recipe: Recipe, kind: str, x: str, frame: Frame) -> str:
     rows = b.range(b.size(x, 0))
     index = b("Concat", b.axes("Unsqueeze", rows, 1), b.axes("Unsqueeze", last, 1), axis=1)
     return b("GatherND", x, index)
-
-
-def masks_of(recipe: Recipe) -> tuple[Given, ...]:
-    """The inputs that hide keys."""
-    return tuple(item for item in recipe.inputs if item.name not in ("segments", "position_ids"))

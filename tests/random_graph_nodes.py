@@ -1,11 +1,13 @@
-"""Writes ONNX nodes by hand in the words of one opset: what random_graph_masks and random_graph_model are written with."""
+"""Writes ONNX nodes in the words of one opset: what random_graph_masks and random_graph_model are written with."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from math import sqrt
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
@@ -19,7 +21,7 @@ LOWEST = float(np.finfo(np.float32).min)
 class Nodes:
     """Nodes and constants in the order in which they are called for; names tell the operator and its place."""
 
-    def __init__(self, opset: int, seed: int, sizes: str = "gather", folded: bool = True, swapped: bool = False) -> None:
+    def __init__(self, opset: int, seed: int, sizes: str, folded: bool, swapped: bool) -> None:
         self.opset, self.sizes, self.folded, self.swapped = opset, sizes, folded, swapped
         self.rng = np.random.default_rng(seed)
         self.nodes: list[onnx.NodeProto] = []
@@ -28,17 +30,17 @@ class Nodes:
         self.outputs: list[onnx.ValueInfoProto] = []
         self.domains: set[str] = set()
 
-    def __call__(self, op: str, *inputs: str, domain: str = "", **attributes: object) -> str:
+    def __call__(self, op: str, *inputs: str, domain: str = "", **attributes: Any) -> str:
         return self.several(op, 1, *inputs, domain=domain, **attributes)[0]
 
-    def several(self, op: str, count: int, *inputs: str, domain: str = "", **attributes: object) -> list[str]:
+    def several(self, op: str, count: int, *inputs: str, domain: str = "", **attributes: Any) -> list[str]:
         stem = f"{op.lower()}_{len(self.nodes)}"
         outputs = [stem] if count == 1 else [f"{stem}_{i}" for i in range(count)]
         self.domains |= {domain} - {""}
         self.nodes.append(helper.make_node(op, inputs, outputs, name=stem, domain=domain, **attributes))
         return outputs
 
-    def constant(self, values: object, dtype: object = None, stem: str = "c") -> str:
+    def constant(self, values: npt.ArrayLike, dtype: npt.DTypeLike | None = None, stem: str = "c") -> str:
         name = f"{stem}_{len(self.initializers)}"
         self.initializers.append(numpy_helper.from_array(np.asarray(values, dtype), name))
         return name
@@ -62,7 +64,8 @@ class Nodes:
 
     def model(self) -> onnx.ModelProto:
         graph = helper.make_graph(self.nodes, "drawn", list(self.inputs.values()), self.outputs, self.initializers)
-        sets = [helper.make_opsetid("", self.opset), *(helper.make_opsetid(domain, 1) for domain in sorted(self.domains))]
+        others = [helper.make_opsetid(domain, 1) for domain in sorted(self.domains)]
+        sets = [helper.make_opsetid("", self.opset), *others]
         return helper.make_model(graph, opset_imports=sets, ir_version=8 if self.opset < 21 else 10)
 
     # ---- operators whose form depends on the opset ----
@@ -99,6 +102,11 @@ class Nodes:
         if self.sizes == "slice":
             return self.axes("Squeeze", self("Slice", shape, self.ints(axis), self.ints(axis + 1), self.ints(0)), 0)
         return self("Gather", shape, self.integer(axis), axis=0)
+
+    def split(self, x: str, count: int, axis: int) -> list[str]:
+        if self.opset < 18:
+            return self.several("Split", count, x, axis=axis)
+        return self.several("Split", count, x, axis=axis, num_outputs=count)
 
     def shape(self, *sizes: str | int) -> str:
         """A shape made of scalars and numbers."""

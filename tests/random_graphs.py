@@ -7,12 +7,7 @@ Python, so that a graph that failed can be kept as text and built again, whole o
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
 from dataclasses import dataclass, fields, is_dataclass
-from typing import TypeVar
-
-T = TypeVar("T")
-
 
 # ---- which keys a query sees -------------------------------------------------------------------------------------
 
@@ -218,10 +213,10 @@ def draw(seed: int) -> Recipe:
     masks = [_mask(rng, odd, inputs, style.opset)]
     while len(masks) < layers:
         masks.append(_mask(rng, odd, inputs, style.opset) if "layers" in odd else masks[0])
-    outputs = ("tokens",)
+    outputs: tuple[str, ...] = ("tokens",)
     if "outputs" in odd:
         kinds = ["first", "first slice", "mean", "max"] + ["masked mean", "last"] * ("mask" in inputs)
-        outputs = tuple(rng.sample(kinds + ["tokens"], rng.choice((1, 1, 2))))
+        outputs = tuple(rng.sample([*kinds, "tokens"], rng.choice((1, 1, 2))))
     positions = _positions(rng, "positions" in odd, inputs, past)
     if "mask" in inputs and positions is not None and positions.kind == "mask" and inputs["mask"].shape != "bs":
         inputs["mask"] = Given(inputs["mask"].name, inputs["mask"].dtype)
@@ -350,11 +345,10 @@ def parts(value: object) -> list[object]:
 
 def constants(recipe: Recipe) -> tuple[int, ...]:
     """The numbers in a recipe at which what a graph does may change with the length."""
-    found = {recipe.positions.at} if recipe.positions is not None and recipe.positions.kind in ("clip", "mod") else set()
-    for part in parts(recipe):
-        found |= {Window: lambda p: {p.width}, Blocks: lambda p: {p.size}, Prefix: lambda p: {p.length}}.get(
-            type(part), lambda p: set()
-        )(part)
+    found = {part.at for part in parts(recipe) if isinstance(part, Positions) and part.kind in ("clip", "mod")}
+    found |= {part.width for part in parts(recipe) if isinstance(part, Window)}
+    found |= {part.size for part in parts(recipe) if isinstance(part, Blocks)}
+    found |= {part.length for part in parts(recipe) if isinstance(part, Prefix)}
     return tuple(sorted(found))
 
 
@@ -384,8 +378,3 @@ def _word(part: object) -> str:
     if isinstance(part, Window):
         return "window both sides" if part.both else "window"
     return {"Both": "and", "Either": "or"}.get(type(part).__name__, type(part).__name__.lower())
-
-
-def kinds(masks: Sequence[Mask | None], kind: type[T]) -> list[T]:
-    """The parts of one kind in masks."""
-    return [part for part in parts(tuple(masks)) if isinstance(part, kind)]

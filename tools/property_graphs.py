@@ -3,8 +3,9 @@
     python -m tools.property_graphs --count 2000 --seed 0 --jobs 2
     python -m tools.property_graphs --only 1234          # one graph, with its recipe
 
-Prints how many are right on the engine, right with a part on onnxruntime (declined), wrong, or in error; the seeds of
-wrong ones; and for each construct how often it was native. Exit status 1 where one is wrong or in error.
+Prints how many are right on the engine, right with a part on onnxruntime (declined), wrong, refuse usual inputs or do
+not compile (error); the seeds of these; and for each construct how often it was native. Exit status 1 where one is
+wrong, refused or in error.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import multiprocessing
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -21,10 +22,12 @@ import click
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
-from graph_check import Outcome, check  # noqa: E402
-from random_graphs import draw, labels  # noqa: E402
+from graph_check import Outcome, check
+from random_graph_smaller import shrunk
+from random_graphs import draw, labels
 
-VERDICTS = ("native", "declined", "wrong", "error")
+GOOD, BAD = ("native", "declined"), ("wrong", "refused", "error")
+VERDICTS = (*GOOD, *BAD)
 
 
 @click.command()
@@ -32,51 +35,60 @@ VERDICTS = ("native", "declined", "wrong", "error")
 @click.option("--seed", default=0, show_default=True, help="of the first graph; the others follow")
 @click.option("--jobs", default=1, show_default=True, help="processes")
 @click.option("--only", type=int, help="the seed of one graph, shown in full")
-def main(count: int, seed: int, jobs: int, only: int | None) -> None:
+@click.option("--shrink", is_flag=True, help="cut wrong graphs down to what makes them wrong")
+def main(count: int, seed: int, jobs: int, only: int | None, shrink: bool) -> None:
     """Draw graphs, compile and compare them, and say what came."""
     seeds = range(seed, seed + count) if only is None else [only]
     outcomes = []
-    for index, outcome in enumerate(_checked(list(seeds), jobs)):
+    for index, outcome in enumerate(_checked(list(seeds), jobs, smallest if shrink else check_seed)):
         outcomes.append(outcome)
-        if outcome.verdict in ("wrong", "error") or only is not None:
+        if outcome.verdict in BAD or only is not None:
             click.echo(told(outcome))
         if (index + 1) % 50 == 0:
             click.echo(f"{index + 1}/{count}: {_counted(outcomes)}", err=True)
     click.echo(summary(outcomes))
-    sys.exit(any(outcome.verdict in ("wrong", "error") for outcome in outcomes))
+    sys.exit(any(outcome.verdict in BAD for outcome in outcomes))
 
 
-def _checked(seeds: list[int], jobs: int) -> Iterator[Outcome]:
+def _checked(seeds: list[int], jobs: int, job: Callable[[int], Outcome]) -> Iterator[Outcome]:
     if jobs == 1:
-        yield from map(check_seed, seeds)
+        yield from map(job, seeds)
         return
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
-        yield from pool.map(check_seed, seeds, chunksize=4)
+        yield from pool.map(job, seeds, chunksize=4)
 
 
 def check_seed(seed: int) -> Outcome:
     return check(draw(seed))
 
 
+def smallest(seed: int) -> Outcome:
+    """Of a graph that is wrong or does not compile, the smallest that is too."""
+    first = check_seed(seed)
+    if first.verdict in GOOD:
+        return first
+    return check(shrunk(first.recipe, lambda recipe: check(recipe).verdict == first.verdict))
+
+
 def told(outcome: Outcome) -> str:
     """What is to be known of one graph: its recipe, what is wrong, what runs where."""
     lines = [f"seed {outcome.recipe.seed}: {outcome.verdict}", f"  {outcome.recipe}"]
-    lines += [f"  {form}: {text}" for form, text in outcome.complaints] + [f"  {outcome.error}"] * bool(outcome.error)
+    lines += [f"  {form}: {text}" for form, text in outcome.complaints]
+    lines += [f"  {why}" for why in (outcome.barred, outcome.error) if why]
     lines += [f"  not native: {outcome.missing}"] * (not outcome.native and bool(outcome.missing))
-    lines += [f"  {outcome.guarded} of {outcome.runs} inputs refused: {outcome.refused}"] * bool(outcome.guarded)
+    lines += [f"  {outcome.guarded} of {outcome.runs} inputs guarded: {outcome.refusal}"] * bool(outcome.guarded)
     return "\n".join(lines)
 
 
 def summary(outcomes: list[Outcome]) -> str:
     """Counts, reasons why graphs are not native, and a table of constructs."""
-    lines = [_counted(outcomes), f"inputs: {sum(o.runs for o in outcomes)}, {sum(o.guarded for o in outcomes)} refused"]
-    for verdict in ("wrong", "error"):
+    tried, guarded = sum(outcome.runs for outcome in outcomes), sum(outcome.guarded for outcome in outcomes)
+    lines = [_counted(outcomes), f"inputs: {tried}, of them {guarded} unusual ones refused"]
+    for verdict in BAD:
         seeds = [str(o.recipe.seed) for o in outcomes if o.verdict == verdict]
         lines += [f"{verdict}: seeds {', '.join(seeds)}"] * bool(seeds)
-    reasons = Counter(_reason(o.missing) for o in outcomes if o.verdict == "declined")
-    lines += ["", "declined because"] + [f"{count:6}  {reason}" for reason, count in reasons.most_common(15)]
-    refusals = Counter(_reason(o.refused) for o in outcomes if o.refused)
-    lines += ["", "inputs refused because"] + [f"{count:6}  {reason}" for reason, count in refusals.most_common(15)]
+    lines += _most("declined because", [o.missing for o in outcomes if o.verdict == "declined"])
+    lines += _most("unusual inputs refused because", [o.refusal for o in outcomes if o.refusal])
     return "\n".join([*lines, "", *table(outcomes)])
 
 
@@ -98,6 +110,11 @@ def table(outcomes: list[Outcome]) -> list[str]:
 def _counted(outcomes: list[Outcome]) -> str:
     counts = Counter(outcome.verdict for outcome in outcomes)
     return f"{len(outcomes)} graphs: " + ", ".join(f"{counts[verdict]} {verdict}" for verdict in VERDICTS)
+
+
+def _most(title: str, texts: list[str]) -> list[str]:
+    counts = Counter(map(_reason, texts)).most_common(20)
+    return ["", title, *(f"{count:6}  {reason}" for reason, count in counts)]
 
 
 def _reason(text: str) -> str:
