@@ -37,7 +37,7 @@ def longest(recipe: Recipe) -> int:
     at = recipe.positions
     if at is not None and at.kind not in ("given", "clip", "mod"):
         free = at.clamped and at.kind != "table"
-        room = {"ids": 2, "mask": 3}.get(at.kind, 0) + at.first
+        room = {"ids": 2, "mask": 3, "real": 1}.get(at.kind, 0) + at.first
         most = most if free and at.kind != "buffer" else min(most, at.rows - room)
     if at is not None and recipe.decoder is not None:
         most = min(most, at.rows)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from random_graph_nodes import LOWEST, Nodes
 from random_graphs import (
+    COUNTED,
     Blocks,
     Both,
     Causal,
@@ -29,6 +30,7 @@ TRIANGLE = 260  # rows of a constant triangle: lengths end there
 class Frame:
     """Queries and keys of an attention: their numbers and their places, scalars and [n], in one sequence of `keys`."""
 
+    batch: str
     queries: str
     keys: str
     q: str  # places of the queries, [queries]
@@ -48,10 +50,12 @@ class Applied:
 def masked(b: Nodes, mask: Mask, scores: str, frame: Frame) -> tuple[str, Applied]:
     """The scores, masked, and by which tensors."""
     value = LOWEST if mask.value == "lowest" else float(mask.value)
-    if mask.put == "where":
+    if mask.put in ("where", "fill"):
         assert mask.keep is not None
         keep = _keep(b, mask.keep, frame)
-        return b("Where", keep, scores, b.real(value)), Applied(keeps=(keep,))
+        sides = [scores, b.real(value)]
+        hidden = [b("Not", keep), *sides[::-1]] if mask.put == "fill" else [keep, *sides]
+        return b("Where", *hidden), Applied(keeps=(keep,))
     if mask.put == "apart":
         assert isinstance(mask.keep, Both)
         biases = [_bias(b, _keep(b, side, frame), value) for side in (mask.keep.left, mask.keep.right)]
@@ -63,6 +67,8 @@ def masked(b: Nodes, mask: Mask, scores: str, frame: Frame) -> tuple[str, Applie
     else:
         assert mask.keep is not None
         bias = _bias(b, _keep(b, mask.keep, frame), value, mask.put == "times")
+    if mask.spread:
+        bias = b("Expand", bias, b.shape(frame.batch, 1, frame.queries, frame.keys))
     return b("Add", scores, bias), Applied(biases=(bias,))
 
 
@@ -103,7 +109,11 @@ def _keep(b: Nodes, keep: Keep, frame: Frame) -> str:
 
 def _padding(b: Nodes, keep: Padding, frame: Frame) -> str:
     given = next(item for item in frame.given if item.name == keep.source)
-    x = given.name if given.shape == "b11s" else b.axes("Unsqueeze", given.name, 1, 2)
+    x = given.name
+    if keep.picked:
+        x = _picked(b, x, frame)
+    elif given.shape != "b11s":
+        x = b.axes("Unsqueeze", x, 1, 2)
     if given.dtype == "bool":
         return x if given.shape != "b11s" else b("Identity", x)
     if keep.test == "cast":
@@ -112,6 +122,14 @@ def _padding(b: Nodes, keep: Padding, frame: Frame) -> str:
         return b("Greater", x, b.constant(0, given.dtype))
     same = b("Equal", x, b.constant(1 if keep.test == "== 1" else 0, given.dtype))
     return same if keep.test == "== 1" else b("Not", same)
+
+
+def _picked(b: Nodes, x: str, frame: Frame) -> str:
+    """x[b, k] as [batch, 1, 1, keys], by GatherND on a grid of indices."""
+    grid = b.shape(frame.batch, 1, 1, frame.keys, 1)
+    rows = b("Expand", b.axes("Unsqueeze", b.range(frame.batch), 1, 2, 3, 4), grid)
+    columns = b("Expand", b.axes("Unsqueeze", frame.k, 0, 1, 2, 4), grid)
+    return b("GatherND", x, b("Concat", rows, columns, axis=4))
 
 
 def _causal(b: Nodes, form: str, frame: Frame) -> str:
@@ -159,11 +177,14 @@ def _rows(b: Nodes, at: Positions, frame: Frame, ids: tuple[str, str], mask: Giv
     if at.kind == "ids":  # RoBERTa's: 1 is padding
         real = b.cast(b("Not", b("Equal", ids[0], b.constant(1, ids[1]))), "int64")
         return b("Add", b("Mul", b("CumSum", real, b.integer(1)), real), b.integer(1))
-    if at.kind == "mask":  # OPT's
+    if at.kind in COUNTED:
         assert mask is not None
         real = b.cast(mask.name, "int64")
-        counted = b("Sub", b("Mul", b("CumSum", real, b.integer(1)), real), b.integer(1))
-        counted = b("Add", counted, b.integer(2))
+        counted = b("CumSum", real, b.integer(1))
+        if at.kind == "mask":  # OPT's
+            counted = b("Add", b("Sub", b("Mul", counted, real), b.integer(1)), b.integer(2))
+        else:
+            counted = b("Where", b("Equal", real, b.integer(0)), b.integer(1), b("Sub", counted, b.integer(1)))
         return b.slice(counted, frame.past, frame.keys, 1) if frame.past else counted
     if at.kind == "buffer":
         buffer = b.constant(np.arange(at.rows)[None])

@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 from random_graph_masks import Applied, Frame, masked, positioned, row_ids
 from random_graph_nodes import BATCH, TOKENS, Nodes
-from random_graphs import Causal, Mask, Padding, Recipe
+from random_graphs import COUNTED, Causal, Mask, Padding, Recipe
 
 LABELS = 16  # outputs of a classifier
 TOTAL, PAST, TARGETS = "total", "past", "targets"  # free sizes
@@ -60,7 +60,7 @@ def _sequence(b: Nodes, recipe: Recipe, name: str, tokens: int | str, past: bool
     frame = _frame(b, recipe, x, past)
     y = b("Gather", b.table(ids.words, recipe.hidden), row_ids(b, ids, x), axis=0)
     if recipe.positions is not None:
-        mask = recipe.inputs[0] if recipe.positions.kind == "mask" else None
+        mask = recipe.inputs[0] if recipe.positions.kind in COUNTED else None
         table = b.table(recipe.positions.rows, recipe.hidden)
         y = b("Add", y, positioned(b, recipe.positions, table, frame, (x, ids.dtype), mask))
     if recipe.types:
@@ -69,16 +69,16 @@ def _sequence(b: Nodes, recipe: Recipe, name: str, tokens: int | str, past: bool
 
 
 def _frame(b: Nodes, recipe: Recipe, x: str, past: bool) -> Frame:
-    count = b.size(x, 1)
+    batch, count = b.size(x, 0), b.size(x, 1)
     q = b.range(count)
     if not past:
-        return Frame(count, count, q, q, given=recipe.inputs)
+        return Frame(batch, count, count, q, q, given=recipe.inputs)
     for index in range(len(recipe.masks)):
         for part in ("key", "value"):
             b.input(f"past_{part}_{index}", "float32", [BATCH, recipe.heads, PAST, recipe.size])
     before = b.size("past_key_0", 2)
     keys = b("Add", before, count)
-    return Frame(count, keys, b("Add", q, before), b.range(keys), before, recipe.inputs)
+    return Frame(batch, count, keys, b("Add", q, before), b.range(keys), before, recipe.inputs)
 
 
 def _types(b: Nodes, recipe: Recipe, x: str, tokens: int | str) -> str:
@@ -203,7 +203,7 @@ def _decoded(b: Nodes, recipe: Recipe, states: str, frame: Frame) -> tuple[str, 
     mask = Mask(Causal(), "add", "lowest") if recipe.decoder.causal else None
     y, _ = _residual(b, recipe, y, lambda z: _attention(b, recipe, z, z, mask, own))
     over = _padding_only(recipe) if recipe.decoder.masked else None
-    across = Frame(own.queries, frame.keys, own.q, frame.k, given=recipe.inputs)
+    across = Frame(own.batch, own.queries, frame.keys, own.q, frame.k, given=recipe.inputs)
     y, _ = _residual(b, recipe, y, lambda z: _attention(b, recipe, z, states, over, across))
     return y, own
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from random_graphs import (
+    COUNTED,
     Both,
     Causal,
     Decoder,
@@ -76,7 +77,7 @@ def _smaller_masks(mask: Mask | None) -> Iterator[Mask | None]:
     if mask.soft:
         yield replace(mask, keep=None)
         yield replace(mask, soft="", put="add") if mask.keep is not None else None
-    yield replace(mask, early=False)
+    yield replace(mask, early=False, spread=False)
     yield replace(mask, value=-1e4)
     if mask.put not in ("add", "soft"):
         yield replace(mask, put="add")
@@ -95,7 +96,7 @@ def _smaller_keeps(keep: Keep | None) -> Iterator[Keep]:
         yield from (replace(keep, right=side) for side in _smaller_keeps(keep.right))
     if isinstance(keep, Causal) and keep.form != "range":
         yield Causal()
-    if isinstance(keep, Padding) and keep.test != "cast":
+    if isinstance(keep, Padding) and keep != Padding(keep.source):
         yield Padding(keep.source)
 
 
@@ -108,6 +109,6 @@ def _whole(recipe: Recipe) -> bool:
     read |= {"position_ids"} if places == "given" else set()
     first = next(iter(recipe.inputs), None)
     hides = first is not None and first.shape == "bs" and "mask" in first.name
-    needs = places == "mask" or bool({"masked mean", "last"} & set(recipe.outputs))
+    needs = places in COUNTED or bool({"masked mean", "last"} & set(recipe.outputs))
     letters = recipe.constant.shape if recipe.constant is not None else ""
     return bool(recipe.masks) and read <= names and (hides or not needs) and (recipe.static > 0 or "s" not in letters)

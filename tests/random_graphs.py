@@ -7,63 +7,74 @@ Python, so that a graph that failed can be kept as text and built again, whole o
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import MISSING, dataclass, fields
+
+
+class Part:
+    """Of a recipe; its repr is the call that makes it, without what is usual."""
+
+    def __repr__(self) -> str:
+        given = [field for field in fields(self) if getattr(self, field.name) != field.default]  # type: ignore[arg-type]
+        short = all(field.default is MISSING for field in given)
+        words = (repr(getattr(self, f.name)) if short else f"{f.name}={getattr(self, f.name)!r}" for f in given)
+        return f"{type(self).__name__}({', '.join(words)})"
 
 # ---- which keys a query sees -------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Padding:
-    """keep[b, k] by the values of an input; `test`: cast, == 1, != 0, > 0."""
+@dataclass(frozen=True, repr=False)
+class Padding(Part):
+    """keep[b, k] by the values of an input; `test`: cast, == 1, != 0, > 0. picked: by GatherND at every (b, k)."""
 
     source: str = "attention_mask"
     test: str = "cast"
+    picked: bool = False
 
 
-@dataclass(frozen=True)
-class Causal:
+@dataclass(frozen=True, repr=False)
+class Causal(Part):
     """k <= q; `form`: range, triangle (a constant, cut to the length), trilu, cumsum."""
 
     form: str = "range"
 
 
-@dataclass(frozen=True)
-class Window:
+@dataclass(frozen=True, repr=False)
+class Window(Part):
     """q - k < width, or |q - k| <= width."""
 
     width: int
     both: bool = False
 
 
-@dataclass(frozen=True)
-class Blocks:
+@dataclass(frozen=True, repr=False)
+class Blocks(Part):
     """q // size == k // size."""
 
     size: int
 
 
-@dataclass(frozen=True)
-class Prefix:
+@dataclass(frozen=True, repr=False)
+class Prefix(Part):
     """k < length."""
 
     length: int
 
 
-@dataclass(frozen=True)
-class Segments:
+@dataclass(frozen=True, repr=False)
+class Segments(Part):
     """source[b, q] == source[b, k], an integer input."""
 
     source: str = "segments"
 
 
-@dataclass(frozen=True)
-class Both:
+@dataclass(frozen=True, repr=False)
+class Both(Part):
     left: Keep
     right: Keep
 
 
-@dataclass(frozen=True)
-class Either:
+@dataclass(frozen=True, repr=False)
+class Either(Part):
     left: Keep
     right: Keep
 
@@ -71,24 +82,25 @@ class Either:
 Keep = Padding | Causal | Window | Blocks | Prefix | Segments | Both | Either
 
 
-@dataclass(frozen=True)
-class Mask:
-    """How scores are masked. `put`: add (Where(keep, 0, value) is added), where (Where(keep, scores, value)), times
-    ((1 - keep) * value is added), apart (of Both, each side's bias is added by itself), soft ((1 - input) * value: the
-    padding is not tested at all, and `keep` is what else there is)."""
+@dataclass(frozen=True, repr=False)
+class Mask(Part):
+    """How scores are masked. `put`: add (Where(keep, 0, value) is added), where (Where(keep, scores, value)), fill
+    (Where(Not(keep), value, scores)), times ((1 - keep) * value is added), apart (of Both, each side's bias is added by
+    itself), soft ((1 - input) * value: the padding is not tested at all, and `keep` is what else there is)."""
 
     keep: Keep | None
     put: str = "add"
     value: float | str = -1e4  # "lowest", "-inf" or a number
     soft: str = ""  # the input of a soft mask
     early: bool = False  # before the scale
+    spread: bool = False  # the bias is expanded to [batch, 1, queries, keys]
 
 
 # ---- the rest of a graph -----------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Given:
+@dataclass(frozen=True, repr=False)
+class Given(Part):
     """A mask, segment or position input: its type and shape (bs, 1s or b11s)."""
 
     name: str
@@ -96,8 +108,8 @@ class Given:
     shape: str = "bs"
 
 
-@dataclass(frozen=True)
-class Ids:
+@dataclass(frozen=True, repr=False)
+class Ids(Part):
     """Rows of the word table: plain, or offset, unknown (Where(ids < at, ids, 1)), clip, mod by `at`."""
 
     dtype: str = "int64"
@@ -107,10 +119,11 @@ class Ids:
     vocabulary: int = 100  # ids that the graph takes
 
 
-@dataclass(frozen=True)
-class Positions:
-    """Rows of the position table: range, clip, mod, reversed, ids (RoBERTa), mask (OPT), given, buffer (a constant cut
-    to the length), table (the table itself cut to the length). `at`: of clip and mod; clamped: Min(., rows - 1)."""
+@dataclass(frozen=True, repr=False)
+class Positions(Part):
+    """Rows of the position table: range, clip, mod, reversed, ids (RoBERTa), mask (OPT), real (Where(mask == 0, 1,
+    count - 1)), given, buffer (a constant cut to the length), table (the table itself cut to the length). `at`: of clip
+    and mod; clamped: Min(., rows - 1)."""
 
     kind: str = "range"
     at: int = 0
@@ -119,8 +132,8 @@ class Positions:
     clamped: bool = False
 
 
-@dataclass(frozen=True)
-class Style:
+@dataclass(frozen=True, repr=False)
+class Style(Part):
     """How an exporter writes what every graph has."""
 
     opset: int = 17
@@ -136,8 +149,8 @@ class Style:
     folded: bool = True  # weights as initializers, not behind a Transpose
 
 
-@dataclass(frozen=True)
-class Factor:
+@dataclass(frozen=True, repr=False)
+class Factor(Part):
     """Of the scores: constant or by the length; on scores, q, k, both (half each)."""
 
     kind: str = "constant"
@@ -145,16 +158,16 @@ class Factor:
     op: str = "Mul"
 
 
-@dataclass(frozen=True)
-class Constant:
+@dataclass(frozen=True, repr=False)
+class Constant(Part):
     """A constant in a Mul or Add behind the first layer; its shape in letters: h (features), s (tokens), 1."""
 
     op: str
     shape: str
 
 
-@dataclass(frozen=True)
-class Decoder:
+@dataclass(frozen=True, repr=False)
+class Decoder(Part):
     """A second sequence with cross-attention to the first. `own`: positions by its own length, not the encoder's."""
 
     own: bool = True
@@ -162,8 +175,8 @@ class Decoder:
     causal: bool = True
 
 
-@dataclass(frozen=True)
-class Recipe:
+@dataclass(frozen=True, repr=False)
+class Recipe(Part):
     seed: int
     heads: int = 2
     size: int = 16
@@ -186,6 +199,7 @@ class Recipe:
 # ---- drawing -----------------------------------------------------------------------------------------------------
 
 TYPES = ("int64", "int64", "int32", "float32", "bool")
+COUNTED = ("mask", "real")  # positions by the mask's values
 VALUES = (-1e4, -1e4, "lowest", "lowest", "-inf", -65504.0)
 ODD = ("mask", "positions", "ids", "types", "factor", "outputs", "constant", "decoder", "past", "second", "layers")
 
@@ -218,7 +232,7 @@ def draw(seed: int) -> Recipe:
         kinds = ["first", "first slice", "mean", "max"] + ["masked mean", "last"] * ("mask" in inputs)
         outputs = tuple(rng.sample([*kinds, "tokens"], rng.choice((1, 1, 2))))
     positions = _positions(rng, "positions" in odd, inputs, past)
-    if "mask" in inputs and positions is not None and positions.kind == "mask" and inputs["mask"].shape != "bs":
+    if "mask" in inputs and positions is not None and positions.kind in COUNTED and inputs["mask"].shape != "bs":
         inputs["mask"] = Given(inputs["mask"].name, inputs["mask"].dtype)
     if {"masked mean", "last"} & set(outputs) and inputs["mask"].shape == "b11s":
         inputs["mask"] = Given(inputs["mask"].name, inputs["mask"].dtype)
@@ -273,13 +287,13 @@ def _mask(rng: random.Random, odd: set[str], inputs: dict[str, Given], opset: in
         keep = term if keep is None else Either(keep, term) if unusual else Both(keep, term)
     if keep is None and not soft:
         return None
-    puts = ["add", "add", "where"] + ["times"] * (value != "-inf") + ["apart"] * isinstance(keep, Both)
-    return Mask(keep, "soft" if soft else rng.choice(puts), value, soft, early)
+    puts = ["add", "add", "where", "fill"] + ["times"] * (value != "-inf") + ["apart"] * isinstance(keep, Both)
+    return Mask(keep, "soft" if soft else rng.choice(puts), value, soft, early, rng.random() < 0.2)
 
 
 def _padding(rng: random.Random, given: Given) -> Padding:
     tests = ("cast",) if given.dtype == "bool" else ("cast", "cast", "== 1", "!= 0", "> 0")
-    return Padding(given.name, rng.choice(tests))
+    return Padding(given.name, rng.choice(tests), given.shape == "bs" and rng.random() < 0.15)
 
 
 def _causal(rng: random.Random, opset: int) -> Causal:
@@ -313,7 +327,7 @@ def _positions(rng: random.Random, odd: bool, inputs: dict[str, Given], past: bo
     if not odd:
         plain = Positions("range", first=rng.choice((0, 0, 2)), rows=rng.choice((128, 256, 700)))
         return None if rng.random() < 0.25 else plain
-    kinds = ["range", "clip", "mod", "reversed", "given", "buffer", "table", "ids"] + ["mask"] * ("mask" in inputs)
+    kinds = ["range", "clip", "mod", "reversed", "given", "buffer", "table", "ids", *COUNTED * ("mask" in inputs)]
     kind = "given" if past and rng.random() < 0.5 else rng.choice(kinds)
     if kind == "given":
         inputs["positions"] = Given("position_ids", rng.choice(("int64", "int32")), rng.choice(("bs", "1s")))
@@ -334,13 +348,11 @@ def _constant(rng: random.Random, static: int) -> Constant:
 # ---- what a recipe says ------------------------------------------------------------------------------------------
 
 
-def parts(value: object) -> list[object]:
-    """The dataclasses of a recipe, those within others too."""
+def parts(value: object) -> list[Part]:
+    """The parts of a recipe, those within others too."""
     if isinstance(value, tuple):
         return [part for item in value for part in parts(item)]
-    if not is_dataclass(value):
-        return []
-    return [value, *(part for field in fields(value) for part in parts(getattr(value, field.name)))]
+    return [value, *(part for item in vars(value).values() for part in parts(item))] if isinstance(value, Part) else []
 
 
 def constants(recipe: Recipe) -> tuple[int, ...]:
@@ -360,6 +372,7 @@ def labels(recipe: Recipe) -> tuple[str, ...]:
     found += [f"input {item.name} {item.dtype} {item.shape}" for item in recipe.inputs if item.name != "segments"]
     for mask in dict.fromkeys(mask for mask in recipe.masks if mask is not None):
         found += [f"mask {mask.put}", f"mask value {mask.value}"] + ["mask before the scale"] * mask.early
+        found += ["mask expanded"] * mask.spread
         found += [_word(part) for part in parts(mask.keep)]
     found += ["no mask"] * (set(recipe.masks) == {None}) + ["masks differ"] * (len(set(recipe.masks)) > 1)
     found += ["past"] * recipe.past + ["fixed length"] * bool(recipe.static)
@@ -372,7 +385,7 @@ def labels(recipe: Recipe) -> tuple[str, ...]:
 
 def _word(part: object) -> str:
     if isinstance(part, Padding):
-        return f"padding {part.test}"
+        return f"padding {part.test}{', picked' * part.picked}"
     if isinstance(part, Causal):
         return f"causal {part.form}"
     if isinstance(part, Window):
