@@ -109,7 +109,7 @@ def _feeds(recipe: Recipe, rng: np.random.Generator, sizes: tuple[int, int, int,
         feeds["token_type_ids"] = rng.integers(0, 2, (batch, tokens)).astype(recipe.ids.dtype)
     for index in range(len(recipe.masks) if recipe.past else 0):
         for part in ("key", "value"):
-            shape = (batch, recipe.heads, past, recipe.size)
+            shape = (batch, recipe.heads // recipe.share, past, recipe.size)
             feeds[f"past_{part}_{index}"] = rng.standard_normal(shape).astype(np.float32)
     for given in recipe.inputs:
         lead = 1 if given.shape == "1s" else batch

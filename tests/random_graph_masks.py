@@ -52,27 +52,39 @@ def masked(b: Nodes, mask: Mask, scores: str, frame: Frame) -> tuple[str, Applie
     value = LOWEST if mask.value == "lowest" else float(mask.value)
     if mask.put in ("where", "fill"):
         assert mask.keep is not None
-        keep = _keep(b, mask.keep, frame)
+        keep = kept(b, mask.keep, frame)
         sides = [scores, b.real(value)]
         hidden = [b("Not", keep), *sides[::-1]] if mask.put == "fill" else [keep, *sides]
         return b("Where", *hidden), Applied(keeps=(keep,))
+    bias = bias_of(b, mask, frame)
+    return b("Add", scores, bias), Applied(biases=(bias,))
+
+
+def bias_of(b: Nodes, mask: Mask, frame: Frame) -> str:
+    """What is added to the scores."""
+    value = LOWEST if mask.value == "lowest" else float(mask.value)
     if mask.put == "apart":
         assert isinstance(mask.keep, Both)
-        biases = [_bias(b, _keep(b, side, frame), value) for side in (mask.keep.left, mask.keep.right)]
+        biases = [_where(b, kept(b, side, frame), value) for side in (mask.keep.left, mask.keep.right)]
         bias = b("Add", *biases)
     elif mask.put == "soft":
         bias = _soft(b, mask.soft, value, frame)
         if mask.keep is not None:
-            bias = b("Add", bias, _bias(b, _keep(b, mask.keep, frame), value))
+            bias = b("Add", bias, _where(b, kept(b, mask.keep, frame), value))
     else:
         assert mask.keep is not None
-        bias = _bias(b, _keep(b, mask.keep, frame), value, mask.put == "times")
+        bias = _where(b, kept(b, mask.keep, frame), value, mask.put == "times")
     if mask.spread:
         bias = b("Expand", bias, b.shape(frame.batch, 1, frame.queries, frame.keys))
-    return b("Add", scores, bias), Applied(biases=(bias,))
+    return bias
 
 
-def _bias(b: Nodes, keep: str, value: float, times: bool = False) -> str:
+def above_zero(b: Nodes, counts: str) -> str:
+    """[batch, 1, 1, keys]: true where integers [batch, keys] are above 0, as onnxruntime's operators read them."""
+    return b.axes("Unsqueeze", b("Greater", counts, b.constant(0, np.int32)), 1, 2)
+
+
+def _where(b: Nodes, keep: str, value: float, times: bool = False) -> str:
     if times:
         return b("Mul", b("Sub", b.real(1.0), b.cast(keep, "float32")), b.real(value))
     return b("Where", keep, b.real(0.0), b.real(value))
@@ -85,10 +97,10 @@ def _soft(b: Nodes, name: str, value: float, frame: Frame) -> str:
     return bias if given.shape == "b11s" else b.axes("Unsqueeze", bias, 1, 2)
 
 
-def _keep(b: Nodes, keep: Keep, frame: Frame) -> str:
+def kept(b: Nodes, keep: Keep, frame: Frame) -> str:
     """bool, broadcastable to [batch, heads, queries, keys]."""
     if isinstance(keep, Both | Either):
-        sides = (_keep(b, side, frame) for side in (keep.left, keep.right))
+        sides = (kept(b, side, frame) for side in (keep.left, keep.right))
         return b("And" if isinstance(keep, Both) else "Or", *sides)
     if isinstance(keep, Padding):
         return _padding(b, keep, frame)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import e, sqrt
 
 import numpy as np
 import onnx
-from random_graph_masks import Applied, Frame, masked, positioned, row_ids
+from random_graph_attention import MICROSOFT, attention
+from random_graph_masks import Applied, Frame, positioned, row_ids
 from random_graph_nodes import BATCH, TOKENS, Nodes
 from random_graphs import COUNTED, Causal, Mask, Padding, Recipe
 
@@ -75,7 +75,7 @@ def _frame(b: Nodes, recipe: Recipe, x: str, past: bool) -> Frame:
         return Frame(batch, count, count, q, q, given=recipe.inputs)
     for index in range(len(recipe.masks)):
         for part in ("key", "value"):
-            b.input(f"past_{part}_{index}", "float32", [BATCH, recipe.heads, PAST, recipe.size])
+            b.input(f"past_{part}_{index}", "float32", [BATCH, recipe.heads // recipe.share, PAST, recipe.size])
     before = b.size("past_key_0", 2)
     keys = b("Add", before, count)
     return Frame(batch, count, keys, b("Add", q, before), b.range(keys), before, recipe.inputs)
@@ -99,7 +99,7 @@ def _layer(b: Nodes, recipe: Recipe, x: str, mask: Mask | None, frame: Frame, in
     past = (f"past_key_{index}", f"past_value_{index}") if frame.past else ()
 
     def attend(y: str) -> tuple[str, Applied]:
-        return _attention(b, recipe, y, y, mask, frame, past)
+        return attention(b, recipe, y, y, mask, frame, past)
 
     return _residual(b, recipe, x, attend)
 
@@ -108,76 +108,27 @@ def _residual(b: Nodes, recipe: Recipe, x: str, attend: Callable[[str], tuple[st
     """x + attention, and that + feed-forward layers, normalised before or after."""
     width, fused, early = recipe.hidden, recipe.style.fused_norm, recipe.style.pre_norm
     y, applied = attend(b.norm(x, width, fused) if early else x)
-    x = b("Add", x, y)
-    x = x if early else b.norm(x, width, fused)
+    x = b("Add", x, y) if early else _added(b, recipe, x, y)
     y = b.norm(x, width, fused) if early else x
-    y = b.linear(b.gelu(b.linear(y, width, recipe.feed), recipe.style.gelu), recipe.feed, width)
-    x = b("Add", y, x)
-    return x if early else b.norm(x, width, fused), applied
+    y = b.linear(_activated(b, recipe, b.linear(y, width, recipe.feed)), recipe.feed, width)
+    return b("Add", y, x) if early else _added(b, recipe, y, x), applied
 
 
-def _attention(
-    b: Nodes, recipe: Recipe, x: str, other: str, mask: Mask | None, frame: Frame, past: tuple[str, ...] = ()
-) -> tuple[str, Applied]:
-    """Of tokens x over tokens `other`, with its output layer."""
-    heads, size, style = recipe.heads, recipe.size, recipe.style
-    inner = heads * size
-    if style.merged and x == other:
-        y = b.linear(x, recipe.hidden, 3 * inner)
-        q, k, v = b.split(y, 3, axis=2)
-    else:
-        q, k, v = (b.linear(source, recipe.hidden, inner) for source in (x, other, other))
-    factor = _factor(b, recipe, frame)
-    q, v = _split(b, recipe, q), _split(b, recipe, v)
-    if past:
-        k = b("Concat", past[0], _split(b, recipe, k), axis=2)
-        k = b("Transpose", k, perm=[0, 1, 3, 2])
-        v = b("Concat", past[1], v, axis=2)
-    elif style.keys == "twice":
-        k = b("Transpose", _split(b, recipe, k), perm=[0, 1, 3, 2])
-    else:
-        k = _split(b, recipe, k, [0, 2, 3, 1])
-    on = recipe.factor.on
-    q = b(recipe.factor.op, q, factor) if on in ("q", "both") else q
-    k = b(recipe.factor.op, k, factor) if on in ("k", "both") else k
-    scores = b("MatMul", q, k)
-    applied = Applied()
-    if mask is not None and mask.early:
-        scores, applied = masked(b, mask, scores, frame)
-    if on == "scores":
-        scores = b(recipe.factor.op, scores, factor)
-    if mask is not None and not mask.early:
-        scores, applied = masked(b, mask, scores, frame)
-    share = b("Softmax", scores, axis=-1 if style.keys == "once" or b.opset < 13 else 3)
-    if style.guard:
-        share = b("Where", b("IsNaN", share), b.real(0.0), share)
-    y = b("Transpose", b("MatMul", share, v), perm=[0, 2, 1, 3])
-    y = b("Reshape", y, _sizes(b, style.shapes, y, (inner,)))
-    return b.linear(y, inner, recipe.hidden, gain=2.0), applied
+def _added(b: Nodes, recipe: Recipe, x: str, y: str) -> str:
+    """The sum, normalised."""
+    width = recipe.hidden
+    if recipe.style.fused not in ("microsoft", "mha"):
+        return b.norm(b("Add", x, y), width, recipe.style.fused_norm)
+    gain = b.constant(1 + 0.1 * b.rng.standard_normal(width), np.float32, "gain")
+    bias = b.constant(0.1 * b.rng.standard_normal(width), np.float32, "bias")
+    return b("SkipLayerNormalization", x, y, gain, bias, domain=MICROSOFT, epsilon=1e-5)
 
 
-def _split(b: Nodes, recipe: Recipe, x: str, perm: tuple[int, ...] | list[int] = (0, 2, 1, 3)) -> str:
-    y = b("Reshape", x, _sizes(b, recipe.style.shapes, x, (recipe.heads, recipe.size)))
-    return b("Transpose", y, perm=list(perm))
-
-
-def _sizes(b: Nodes, style: str, x: str, last: tuple[int, ...]) -> str:
-    """[batch, tokens, *last] as this style writes it."""
-    if style == "computed":
-        return b.shape(b.size(x, 0), b.size(x, 1), *last)
-    return b.ints(0, -1 if style == "infer" else 0, *last)
-
-
-def _factor(b: Nodes, recipe: Recipe, frame: Frame) -> str:
-    """What the scores, or q or k, are multiplied or divided by."""
-    half, divided = recipe.factor.on == "both", recipe.factor.op == "Div"
-    scale = 1 / sqrt(recipe.size)
-    if recipe.factor.kind == "constant":
-        value = sqrt(scale) if half else scale
-        return b.real(1 / value if divided else value)
-    length = b("Sqrt", b("Log", b("Add", b.cast(frame.keys, "float32"), b.real(e))))
-    y = b("Mul", length, b.real(1 / scale)) if divided else b("Div", b.real(scale), length)
-    return b("Sqrt", y) if half else y
+def _activated(b: Nodes, recipe: Recipe, x: str) -> str:
+    if recipe.style.fused not in ("microsoft", "mha") or recipe.style.gelu == "Relu":
+        return b.gelu(x, recipe.style.gelu)
+    bias = b.constant(0.1 * b.rng.standard_normal(recipe.feed), np.float32, "bias")
+    return b("BiasGelu" if recipe.style.gelu == "erf" else "FastGelu", x, bias, domain=MICROSOFT)
 
 
 def _times_constant(b: Nodes, recipe: Recipe, x: str) -> str:
@@ -201,10 +152,10 @@ def _decoded(b: Nodes, recipe: Recipe, states: str, frame: Frame) -> tuple[str, 
         y = b("Add", y, b("Gather", b.table(recipe.positions.rows, recipe.hidden), places, axis=0))
     y = b.norm(y, recipe.hidden, recipe.style.fused_norm)
     mask = Mask(Causal(), "add", "lowest") if recipe.decoder.causal else None
-    y, _ = _residual(b, recipe, y, lambda z: _attention(b, recipe, z, z, mask, own))
+    y, _ = _residual(b, recipe, y, lambda z: attention(b, recipe, z, z, mask, own))
     over = _padding_only(recipe) if recipe.decoder.masked else None
     across = Frame(own.batch, own.queries, frame.keys, own.q, frame.k, given=recipe.inputs)
-    y, _ = _residual(b, recipe, y, lambda z: _attention(b, recipe, z, states, over, across))
+    y, _ = _residual(b, recipe, y, lambda z: attention(b, recipe, z, states, over, across))
     return y, own
 
 

@@ -66,7 +66,8 @@ class Nodes:
         graph = helper.make_graph(self.nodes, "drawn", list(self.inputs.values()), self.outputs, self.initializers)
         others = [helper.make_opsetid(domain, 1) for domain in sorted(self.domains)]
         sets = [helper.make_opsetid("", self.opset), *others]
-        return helper.make_model(graph, opset_imports=sets, ir_version=8 if self.opset < 21 else 10)
+        ir = next(version for opset, version in ((23, 11), (21, 10), (0, 8)) if self.opset >= opset)
+        return helper.make_model(graph, opset_imports=sets, ir_version=ir)
 
     # ---- operators whose form depends on the opset ----
 

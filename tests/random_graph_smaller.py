@@ -50,7 +50,9 @@ def smaller(recipe: Recipe) -> Iterator[Recipe]:
         replace(recipe, outputs=recipe.outputs[:1]),
         replace(recipe, factor=Factor()),
         replace(recipe, style=Style()),
-        replace(recipe, heads=2, size=16, hidden=32 if not recipe.static else recipe.hidden, feed=64),
+        replace(recipe, style=Style(opset=recipe.style.opset, fused=recipe.style.fused)),
+        replace(recipe, share=1),
+        replace(recipe, heads=2 * recipe.share, size=16, hidden=recipe.hidden if recipe.static else 32, feed=64),
         replace(recipe, decoder=recipe.decoder and Decoder(masked=recipe.decoder.masked)),
         replace(recipe, positions=recipe.positions and Positions(recipe.positions.kind, recipe.positions.at)),
     ]

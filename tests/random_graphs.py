@@ -147,6 +147,7 @@ class Style(Part):
     pre_norm: bool = False
     swapped: bool = False  # Add(bias, x)
     folded: bool = True  # weights as initializers, not behind a Transpose
+    fused: str = ""  # attention as microsoft (Attention), mha (MultiHeadAttention), onnx (opset 23)
 
 
 @dataclass(frozen=True, repr=False)
@@ -179,6 +180,7 @@ class Decoder(Part):
 class Recipe(Part):
     seed: int
     heads: int = 2
+    share: int = 1  # heads that share their keys and values
     size: int = 16
     hidden: int = 32
     feed: int = 64
@@ -201,7 +203,10 @@ class Recipe(Part):
 TYPES = ("int64", "int64", "int32", "float32", "bool")
 COUNTED = ("mask", "real")  # positions by the mask's values
 VALUES = (-1e4, -1e4, "lowest", "lowest", "-inf", -65504.0)
-ODD = ("mask", "positions", "ids", "types", "factor", "outputs", "constant", "decoder", "past", "second", "layers")
+ODD = (
+    "mask", "positions", "ids", "types", "factor", "outputs", "constant", "decoder", "past", "second", "layers",
+    "fused", "share",
+)  # fmt: skip
 
 
 def draw(seed: int) -> Recipe:
@@ -220,7 +225,7 @@ def draw(seed: int) -> Recipe:
         decoder = Decoder(rng.random() < 0.7, rng.random() < 0.7, rng.random() < 0.7)
     past = "past" in odd and decoder is None
     static = hidden if "constant" in odd and rng.random() < 0.6 and decoder is None and not past else 0
-    style = _style(rng, merged=not past)
+    style = _style(rng, "fused" in odd, merged=not past)
     if "second" in odd:
         inputs["second"] = Given(rng.choice(("visible", "global_mask")), rng.choice(TYPES))
     layers = 2 if "layers" in odd else rng.choice((1, 1, 2))
@@ -237,7 +242,12 @@ def draw(seed: int) -> Recipe:
     if {"masked mean", "last"} & set(outputs) and inputs["mask"].shape == "b11s":
         inputs["mask"] = Given(inputs["mask"].name, inputs["mask"].dtype)
     return Recipe(
-        seed, heads, size, hidden, rng.choice((32, 64, 96)), static,
+        seed, heads,
+        share=rng.choice([n for n in (2, 4, 3) if heads % n == 0]) if "share" in odd else 1,
+        size=size,
+        hidden=hidden,
+        feed=rng.choice((32, 64, 96)),
+        static=static,
         ids=_ids(rng, "ids" in odd),
         positions=positions,
         types=rng.choice(("zero", "one", "buffer", "input")) if "types" in odd else "",
@@ -252,9 +262,10 @@ def draw(seed: int) -> Recipe:
     )  # fmt: skip
 
 
-def _style(rng: random.Random, merged: bool) -> Style:
+def _style(rng: random.Random, odd: bool, merged: bool) -> Style:
+    fused = rng.choice(("microsoft", "mha", "onnx")) if odd else ""
     return Style(
-        opset=rng.choice((11, 13, 14, 17, 17, 18, 20, 21)),
+        opset=23 if fused == "onnx" else rng.choice((11, 13, 14, 17, 17, 18, 20, 21, 23)),
         shapes=rng.choice(("zeros", "infer", "computed")),
         sizes=rng.choice(("gather", "slice", "range")),
         keys=rng.choice(("once", "twice")),
@@ -265,6 +276,7 @@ def _style(rng: random.Random, merged: bool) -> Style:
         pre_norm=rng.random() < 0.3,
         swapped=rng.random() < 0.3,
         folded=rng.random() < 0.8,
+        fused=fused,
     )
 
 
@@ -362,32 +374,3 @@ def constants(recipe: Recipe) -> tuple[int, ...]:
     found |= {part.size for part in parts(recipe) if isinstance(part, Blocks)}
     found |= {part.length for part in parts(recipe) if isinstance(part, Prefix)}
     return tuple(sorted(found))
-
-
-def labels(recipe: Recipe) -> tuple[str, ...]:
-    """The constructs of a recipe that are worth counting."""
-    found = [f"opset {recipe.style.opset}", f"ids {recipe.ids.kind}", f"scale {recipe.factor.kind}"]
-    found.append("no positions" if recipe.positions is None else f"positions {recipe.positions.kind}")
-    found += [f"types {recipe.types}"] * bool(recipe.types) + [f"output {kind}" for kind in recipe.outputs]
-    found += [f"input {item.name} {item.dtype} {item.shape}" for item in recipe.inputs if item.name != "segments"]
-    for mask in dict.fromkeys(mask for mask in recipe.masks if mask is not None):
-        found += [f"mask {mask.put}", f"mask value {mask.value}"] + ["mask before the scale"] * mask.early
-        found += ["mask expanded"] * mask.spread
-        found += [_word(part) for part in parts(mask.keep)]
-    found += ["no mask"] * (set(recipe.masks) == {None}) + ["masks differ"] * (len(set(recipe.masks)) > 1)
-    found += ["past"] * recipe.past + ["fixed length"] * bool(recipe.static)
-    if recipe.constant is not None:
-        found.append(f"constant {recipe.constant.op}[{','.join(recipe.constant.shape)}]")
-    if recipe.decoder is not None:
-        found.append(f"decoder, {'own' if recipe.decoder.own else 'the other'} positions")
-    return tuple(dict.fromkeys(found))
-
-
-def _word(part: object) -> str:
-    if isinstance(part, Padding):
-        return f"padding {part.test}{', picked' * part.picked}"
-    if isinstance(part, Causal):
-        return f"causal {part.form}"
-    if isinstance(part, Window):
-        return "window both sides" if part.both else "window"
-    return {"Both": "and", "Either": "or"}.get(type(part).__name__, type(part).__name__.lower())

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 from graph_check import Outcome, check
 from random_graph_smaller import shrunk
-from random_graphs import draw, labels
+from random_graphs import Causal, Padding, Recipe, Window, draw, parts
 
 GOOD, BAD = ("native", "declined"), ("wrong", "refused", "error")
 VERDICTS = (*GOOD, *BAD)
@@ -105,6 +105,36 @@ def table(outcomes: list[Outcome]) -> list[str]:
         counts += [sum(o.attention for o in found), sum(o.embedding for o in found)]
         lines.append(f"{label:32}" + "".join(f"{n:10}" for n in counts))
     return lines
+
+
+def labels(recipe: Recipe) -> tuple[str, ...]:
+    """The constructs of a recipe that are worth counting."""
+    found = [f"opset {recipe.style.opset}", f"ids {recipe.ids.kind}", f"scale {recipe.factor.kind}"]
+    found.append("no positions" if recipe.positions is None else f"positions {recipe.positions.kind}")
+    found += [f"types {recipe.types}"] * bool(recipe.types) + [f"output {kind}" for kind in recipe.outputs]
+    found += [f"input {item.name} {item.dtype} {item.shape}" for item in recipe.inputs if item.name != "segments"]
+    for mask in dict.fromkeys(mask for mask in recipe.masks if mask is not None):
+        found += [f"mask {mask.put}", f"mask value {mask.value}"] + ["mask before the scale"] * mask.early
+        found += ["mask expanded"] * mask.spread
+        found += [_word(part) for part in parts(mask.keep)]
+    found += ["no mask"] * (set(recipe.masks) == {None}) + ["masks differ"] * (len(set(recipe.masks)) > 1)
+    found += ["past"] * recipe.past + ["fixed length"] * bool(recipe.static)
+    if recipe.constant is not None:
+        found.append(f"constant {recipe.constant.op}[{','.join(recipe.constant.shape)}]")
+    found += [f"fused {recipe.style.fused}"] * bool(recipe.style.fused) + ["shared heads"] * (recipe.share > 1)
+    if recipe.decoder is not None:
+        found.append(f"decoder, {'own' if recipe.decoder.own else 'the other'} positions")
+    return tuple(dict.fromkeys(found))
+
+
+def _word(part: object) -> str:
+    if isinstance(part, Padding):
+        return f"padding {part.test}{', picked' * part.picked}"
+    if isinstance(part, Causal):
+        return f"causal {part.form}"
+    if isinstance(part, Window):
+        return "window both sides" if part.both else "window"
+    return {"Both": "and", "Either": "or"}.get(type(part).__name__, type(part).__name__.lower())
 
 
 def _counted(outcomes: list[Outcome]) -> str:
