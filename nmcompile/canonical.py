@@ -43,6 +43,12 @@ class Attention:
     guarded: bool = False  # rows without a key, which the softmax makes NaN, become 0
 
     @property
+    def biased(self) -> gs.Node | None:
+        """The node that adds the mask to the scores, as its second input."""
+        adds = g.producer(next(node for node in self.nodes if node.op == "Softmax").inputs[0])
+        return adds if adds is not None and adds.op == "Add" else None
+
+    @property
     def readers(self) -> tuple[tuple[gs.Node, int], ...]:
         """The product and the input of it that reads each operand."""
         first, second = (node for node in self.nodes if node.op == "MatMul")

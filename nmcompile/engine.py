@@ -111,7 +111,7 @@ class Variants:
         models = {name: self.models[name] for name in NAMES if name in self.models}
         digests = {file: _digest(self.folder / file) for file in dict.fromkeys(models.values())}
         facts = {"inputs": _infos(g.inputs(job.source)), "outputs": _infos(g.outputs(job.source)),
-                 "variants": self._facts, "sha256": digests}  # fmt: skip
+                 "assumes": assumed(job), "variants": self._facts, "sha256": digests}  # fmt: skip
         path = recipe_path(self.folder / self.plan.name)
         Recipe(path, self.plan, chosen.name, chosen.strong, models, shapes, options, job.fingerprint,
                facts).write(nmcompile.__version__)  # fmt: skip
@@ -120,6 +120,12 @@ class Variants:
     def settle(self, name: str) -> None:
         """Bring the job to the variant that was kept."""
         self.job.quantize(self._back[name], self.floating)
+
+
+def assumed(job: Job) -> list[Any]:
+    """What the graphs assume of their inputs, as SimplifyMasks has found."""
+    found = [report.detail["assumes"] for _, report, _ in job.log if "assumes" in report.detail]
+    return list(found[-1]) if found else []
 
 
 def make(

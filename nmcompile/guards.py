@@ -10,14 +10,15 @@ import numpy as np
 
 from nmcompile.errors import InputError, PlanError
 
-RULES = ("binary", "first-token", "some-token")
+RULES = ("binary", "prefix", "first-token", "some-token")
 
 
 @dataclass(frozen=True, order=True)
 class Guard:
     """A rule on one input, [batch, tokens].
 
-    binary: it holds 0 and 1 only (the model computes something else from other values). first-token: no row begins with
+    binary: it holds 0 and 1 only (the model computes something else from other values). prefix: each row is ones and then
+    zeros (the model counts them and takes as many tokens from the first). first-token: no row begins with
     0 (the model reads the first token, which is not computed where it is hidden). some-token: no row holds 0 alone (another
     attention looks at its tokens, and would see hidden ones).
     """
@@ -29,7 +30,7 @@ class Guard:
         return {"input": self.input, "rule": self.rule}
 
     def __str__(self) -> str:
-        what = {"binary": "holds 0 and 1 only", "first-token": "does not hide the first token of a row",
+        what = {"binary": "holds 0 and 1 only", "prefix": "is padded on the right", "first-token": "does not hide the first token of a row",
                 "some-token": "does not hide all tokens of a row"}  # fmt: skip
         return f"{self.input} {what[self.rule]}"
 
@@ -51,7 +52,11 @@ def check(guards: Sequence[Guard], values: Mapping[str, np.ndarray]) -> None:
     """InputError naming the input and the row that is outside of what the plan assumes."""
     for guard in guards:
         array = values[guard.input]
-        if guard.rule == "binary":
+        if guard.rule == "prefix" and (array[:, 1:] > array[:, :-1]).any():
+            row = int(np.argmax((array[:, 1:] > array[:, :-1]).any(axis=1)))
+            raise InputError(f"input {guard.input!r} is not ones and then zeros in row {row}, as the model takes it; "
+                             "pad on the right")  # fmt: skip
+        if guard.rule in ("binary", "prefix"):
             wrong = (array != 0) & (array != 1)
             if wrong.any():
                 row = int(np.argwhere(wrong)[0][0])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -26,7 +26,9 @@ from nmcompile.symbolic import (
     Infinity,
     IsZero,
     Poly,
+    Running,
     at_least_zero,
+    is_zero,
     mentioned,
     never_negative,
     poly,
@@ -44,7 +46,7 @@ class Mask:
     """Which keys a query sees: where `padding` [batch, keys] says so, and none after it if `causal`.
 
     test: at which values of padding a key is seen: "nonzero", "one" (others hide it), "positive", or "linear", which is
-    seen at 1 and hidden at 0 by (1 - padding) * lowest. lowest: what is added to hidden scores; triangle: what the
+    seen at 1 and hidden at 0 by (1 - padding) * lowest; "count": as many keys as the padding has ones, from the first. lowest: what is added to hidden scores; triangle: what the
     causal triangle adds by itself, where it is not one condition with the padding.
     """
 
@@ -65,9 +67,15 @@ class Mask:
         return (name, self.causal, self.test, self.lowest, self.triangle)
 
     @property
-    def binary(self) -> bool:
-        """Whether the padding must be 0 or 1 for a key to be seen wherever it is not 0."""
-        return self.padding is not None and self.test != "nonzero"
+    def assumes(self) -> tuple[str, ...]:
+        """What must hold of the padding for a key to be seen wherever it is not 0: rules of nmcompile.guards."""
+        return () if self.padding is None else {"nonzero": (), "count": ("prefix",)}.get(self.test, ("binary",))
+
+    def shows(self, values: np.ndarray) -> np.ndarray:
+        """Which keys are seen by the padding's values [batch, keys]: bool, the same shape."""
+        if self.test == "count":
+            return np.asarray(np.arange(values.shape[1]) < (values == 1).sum(axis=1, keepdims=True))
+        return np.asarray({"nonzero": values != 0, "positive": values > 0}.get(self.test, values == 1))
 
     @property
     def plain(self) -> Mask:
@@ -138,10 +146,34 @@ def _places(shape: Sequence[Poly]) -> tuple[Poly, ...]:
 
 
 def _read(d: Derivation, value: Poly, score: Element, shape: Sequence[Poly]) -> tuple[float, Mask]:
+    value, counted = _counted(value, score.index)
     padding = _padding(d, value, score)
     table = _table(value, score, padding)
     source = None if padding is None else d.inputs[padding.tensor]
-    return _factor(table), _explained(table, padding, source, score.index, shape)
+    mask = _explained(table, padding, source, score.index, shape)
+    if counted and mask.test != "nonzero":
+        raise Underived(f"its mask is computed from a count, {padding}")
+    return _factor(table), replace(mask, test="count") if counted else mask
+
+
+def _counted(value: Poly, place: Sequence[Poly]) -> tuple[Poly, bool]:
+    """With [k < number of ones in a row of an input] as an element of that row by itself, and whether there was any."""
+    known: dict[Atom, Poly] = {}
+    for atom in mentioned(value):
+        if not isinstance(atom, AtLeast):
+            continue
+        total = next((item for item in atom.value.atoms if isinstance(item, Running)), None)
+        if total is None or total.last != total.over.extent - 1:
+            continue
+        seen = atom.value == poly(total) - place[3] - 1
+        if not seen and atom.value != place[3] - poly(total):
+            continue
+        for one in mentioned(total.term):
+            here = (place[0], poly(total.over))
+            if isinstance(one, Element) and one.index == here and total.term == is_zero(poly(one) - 1):
+                shown = poly(Element(one.tensor, (place[0], place[3]), "b"))
+                known[atom] = shown if seen else ONE - shown
+    return substitute(value, known), bool(known)
 
 
 def _padding(d: Derivation, value: Poly, score: Element) -> Element | None:
@@ -343,6 +375,22 @@ def build_mask(b: Builder, mask: Mask, like: gs.Tensor) -> gs.Tensor | None:
     return by_place if by_padding is None else b("Add", by_place, by_padding)
 
 
+def is_built(bias: gs.Tensor, mask: Mask) -> bool:
+    """Whether a bias that this mask is has the canonical form: made by the same operators."""
+    padding = mask.padding
+    dummy = gs.Variable("dummy", None if padding is None else padding.dtype, ["batch", "keys"])
+    scratch = gs.Graph()
+    build_mask(Builder(scratch, "mask"), replace(mask, padding=None if padding is None else dummy), dummy)
+    seen: dict[int, str] = {}
+    todo = [bias]
+    while todo and len(seen) <= len(scratch.nodes):
+        for node in todo.pop().inputs:
+            if id(node) not in seen:
+                seen[id(node)] = node.op
+                todo += [] if node.op == "Shape" else node.inputs
+    return sorted(seen.values()) == sorted(node.op for node in scratch.nodes)
+
+
 def _hiding(b: Builder, keep: gs.Tensor, lowest: float) -> gs.Tensor:
     return b("Where", keep, b.scalar(0.0), b.scalar(lowest))
 
@@ -351,12 +399,22 @@ def _shown(b: Builder, mask: Mask) -> gs.Tensor:
     """Whether each key is seen by the padding: bool [batch, 1, 1, keys]."""
     assert mask.padding is not None
     kind = np.dtype(mask.padding.dtype)
+    if mask.test == "count":
+        return b("Unsqueeze", _counted_keys(b, mask.padding), b.ints(1, 2), dtype=bool)
     if mask.test == "nonzero":
         shown = b("Cast", mask.padding, dtype=bool, to=9)
     else:
         op, value = ("Equal", 1) if mask.test == "one" else ("Greater", 0)
         shown = b(op, mask.padding, b.scalar(value, kind), dtype=bool)
     return b("Unsqueeze", shown, b.ints(1, 2), dtype=bool)
+
+
+def _counted_keys(b: Builder, padding: gs.Tensor) -> gs.Tensor:
+    """Whether each key stands before the number of ones in its row: bool [batch, keys]."""
+    ones = b("Cast", b("Equal", padding, b.scalar(1, np.dtype(padding.dtype)), dtype=bool), dtype=np.int64, to=7)
+    count = b("ReduceSum", ones, b.ints(1), dtype=np.int64, keepdims=1)
+    at = b("Range", b.scalar(0, np.int64), sequence_length(b, padding), b.scalar(1, np.int64), dtype=np.int64)
+    return b("Less", at, count, dtype=bool)
 
 
 def _linear(b: Builder, mask: Mask) -> gs.Tensor:

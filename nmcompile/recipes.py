@@ -26,6 +26,7 @@ from nmcompile.passes import (
     QuantizeOutputs,
     RaiseOpset,
     ScaleQueries,
+    SimplifyMasks,
     SimplifyShapes,
     SmoothActivations,
     StoreWeights,
@@ -132,7 +133,8 @@ def tensorrt_passes(preset: Preset, attention: str, outputs: str, exclude: Seque
 def spelling_passes(profile: Profile, weights: str) -> list[Pass]:
     """From the Q/DQ graph to the one that a version of TensorRT reads."""
     return [
-        ScaleQueries(),  # first: it matches attention, which what follows takes apart
+        SimplifyMasks(),  # first, as the next: both match attention, which what follows takes apart
+        ScaleQueries(),
         StoreWeights(form=weights),
         LowerOpset(version=profile.opset),  # before types: GELU spelled out is typed like the rest
         *([NarrowFloats()] if profile.strong else []),

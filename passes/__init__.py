@@ -19,6 +19,7 @@ from nmcompile.passes.permute_features import PermuteFeatures
 from nmcompile.passes.quantize_outputs import QuantizeOutputs
 from nmcompile.passes.raise_opset import RaiseOpset
 from nmcompile.passes.scale_queries import ScaleQueries
+from nmcompile.passes.simplify_masks import SimplifyMasks
 from nmcompile.passes.simplify_shapes import SimplifyShapes
 from nmcompile.passes.smooth_activations import SmoothActivations
 from nmcompile.passes.store_weights import StoreWeights
@@ -43,6 +44,7 @@ BUILTIN: tuple[type[Pass], ...] = (
     SmoothActivations,
     InsertQdq,
     QuantizeOutputs,
+    SimplifyMasks,
     ScaleQueries,
     StoreWeights,
     LowerOpset,
@@ -68,6 +70,7 @@ __all__ = [
     "QuantizeOutputs",
     "RaiseOpset",
     "ScaleQueries",
+    "SimplifyMasks",
     "SimplifyShapes",
     "SmoothActivations",
     "StoreWeights",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -160,18 +160,19 @@ def _embed(b: Builder, node: gs.Node) -> list[gs.Tensor | None]:
         raise Keep("an embedding table is missing")
     given, mask = _input(node, 8), _input(node, 7)
     index = node.outputs[1] if len(node.outputs) > 1 and not node.outputs[1].is_empty() else None
-    if index is not None and _used(b.graph, index):
-        readers = [user.op for user in g.consumers(index)]
-        if mask is None or g.is_output(b.graph, index) or set(readers) != {"Attention"}:
-            raise Keep("its count of tokens is used")
+    if index is not None and mask is None and _used(b.graph, index):
+        raise Keep("its count of tokens is used, and it has no mask")
     shape = b("Shape", ids, dtype=np.int64)
     length = b("Gather", shape, b.scalar(1, np.int64), dtype=np.int64, axis=0)
     where = given or b("Range", b.scalar(0, np.int64), length, b.scalar(1, np.int64), dtype=np.int64)
     total = b("Add", b("Gather", words, ids, axis=0), b("Gather", positions, where, axis=0))
     if segments is not None and types is not None:
         total = b("Add", total, b("Gather", segments, types, axis=0))
-    # onnxruntime hands on the number of real tokens; for tokens padded on the right the mask itself says the same
-    return [_norm(b, total, gamma, beta, float(node.attrs.get("epsilon", 1e-12)), False), mask, total]
+    count = None  # of the ones in each row of the mask
+    if mask is not None and index is not None:
+        ones = b("Cast", b("Equal", mask, b.scalar(1, np.dtype(mask.dtype)), dtype=bool), dtype=np.int32, to=6)
+        count = b("ReduceSum", ones, b.ints(1), dtype=np.int32, keepdims=0)
+    return [_norm(b, total, gamma, beta, float(node.attrs.get("epsilon", 1e-12)), False), count, total]
 
 
 def _microsoft_attention(b: Builder, node: gs.Node) -> list[gs.Tensor | None]:
@@ -193,7 +194,7 @@ def _microsoft_attention(b: Builder, node: gs.Node) -> list[gs.Tensor | None]:
     heads = int(node.attrs["num_heads"])
     scale = float(node.attrs.get("scale", 0) or (sizes[0] // heads) ** -0.5)
     causal = bool(node.attrs.get("unidirectional", 0))
-    return [_attend(b, parts, [heads] * 3, sizes, scale, _padding(mask), causal, _input(node, 5))]
+    return [_attend(b, parts, [heads] * 3, sizes, scale, _padding(node, mask), causal, _input(node, 5))]
 
 
 def _multi_head(b: Builder, node: gs.Node) -> list[gs.Tensor | None]:
@@ -216,13 +217,22 @@ def _multi_head(b: Builder, node: gs.Node) -> list[gs.Tensor | None]:
     heads = int(node.attrs["num_heads"])
     scale = float(node.attrs.get("scale", 0) or (sizes[0] // heads) ** -0.5)
     causal = bool(node.attrs.get("unidirectional", 0))
-    return [_attend(b, parts, [heads] * 3, sizes, scale, _padding(_input(node, 4)), causal, _input(node, 5))]
+    return [_attend(b, parts, [heads] * 3, sizes, scale, _padding(node, _input(node, 4)), causal, _input(node, 5))]
 
 
-def _padding(mask: gs.Tensor | None) -> Mask:
-    if mask is not None and mask.shape is not None and len(mask.shape) != 2:
-        raise Keep(f"its mask has {len(mask.shape)} dimensions")
-    return Mask(padding=mask)
+def _padding(node: gs.Node, mask: gs.Tensor | None) -> Mask:
+    """As onnxruntime computes it: keys are seen where the mask is above 0, others have a number added. A mask [batch] is the
+    number of keys that are seen, from the first."""
+    lowest = float(node.attrs.get("mask_filter_value", -10000.0))
+    total = g.producer(mask) if mask is not None else None
+    if total is not None and total.op == "ReduceSum":  # what an embedding has counted
+        ones = g.producer(total.inputs[0])
+        equal = g.producer(ones.inputs[0]) if ones is not None and ones.op == "Cast" else None
+        if equal is not None and equal.op == "Equal":
+            return Mask(equal.inputs[0], test="count", lowest=lowest)
+    if mask is not None and (mask.shape is None or len(mask.shape) != 2):
+        raise Keep(f"its mask has {len(mask.shape or [])} dimensions")
+    return Mask(mask, test="positive", lowest=lowest)
 
 
 def _onnx_attention(b: Builder, node: gs.Node) -> list[gs.Tensor | None]:
@@ -261,7 +271,8 @@ def _attend(b: Builder, qkv: list[gs.Tensor], heads: list[int], sizes: list[int]
             parts.append(b("Transpose", by_head, perm=[0, 2, 1, 3]))
     scores = b("MatMul", parts[0], b("Transpose", parts[1], perm=[0, 1, 3, 2]))
     scores = b("Mul", scores, b.scalar(scale))
-    for extra in (bias, build_mask(b, Mask(mask.padding, causal), qkv[0])):
+    whole = replace(mask, causal=causal, triangle=LOWEST if causal and mask.padding is not None else None)
+    for extra in (bias, build_mask(b, whole, qkv[0])):
         if extra is not None:
             scores = b("Add", scores, extra)
     context = b("MatMul", b("Softmax", scores, axis=-1), parts[2])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, TypeAlias
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -12,10 +12,10 @@ import onnx_graphsurgeon as gs
 from nmcompile import graph as g
 from nmcompile import probe
 from nmcompile.builder import Builder
-from nmcompile.canonical import attentions, build_attention
+from nmcompile.canonical import Attention, attentions, build_attention
 from nmcompile.derive import Derivation, Underived
 from nmcompile.errors import NmcompileError
-from nmcompile.masks import Mask, build_mask, read_scores
+from nmcompile.masks import Mask, build_mask, is_built, read_scores
 from nmcompile.pipeline import Pass, Report
 from nmcompile.symbolic import Element, Index, Poly, evaluate, floor_divided, poly
 
@@ -24,6 +24,7 @@ CARRY = {"Reshape", "Transpose", "Mul", "Div", "Unsqueeze", "Squeeze", "Identity
          "Expand", "Tile"}  # fmt: skip
 BETWEEN = {"Add", "Mul", "Div", "Where", "Cast", "Identity", "Sub"}
 DRAWS = (0, 1)
+Masks: TypeAlias = "dict[tuple[object, ...], gs.Tensor | None]"  # built so far, by what they are
 
 
 class Miss(Exception):
@@ -61,11 +62,15 @@ class FuseAttention(Pass):
 
     def run(self, graph: gs.Graph) -> Report:
         softmaxes = [node for node in graph.nodes if node.op == "Softmax"]
-        known = {found.name for found in attentions(graph)} if softmaxes else set()
+        known = {item.name: item for item in attentions(graph)} if softmaxes else {}
         roots = [node for node in softmaxes if node.name not in known]
         done = len(softmaxes) - len(roots)
+        masks: Masks = {}
+        spelt = sum(_spell_mask(graph, item, masks) for item in known.values())
+        if spelt:
+            g.cleanup(graph)
         if not roots:
-            return Report(detail={"matched": f"{done}/{done}"} if done else {})
+            return Report(changed=spelt, detail={"matched": f"{done}/{done}"} if done else {})
         d = probe.annotate(graph)
         notes: list[str] = []
         found: list[tuple[gs.Node, _Found]] = []
@@ -78,13 +83,12 @@ class FuseAttention(Pass):
                     continue
                 notes.append(f"{root.name}: attention not matched, {miss}")
             attention += 1
-        masks: dict[tuple[object, ...], gs.Tensor | None] = {}
         for root, item in found:
             _replace(graph, root, item, masks)
         if found:
             g.cleanup(graph)
         detail = {"matched": f"{len(found) + done}/{attention + done}"} if attention + done else {}
-        return Report(changed=len(found), detail=detail, notes=tuple(notes))
+        return Report(changed=len(found) + spelt, detail=detail, notes=tuple(notes))
 
 
 @dataclass(frozen=True)
@@ -341,7 +345,7 @@ def _reference(feeds: probe.Feeds, found: _Found) -> np.ndarray:
     scores = np.einsum("bqhd,bkhd->bhqk", parts[0], parts[1]) * found.scale  # parts are [b, t, heads, size]
     keep = np.ones(scores.shape, bool)
     if found.mask.padding is not None:
-        keep &= (feeds[found.mask.padding.name] != 0)[:, None, None, :]
+        keep &= found.mask.shows(feeds[found.mask.padding.name])[:, None, None, :]
     if found.mask.causal:
         keep &= np.tril(np.ones(scores.shape[2:], bool))
     scores = np.where(keep, scores, -np.inf)
@@ -351,17 +355,27 @@ def _reference(feeds: probe.Feeds, found: _Found) -> np.ndarray:
     return np.asarray(y.reshape(*y.shape[:2], -1))
 
 
-def _replace(
-    graph: gs.Graph, root: gs.Node, found: _Found, masks: dict[tuple[object, ...], gs.Tensor | None]
-) -> None:
+def _mask(graph: gs.Graph, mask: Mask, source: gs.Tensor, masks: Masks) -> gs.Tensor | None:
+    if mask.key not in masks:
+        like = source if mask.padding is None else mask.padding  # an input, rather
+        masks[mask.key] = build_mask(Builder(graph, "mask"), mask, like)
+    return masks[mask.key]
+
+
+def _spell_mask(graph: gs.Graph, item: Attention, masks: Masks) -> int:
+    """Write the mask of an attention that is canonical but for that."""
+    if item.biased is None or is_built(item.biased.inputs[1], item.mask):
+        return 0
+    item.biased.inputs[1] = _mask(graph, item.mask, item.q, masks)
+    return 1
+
+
+def _replace(graph: gs.Graph, root: gs.Node, found: _Found, masks: Masks) -> None:
     stem = root.name.rsplit("/", 1)[0] or root.name
     b = Builder(graph, stem)
     q, k, v = (_project(graph, getattr(found, part), stem, part) for part in "qkv")
-    key = found.mask.key
-    if key not in masks:
-        like = found.q.source if found.mask.padding is None else found.mask.padding  # an input, rather
-        masks[key] = build_mask(Builder(graph, "mask"), found.mask, like)
-    y = build_attention(b, q, k, v, found.q.features.shape[0], found.scale, masks[key], found.guarded)
+    bias = _mask(graph, found.mask, found.q.source, masks)
+    y = build_attention(b, q, k, v, found.q.features.shape[0], found.scale, bias, found.guarded)
     if len(found.y.shape) == 2:
         y = b("Reshape", y, b.ints(-1, int(found.y.shape[-1])), shape=found.y.shape)
     g.rewire(graph, found.y, y)

@@ -23,6 +23,8 @@ BERT = {"Add": 21, "Cast": 1, "Gather": 5, "Gelu": 2, "LayerNormalization": 5, "
 BESIDE: dict[str, dict[str, int]] = {
     "bert-classifier": {"MatMul": 1, "Add": 1},
     "bert-fp16": {"Cast": 2},  # each output back to half precision
+    # its mask counts: as many keys as the attention mask has ones
+    "bert-ort-transformers": {"Equal": 1, "Gather": 1, "Less": 1, "Range": 1, "ReduceSum": 1, "Shape": 1},
     "bert-qa": {
         "Squeeze": 2,
         "Split": 0,
@@ -35,9 +37,9 @@ BESIDE: dict[str, dict[str, int]] = {
 ENCODERS = ("bert-", "distilbert-", "roberta-", "electra-", "gpt2-", "vit-")
 PADDED = "padding by attention_mask"
 MASKS = {"gpt2": f"{PADDED} and causal", "vit": "none"}
-LEFT = {"t5": ("a bias other than a mask is added to its scores (relative positions)",
+LEFT = {"t5": ("a bias other than a mask is added to its scores, by Cast",
                "queries and keys come from different sequences (cross-attention)",
-               "embedding not matched, its ids are neither an input nor positions")}  # fmt: skip
+               "embedding not matched, its ids are")}  # fmt: skip
 
 
 @functools.cache

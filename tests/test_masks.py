@@ -61,7 +61,14 @@ def test_padding(text: str) -> None:
     factor, mask = read(scores(text))
     assert (factor, str(mask)) == (1.0, "padding by mask")
     assert (mask.test, mask.lowest) == PADDINGS[text]
-    assert mask.binary == (mask.test != "nonzero")
+    assert mask.assumes == (("binary",) if mask.test != "nonzero" else ())
+
+
+def test_a_count_of_ones() -> None:
+    text = """e = Equal(mask, i1)  f = Cast <to = 7> (e)  s = ReduceSum <keepdims = 1> (f, a1)  l = Less(k, s)
+        m = Unsqueeze(l, a12)  y = Where(m, p, low)"""
+    _, mask = read(scores(text))
+    assert (str(mask), mask.test, mask.assumes) == ("padding by mask", "count", ("prefix",))
 
 
 CAUSAL = "t = GreaterOrEqual(q, k)  "
@@ -106,7 +113,8 @@ OTHERS = {
     "c = Cast <to = 9> (mask)  m = Unsqueeze(c, a13)  y = Where(m, p, low)": "mask[b, q], and not as padding",
     "e = Equal(mask, i0)  m = Unsqueeze(e, a12)  y = Where(m, p, low)": "the values of mask[b, k]",
     "e = Equal(mask, i2)  m = Unsqueeze(e, a12)  y = Where(m, low, p)": "the values of mask[b, k]",
-    "c = Cast <to = 9> (mask)  m = Unsqueeze(c, a12)  w = Where(m, zero, some)  y = Add(p, w)": "a bias of -100",
+    "c = Cast <to = 9> (mask)  m = Unsqueeze(c, a12)  w = Where(m, zero, some)  y = Add(p, w)":
+        "the values of mask[b, k]",
     # scores that are scaled by the length, or by what is looked up
     "f = Cast <to = 1> (n)  y = Mul(p, f)": "scaled by S",
     "r = Cast <to = 1> (mask)  m = Unsqueeze(r, a12)  y = Mul(p, m)": "scaled by mask[b, k]",
@@ -146,7 +154,7 @@ def built(mask: Mask, graph: gs.Graph) -> gs.Graph:
     return graph
 
 
-FORMS = [("nonzero", LOWEST, None), ("one", -1e4, None), ("positive", INFINITE, None), ("linear", LOWEST, None),
+FORMS = [("nonzero", LOWEST, None), ("count", -1e4, None), ("one", -1e4, None), ("positive", INFINITE, None), ("linear", LOWEST, None),
          ("nonzero", -1e4, LOWEST), ("linear", -1e4, INFINITE)]  # fmt: skip
 
 

@@ -170,8 +170,6 @@ def test_a_boolean_mask() -> None:
         (f"(float[B,S,4] x, float[B,S,4] z) => (float[B,S,4] y, float[B,S,1] i) <float[4] g> {{"
          f" y, , i, s = {SKIP} (x, z, g) }}",
          20, "its output 2 is used"),
-        (EMBED.format(outputs=", int32[B] i", results="y, i", rest=""), 20, "its count of tokens is used"),
-        (EMBED.format(outputs=", int32[B] j", results="y, i", rest="j = Neg(i)"), 20, "its count of tokens is used"),
         (ATTENTION.replace("int32[B,S] mask", "int32[B] mask"), 20, "its mask has 1 dimensions"),
         (ATTENTION.replace("int32[B,S] mask", "int32[B,S,S] mask"), 20, "its mask has 3 dimensions"),
         (ATTENTION.replace("int32[B,S] mask", "int32[B,S] mask, float[8,24] w").replace("<float[8,24] w, ", "<"), 20,

@@ -75,8 +75,17 @@ def test_unknown_output(session: nmcompile.Session) -> None:
 def test_empty_batches_and_masked_rows(session: nmcompile.Session) -> None:
     nothing = {name: np.zeros((0, 3), np.int64) for name in GOOD}
     assert session.run(nothing)["last_hidden_state"].shape == (0, 3, 64)
-    masked = {**GOOD, "attention_mask": np.zeros((1, 3), np.int64)}
-    assert not session.run(masked)["last_hidden_state"].any()
+    plain = nmcompile.load(compiled("distilbert-torchscript").plan)
+    masked = {"input_ids": GOOD["input_ids"], "attention_mask": np.zeros((1, 3), np.int64)}
+    assert not plain.run(masked)["last_hidden_state"].any()
+
+
+@pytest.mark.parametrize("mask", [[[0, 1, 1], [1, 1, 1]], [[1, 1, 1], [0, 0, 0]]], ids=["left", "empty"])
+def test_a_hidden_first_token_that_the_pooler_reads(session: nmcompile.Session, mask: list[list[int]]) -> None:
+    feeds = {name: np.concatenate([values, values]) for name, values in GOOD.items()} | {"attention_mask": np.array(mask)}
+    row = mask.index([0, 1, 1] if [0, 1, 1] in mask else [0, 0, 0])
+    with pytest.raises(InputError, match=f"'attention_mask' hides the first token of row {row}"):
+        session.run(feeds)
 
 
 def test_many_threads_share_a_session() -> None:

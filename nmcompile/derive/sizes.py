@@ -10,7 +10,7 @@ import onnx_graphsurgeon as gs
 from nmcompile.derive.elementwise import Made, Rule, given
 from nmcompile.derive.movement import axes_of, product
 from nmcompile.derive.value import Shape, Underived, Value, broadcast, constant, number
-from nmcompile.symbolic import ONE, Poly, floor_divided, never_negative, poly
+from nmcompile.symbolic import ONE, Index, Poly, Running, floor_divided, never_negative, poly
 
 
 def _listed(items: Sequence[Poly]) -> Made:
@@ -107,6 +107,24 @@ def _reduced(node: gs.Node, args: Sequence[Value | None]) -> Made:
     return [(tuple(size for axis, size in enumerate(shape) if axis not in axes), None)]
 
 
+def _summed(node: gs.Node, args: Sequence[Value | None]) -> Made:
+    """ReduceSum; over one axis its elements are running sums to the end of it."""
+    x = given(args, 0)
+    ((shape, _),) = _reduced(node, args)
+    axes = axes_of(node, args, 1, len(x.shape))
+    if axes is None or len(axes) != 1:
+        return [(shape, None)]
+    (axis,) = axes
+    kept = len(shape) == len(x.shape)
+
+    def at(index: Shape) -> Poly:
+        over = Index("#", x.shape[axis])
+        place = [*index[:axis], poly(over), *index[axis + kept :]]
+        return poly(Running(x.element(place), over, x.shape[axis] - 1))
+
+    return [(shape, at)]
+
+
 def _window(node: gs.Node, args: Sequence[Value | None]) -> Made:
     """A convolution or pooling: each axis behind batch and channels shrinks by its kernel and strides."""
     x = given(args, 0).shape
@@ -181,6 +199,7 @@ SIZES: dict[str, Rule] = {
 SIZES.update({op: _reduced for op in ("ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceL2",
                                       "ReduceL1", "ReduceLogSumExp", "ReduceSumSquare", "ReduceLogSum", "ArgMax",
                                       "ArgMin")})  # fmt: skip
+SIZES["ReduceSum"] = _summed
 SIZES.update({op: _norm for op in ("LayerNormalization", "RMSNormalization", "Softmax", "LogSoftmax", "Hardmax",
                                    "BatchNormalization", "InstanceNormalization", "GroupNormalization", "ScatterND",
                                    "ScatterElements", "LpNormalization", "QuantizeLinear", "DequantizeLinear",

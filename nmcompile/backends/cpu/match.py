@@ -185,7 +185,7 @@ class Matcher:
             "scale": found.scale,
             "causal": found.mask.causal,
             "mask": padding,
-            "binary": found.mask.binary,
+            "assumes": found.mask.assumes,
         }
         kind = "attention" if quantized else "attention_float"
         return Op(kind, reads, found.y.name, width, spaces[0], found.nodes, data, node.name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import TypeAlias, cast
 
 import onnx_graphsurgeon as gs
 
@@ -198,8 +198,9 @@ def _guards(graph: gs.Graph, d: Derivation, segment: Segment, segments: Sequence
     """What a native segment assumes of the mask by which it drops tokens."""
     if segment.mask is None:
         return []
-    binary = [Guard(segment.mask, "binary")] if any(op.data.get("binary") for op in segment.ops) else []
+    assumed = {rule for op in segment.ops for rule in cast("tuple[str, ...]", op.data.get("assumes", ()))}
     after = _read_after(graph, d, segment, segments)
     first = after.first or any(op.kind == "first" for op in segment.ops)
-    rules = ["first-token"] * first + ["some-token"] * after.keys
-    return [*binary, *(Guard(segment.mask, rule) for rule in rules)]
+    assumed |= {"first-token"} if first else set()
+    assumed |= {"some-token"} if after.keys else set()
+    return [Guard(segment.mask, rule) for rule in assumed]

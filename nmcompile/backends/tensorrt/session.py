@@ -12,6 +12,8 @@ import numpy as np
 
 from nmcompile.backends.tensorrt.worker import Cuda, Failure
 from nmcompile.errors import InputError, NoDeviceError, PlanError
+from nmcompile.guards import check as check_guards
+from nmcompile.guards import read_guards
 from nmcompile.tensorinfo import check_feeds, chosen_outputs, read_info
 
 Arrays = dict[str, np.ndarray]
@@ -47,6 +49,7 @@ class EngineSession:
         try:
             self.inputs = tuple(read_info(item) for item in description["inputs"])
             self.outputs = tuple(read_info(item) for item in description["outputs"])
+            self.guards = read_guards(description.get("assumes", []), [info.name for info in self.inputs])
             built, gpu = str(description["tensorrt"]), description["gpu"]
             wanted = (str(gpu["name"]), tuple(gpu["sm"]))
         except (KeyError, TypeError) as error:
@@ -89,6 +92,7 @@ class EngineSession:
     def run(self, feeds: Mapping[str, np.ndarray], outputs: Sequence[str] | None = None) -> Arrays:
         """Outputs by name for inputs by name; `outputs` picks some. InputError: names, types or shapes do not fit."""
         values = check_feeds(feeds, self.inputs)
+        check_guards(self.guards, values)
         self._check_ranges(values)
         wanted = chosen_outputs(outputs, self.outputs)
         with self._lock:

@@ -1,0 +1,59 @@
+"""SimplifyMasks: write every mask of attention as one condition that hides by the lowest float."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import onnx_graphsurgeon as gs
+
+from nmcompile import graph as g
+from nmcompile.builder import Builder
+from nmcompile.canonical import Attention, attentions
+from nmcompile.guards import Guard
+from nmcompile.masks import Mask, build_mask
+from nmcompile.pipeline import Pass, Report
+
+
+@dataclass(frozen=True)
+class SimplifyMasks(Pass):
+    """Let attention's masks take their input as 0 and 1, and rows without a key as none that matter.
+
+    (1 - mask) * lowest                     ->  Where(mask != 0, 0, lowest)
+    Where(IsNaN(p), 0, p), p = Softmax(.)   ->  p
+
+    TensorRT fuses attention in this form. For other inputs the result differs from the model's: the report's detail has
+    the assumptions, which sessions check.
+    """
+
+    preserves: ClassVar[bool] = False
+
+    def run(self, graph: gs.Graph) -> Report:
+        found = [item for item in attentions(graph) if item.guarded or item.mask.key != item.mask.plain.key]
+        if not found:
+            return Report()
+        biases: dict[tuple[object, ...], gs.Tensor | None] = {}
+        guards: set[Guard] = set()
+        for item in found:
+            guards |= _assumed(item)
+            plain = item.mask.plain
+            if plain.key not in biases:
+                biases[plain.key] = _built(graph, item, plain)
+            if item.biased is not None:
+                item.biased.inputs[1] = biases[plain.key]
+            choice = next((node for node in item.nodes if node.op == "Where"), None)
+            if item.guarded and choice is not None:
+                g.rewire(graph, choice.outputs[0], choice.inputs[2])
+        g.cleanup(graph)
+        return Report(changed=len(found), detail={"assumes": [guard.to_json() for guard in sorted(guards)]})
+
+
+def _built(graph: gs.Graph, item: Attention, mask: Mask) -> gs.Tensor | None:
+    return build_mask(Builder(graph, "mask"), mask, item.q if mask.padding is None else mask.padding)
+
+
+def _assumed(item: Attention) -> set[Guard]:
+    padding = item.mask.padding
+    if padding is None:
+        return set()
+    return {Guard(padding.name, rule) for rule in (*item.mask.assumes, "some-token")}
