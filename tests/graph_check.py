@@ -121,7 +121,7 @@ class _Forms:
 def _compared(recipe: Recipe, built: Built, forms: _Forms, notes: Sequence[str]) -> Outcome:
     graph = g.load(built.model)
     names = [info.name for info in g.outputs(graph)]
-    inner = [name for applied in built.applied.values() for a in applied for name in (*a.keeps, *a.biases)]
+    inner = [name for applied in built.applied.values() for a in applied for name in a.names]
     reference = g.runner(graph, list(dict.fromkeys([*names, *inner])))
     tally, done = _Tally(), 0
     for run in runs(recipe):
@@ -186,6 +186,10 @@ def shown(values: Arrays, applied: Sequence[Applied], run: Run) -> np.ndarray:
         bias: np.ndarray = np.zeros((batch, 1, 1, 1), np.float64)
         for name in layer.biases:
             bias = bias + values[name].astype(np.float64)
+        for name in layer.counts:
+            given = values[name]
+            real = np.arange(run.past + tokens) < given[:, None] if given.ndim == 1 else given > 0
+            keep = keep & real[:, None, None, :]
         found |= (keep & (bias > HIDDEN)).any(axis=(1, 2))
     return found[:, run.past :]
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from math import e, sqrt
 
 import numpy as np
-from random_graph_masks import Applied, Frame, above_zero, bias_of, kept, masked
+from random_graph_masks import Applied, Frame, bias_of, kept, masked
 from random_graph_nodes import Nodes
 from random_graphs import Both, Causal, Keep, Mask, Padding, Recipe
 
@@ -124,7 +124,7 @@ def _packed(b: Nodes, recipe: Recipe, x: str, mask: Mask | None, frame: Frame) -
     weight = b.rng.standard_normal((recipe.hidden, 3 * inner)) / sqrt(recipe.hidden)
     bias = b.constant(b.rng.standard_normal(3 * inner) * 0.1, np.float32, "bias")
     padding, causal, added, applied = _parts(b, mask, frame)
-    y = b("Attention", x, b.constant(weight, np.float32, "weight"), bias, *_trimmed(padding, "", added),
+    y = b("Attention", x, b.constant(weight, np.float32, "weight"), bias, *trimmed(padding, "", added),
           domain=MICROSOFT, num_heads=recipe.heads, unidirectional=int(causal), scale=recipe.size**-0.5,
           qkv_hidden_sizes=[inner] * 3)  # fmt: skip
     return y, applied
@@ -137,7 +137,7 @@ def _multi_head(
     inner = recipe.heads * recipe.size
     bias = b.constant(b.rng.standard_normal(3 * inner) * 0.1, np.float32, "bias")
     padding, causal, added, applied = _parts(b, mask, frame)
-    y = b("MultiHeadAttention", _scaled(b, recipe, qkv[0], frame), *qkv[1:], *_trimmed(bias, padding, added),
+    y = b("MultiHeadAttention", _scaled(b, recipe, qkv[0], frame), *qkv[1:], *trimmed(bias, padding, added),
           domain=MICROSOFT, num_heads=recipe.heads, unidirectional=int(causal), scale=_scale(recipe))  # fmt: skip
     return y, applied
 
@@ -161,11 +161,11 @@ def _onnx(
     q, k, v = _scaled(b, recipe, qkv[0], frame), *qkv[1:]
     scale, only = _scale(recipe), int(causal is not None)
     if not past:
-        return b("Attention", q, k, v, *_trimmed(added), q_num_heads=recipe.heads,
+        return b("Attention", q, k, v, *trimmed(added), q_num_heads=recipe.heads,
                  kv_num_heads=recipe.heads // recipe.share, scale=scale, is_causal=only), applied  # fmt: skip
     q, k, v = (_split(b, recipe, x) for x in (q, k, v))
     k, v = _joined(b, past[:1], k), _joined(b, past[1:], v)
-    y = b("Attention", q, k, v, *_trimmed(added), scale=scale, is_causal=only)
+    y = b("Attention", q, k, v, *trimmed(added), scale=scale, is_causal=only)
     return _merged(b, recipe, y), applied
 
 
@@ -189,14 +189,14 @@ def _parts(b: Nodes, mask: Mask | None, frame: Frame) -> tuple[str, bool, str, A
     soft = "" if padding is None and mask.soft in flat else mask.soft
     rest = _all(term for term in terms if term is not padding and term is not causal)
     source = padding.source if padding is not None else mask.soft if not soft else ""
-    whole = b.cast(source, "int32") if source else ""
-    seen = (above_zero(b, whole),) if whole else ()
+    whole = frame.counts[1] if source and source == frame.counts[0] else b.cast(source, "int32") if source else ""
+    seen = (whole,) if whole else ()
     if rest is None and not soft:
-        return whole, causal is not None, "", Applied(keeps=seen)
+        return whole, causal is not None, "", Applied(counts=seen)
     put = "soft" if soft else "add" if mask.put == "soft" or isinstance(rest, Both) else mask.put
     put = "add" if put in ("where", "fill", "apart") else put
     added = bias_of(b, Mask(rest, put, mask.value, soft, spread=True), frame)
-    return whole, causal is not None, added, Applied(keeps=seen, biases=(added,))
+    return whole, causal is not None, added, Applied(biases=(added,), counts=seen)
 
 
 def _terms(keep: Keep | None) -> list[Keep]:
@@ -213,7 +213,7 @@ def _all(terms: Iterable[Keep]) -> Keep | None:
     return found
 
 
-def _trimmed(*inputs: str) -> list[str]:
+def trimmed(*inputs: str) -> list[str]:
     """Optional inputs without the empty ones at the end."""
     given = list(inputs)
     while given and not given[-1]:

@@ -143,11 +143,13 @@ def _mask(rng: np.random.Generator, shape: tuple[int, int], kind: str, dtype: st
     counts = rng.integers(1, tokens + 1, batch)
     counts[0] = tokens if batch > 1 else max(1, tokens - 2)
     right = np.arange(tokens) < counts[:, None]
+    holes = rng.random(shape) < 0.7
+    holes[np.arange(batch), rng.integers(0, tokens, batch)] = True
     mask: np.ndarray = {
         "full": np.ones(shape, bool),
         "right": right,
         "left": right[:, ::-1],
-        "holes": rng.random(shape) < 0.7,
+        "holes": holes,
         "empty": right & (np.arange(batch) != batch - 1)[:, None],
         "values": right,
     }[kind]

@@ -37,14 +37,21 @@ class Frame:
     k: str
     past: str = ""  # keys before the first query, a scalar
     given: tuple[Given, ...] = ()
+    counts: tuple[str, str] = ("", "")  # an input [batch, tokens], and how many of each row are real by it, [batch]
 
 
 @dataclass(frozen=True)
 class Applied:
-    """What hides keys: tensors to be true where a key is seen, and tensors added to the scores."""
+    """What hides keys: tensors to be true where a key is seen, tensors added to the scores, and what onnxruntime's
+    operators take: integers [batch, keys], above 0 where a key is seen, or [batch], how many keys are."""
 
     keeps: tuple[str, ...] = ()
     biases: tuple[str, ...] = ()
+    counts: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (*self.keeps, *self.biases, *self.counts)
 
 
 def masked(b: Nodes, mask: Mask, scores: str, frame: Frame) -> tuple[str, Applied]:
@@ -77,11 +84,6 @@ def bias_of(b: Nodes, mask: Mask, frame: Frame) -> str:
     if mask.spread:
         bias = b("Expand", bias, b.shape(frame.batch, 1, frame.queries, frame.keys))
     return bias
-
-
-def above_zero(b: Nodes, counts: str) -> str:
-    """[batch, 1, 1, keys]: true where integers [batch, keys] are above 0, as onnxruntime's operators read them."""
-    return b.axes("Unsqueeze", b("Greater", counts, b.constant(0, np.int32)), 1, 2)
 
 
 def _where(b: Nodes, keep: str, value: float, times: bool = False) -> str:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx
-from random_graph_attention import MICROSOFT, attention
+from random_graph_attention import MICROSOFT, attention, trimmed
 from random_graph_masks import Applied, Frame, positioned, row_ids
 from random_graph_nodes import BATCH, TOKENS, Nodes
 from random_graphs import COUNTED, Causal, Mask, Padding, Recipe
@@ -58,6 +58,8 @@ def _sequence(b: Nodes, recipe: Recipe, name: str, tokens: int | str, past: bool
         lead: int | str = 1 if given.shape == "1s" else BATCH
         b.input(given.name, given.dtype, [lead, 1, 1, last] if given.shape == "b11s" else [lead, last])
     frame = _frame(b, recipe, x, past)
+    if recipe.style.embed:
+        return _embedded(b, recipe, x, tokens, frame)
     y = b("Gather", b.table(ids.words, recipe.hidden), row_ids(b, ids, x), axis=0)
     if recipe.positions is not None:
         mask = recipe.inputs[0] if recipe.positions.kind in COUNTED else None
@@ -66,6 +68,21 @@ def _sequence(b: Nodes, recipe: Recipe, name: str, tokens: int | str, past: bool
     if recipe.types:
         y = b("Add", y, _types(b, recipe, x, tokens))
     return b.norm(y, recipe.hidden, recipe.style.fused_norm), frame
+
+
+def _embedded(b: Nodes, recipe: Recipe, x: str, tokens: int | str, frame: Frame) -> tuple[str, Frame]:
+    """com.microsoft.EmbedLayerNormalization: all look-ups, their norm, and how many tokens are real."""
+    assert recipe.positions is not None
+    width, typed, ids = recipe.hidden, recipe.types == "input", row_ids(b, recipe.ids, x)
+    tables = [b.table(recipe.ids.words, width), b.table(recipe.positions.rows, width)]
+    types = b.input("token_type_ids", recipe.ids.dtype, [BATCH, tokens]) if typed else ""
+    gain, bias = b.constant(np.ones(width), np.float32, "gain"), b.constant(np.zeros(width), np.float32, "bias")
+    mask = next((item for item in recipe.inputs if "mask" in item.name and item.shape == "bs"), None)
+    places = "position_ids" if recipe.positions.kind == "given" else ""
+    inputs = [ids, types, *tables, b.table(2, width) if typed else "", gain, bias]
+    inputs += [b.cast(mask.name, "int32") if mask is not None else "", places]
+    y, counts = b.several("EmbedLayerNormalization", 2, *trimmed(*inputs), domain=MICROSOFT, epsilon=1e-5)
+    return y, frame if mask is None else replace(frame, counts=(mask.name, counts))
 
 
 def _frame(b: Nodes, recipe: Recipe, x: str, past: bool) -> Frame:

@@ -50,7 +50,7 @@ def smaller(recipe: Recipe) -> Iterator[Recipe]:
         replace(recipe, outputs=recipe.outputs[:1]),
         replace(recipe, factor=Factor()),
         replace(recipe, style=Style()),
-        replace(recipe, style=Style(opset=recipe.style.opset, fused=recipe.style.fused)),
+        replace(recipe, style=Style(opset=recipe.style.opset, fused=recipe.style.fused, embed=recipe.style.embed)),
         replace(recipe, share=1),
         replace(recipe, heads=2 * recipe.share, size=16, hidden=recipe.hidden if recipe.static else 32, feed=64),
         replace(recipe, decoder=recipe.decoder and Decoder(masked=recipe.decoder.masked)),
@@ -113,4 +113,7 @@ def _whole(recipe: Recipe) -> bool:
     hides = first is not None and first.shape == "bs" and "mask" in first.name
     needs = places in COUNTED or bool({"masked mean", "last"} & set(recipe.outputs))
     letters = recipe.constant.shape if recipe.constant is not None else ""
+    embeds = recipe.positions is not None and recipe.positions.kind in ("range", "given") and not recipe.positions.first
+    if recipe.style.embed and not (embeds and recipe.ids.dtype == "int32" and recipe.style.fused):
+        return False
     return bool(recipe.masks) and read <= names and (hides or not needs) and (recipe.static > 0 or "s" not in letters)

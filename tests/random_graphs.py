@@ -7,7 +7,7 @@ Python, so that a graph that failed can be kept as text and built again, whole o
 from __future__ import annotations
 
 import random
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 
 
 class Part:
@@ -148,6 +148,7 @@ class Style(Part):
     swapped: bool = False  # Add(bias, x)
     folded: bool = True  # weights as initializers, not behind a Transpose
     fused: str = ""  # attention as microsoft (Attention), mha (MultiHeadAttention), onnx (opset 23)
+    embed: bool = False  # EmbedLayerNormalization
 
 
 @dataclass(frozen=True, repr=False)
@@ -237,10 +238,17 @@ def draw(seed: int) -> Recipe:
         kinds = ["first", "first slice", "mean", "max"] + ["masked mean", "last"] * ("mask" in inputs)
         outputs = tuple(rng.sample([*kinds, "tokens"], rng.choice((1, 1, 2))))
     positions = _positions(rng, "positions" in odd, inputs, past)
+    if positions is not None and style.fused == "microsoft":
+        positions = replace(positions, first=0, clamped=False)
     if "mask" in inputs and positions is not None and positions.kind in COUNTED and inputs["mask"].shape != "bs":
         inputs["mask"] = Given(inputs["mask"].name, inputs["mask"].dtype)
     if {"masked mean", "last"} & set(outputs) and inputs["mask"].shape == "b11s":
         inputs["mask"] = Given(inputs["mask"].name, inputs["mask"].dtype)
+    ids, types = _ids(rng, "ids" in odd), rng.choice(("zero", "one", "buffer", "input")) if "types" in odd else ""
+    if _embeddable(style, positions) and decoder is None and not past and rng.random() < 0.6:
+        style, ids, types = replace(style, embed=True), replace(ids, dtype="int32"), types and "input"
+        if "positions" in inputs:
+            inputs["positions"] = Given("position_ids", "int32")
     return Recipe(
         seed, heads,
         share=rng.choice([n for n in (2, 4, 3) if heads % n == 0]) if "share" in odd else 1,
@@ -248,9 +256,9 @@ def draw(seed: int) -> Recipe:
         hidden=hidden,
         feed=rng.choice((32, 64, 96)),
         static=static,
-        ids=_ids(rng, "ids" in odd),
+        ids=ids,
         positions=positions,
-        types=rng.choice(("zero", "one", "buffer", "input")) if "types" in odd else "",
+        types=types,
         masks=tuple(masks),
         inputs=tuple(inputs.values()),
         factor=_factor(rng, "factor" in odd),
@@ -262,8 +270,15 @@ def draw(seed: int) -> Recipe:
     )  # fmt: skip
 
 
+def _embeddable(style: Style, positions: Positions | None) -> bool:
+    """onnxruntime's operator says the same."""
+    if style.fused != "microsoft" or positions is None or positions.clamped:
+        return False
+    return positions.kind == "given" or (positions.kind == "range" and positions.first == 0)
+
+
 def _style(rng: random.Random, odd: bool, merged: bool) -> Style:
-    fused = rng.choice(("microsoft", "mha", "onnx")) if odd else ""
+    fused = rng.choice(("microsoft", "microsoft", "mha", "onnx")) if odd else ""
     return Style(
         opset=23 if fused == "onnx" else rng.choice((11, 13, 14, 17, 17, 18, 20, 21, 23)),
         shapes=rng.choice(("zeros", "infer", "computed")),

@@ -63,11 +63,18 @@ def check_seed(seed: int) -> Outcome:
 
 
 def smallest(seed: int) -> Outcome:
-    """Of a graph that is wrong or does not compile, the smallest that is too."""
+    """Of a graph that is wrong or does not compile, the smallest of which the same is said."""
     first = check_seed(seed)
     if first.verdict in GOOD:
         return first
-    return check(shrunk(first.recipe, lambda recipe: check(recipe).verdict == first.verdict))
+    return check(shrunk(first.recipe, lambda recipe: _said(check(recipe)) == _said(first)))
+
+
+def _said(outcome: Outcome) -> tuple[str, str, str]:
+    """The verdict, and of what is wrong first the form and the kind of inputs."""
+    form, text = next(iter(outcome.complaints), ("", ""))
+    masks = re.search(r"masks (\w+)", text)
+    return outcome.verdict, form, masks[1] if masks else ""
 
 
 def told(outcome: Outcome) -> str:
@@ -122,6 +129,7 @@ def labels(recipe: Recipe) -> tuple[str, ...]:
     if recipe.constant is not None:
         found.append(f"constant {recipe.constant.op}[{','.join(recipe.constant.shape)}]")
     found += [f"fused {recipe.style.fused}"] * bool(recipe.style.fused) + ["shared heads"] * (recipe.share > 1)
+    found += ["fused embedding"] * recipe.style.embed
     if recipe.decoder is not None:
         found.append(f"decoder, {'own' if recipe.decoder.own else 'the other'} positions")
     return tuple(dict.fromkeys(found))
