@@ -10,10 +10,8 @@ Every form is made of plain ONNX operators, so that any runtime can run the grap
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import onnx_graphsurgeon as gs
 
 from nmcompile import graph as g

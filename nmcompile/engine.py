@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import mkdtemp
-from typing import Any
+from typing import Any, cast
 
 import nmcompile
 from nmcompile import graph as g
@@ -125,7 +125,7 @@ class Variants:
 def assumed(job: Job) -> list[Any]:
     """What the graphs assume of their inputs, as SimplifyMasks has found."""
     found = [report.detail["assumes"] for _, report, _ in job.log if "assumes" in report.detail]
-    return list(found[-1]) if found else []
+    return cast("list[Any]", found[-1]) if found else []
 
 
 def make(

@@ -1,4 +1,4 @@
-"""What a plan assumes of its inputs, checked before each run: outside of it the plan's answer would be another model's."""
+"""What a plan assumes of its inputs, checked before each run: outside of it its answer would be another model's."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ RULES = ("binary", "prefix", "first-token", "some-token")
 class Guard:
     """A rule on one input, [batch, tokens].
 
-    binary: it holds 0 and 1 only (the model computes something else from other values). prefix: each row is ones and then
-    zeros (the model counts them and takes as many tokens from the first). first-token: no row begins with
-    0 (the model reads the first token, which is not computed where it is hidden). some-token: no row holds 0 alone (another
+    binary: it holds 0 and 1 only (the model computes something else from other values). prefix: each row is ones and
+    then zeros (the model counts them and takes as many tokens from the first). first-token: no row begins with 0 (the
+    model reads the first token, which is not computed where it is hidden). some-token: no row holds 0 alone (another
     attention looks at its tokens, and would see hidden ones).
     """
 
@@ -30,8 +30,10 @@ class Guard:
         return {"input": self.input, "rule": self.rule}
 
     def __str__(self) -> str:
-        what = {"binary": "holds 0 and 1 only", "prefix": "is padded on the right", "first-token": "does not hide the first token of a row",
-                "some-token": "does not hide all tokens of a row"}  # fmt: skip
+        what = {
+            "binary": "holds 0 and 1 only", "prefix": "is padded on the right",
+            "first-token": "does not hide the first token of a row", "some-token": "does not hide all tokens of a row",
+        }  # fmt: skip
         return f"{self.input} {what[self.rule]}"
 
 
@@ -43,7 +45,8 @@ def read_guards(items: Any, inputs: Sequence[str]) -> tuple[Guard, ...]:
     for item in items:
         known = isinstance(item, dict) and item.get("rule") in RULES and item.get("input") in inputs
         if not known:
-            raise PlanError(f"the plan assumes {str(item)[:60]}, which is unknown here; it is damaged or from a newer nmcompile")
+            raise PlanError(f"the plan assumes {str(item)[:60]}, which is unknown here; it is damaged or from a newer "
+                            "nmcompile")  # fmt: skip
         found.append(Guard(str(item["input"]), str(item["rule"])))
     return tuple(found)
 
@@ -60,8 +63,9 @@ def check(guards: Sequence[Guard], values: Mapping[str, np.ndarray]) -> None:
             wrong = (array != 0) & (array != 1)
             if wrong.any():
                 row = int(np.argwhere(wrong)[0][0])
-                raise InputError(f"input {guard.input!r} holds {array[wrong].flat[0]!s} in row {row}; the model takes it as "
-                                 "a mask of 0 and 1, give it like that")  # fmt: skip
+                value = array[wrong].flat[0]
+                raise InputError(f"input {guard.input!r} holds {value!s} in row {row}; the model takes it as a mask of 0 "
+                                 "and 1, give it like that")  # fmt: skip
             continue
         hidden = array[:, 0] == 0 if guard.rule == "first-token" else ~array.astype(bool).any(axis=1)
         if array.shape[1] and hidden.any():

@@ -93,7 +93,7 @@ def _short(value: Poly) -> str:
 
 
 def build_ids(b: Builder, ids: Ids, inputs: Mapping[str, gs.Tensor]) -> gs.Tensor:
-    """Canonical ids for positions, [tokens], or for a count, [batch, tokens]. Underived where no input has their size."""
+    """Canonical ids for positions, [tokens], or for a count, [batch, tokens]. Underived: no input has their size."""
     if ids.kind == "position":
         like, axis = _measure(ids.length, inputs)
         first = b.scalar(ids.first, np.int64)
@@ -111,8 +111,9 @@ def build_ids(b: Builder, ids: Ids, inputs: Mapping[str, gs.Tensor]) -> gs.Tenso
 
 def _measure(length: Poly, inputs: Mapping[str, gs.Tensor]) -> tuple[gs.Tensor, int]:
     """An input and its axis of that size, an axis 1 rather than another."""
-    found = [(axis != 1, place, tensor, axis) for place, tensor in enumerate(inputs.values())
-             for axis, dim in enumerate(tensor.shape or []) if isinstance(dim, str) and poly(Size(dim)) == length]  # fmt: skip
+    found = [(axis != 1, place, tensor, axis)
+             for place, tensor in enumerate(inputs.values()) for axis, dim in enumerate(tensor.shape or [])
+             if isinstance(dim, str) and poly(Size(dim)) == length]  # fmt: skip
     if not found:
         raise Underived(f"no input is of the {length} positions that it looks up")
     _, _, tensor, axis = min(found, key=lambda item: item[:2])

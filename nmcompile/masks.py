@@ -1,8 +1,4 @@
-"""Masks of attention: which keys a query sees, derived from the sub-graph that computes it, and its canonical form.
-
-    Where(keep, 0, lowest)        keep from a [batch, keys] input, from the causal triangle, or both
-    (1 - padding) * lowest        the same for a padding that is 0 or 1; with other values it adds something else
-"""
+"""Masks of attention: which keys a query sees, derived from the sub-graph that computes it."""
 
 from __future__ import annotations
 
@@ -13,7 +9,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from nmcompile.builder import Builder, sequence_length
 from nmcompile.derive import Derivation, Underived
 from nmcompile.derive.value import aligned
 from nmcompile.symbolic import (
@@ -46,8 +41,9 @@ class Mask:
     """Which keys a query sees: where `padding` [batch, keys] says so, and none after it if `causal`.
 
     test: at which values of padding a key is seen: "nonzero", "one" (others hide it), "positive", or "linear", which is
-    seen at 1 and hidden at 0 by (1 - padding) * lowest; "count": as many keys as the padding has ones, from the first. lowest: what is added to hidden scores; triangle: what the
-    causal triangle adds by itself, where it is not one condition with the padding.
+    seen at 1 and hidden at 0 by (1 - padding) * lowest; "count": as many keys as the padding has ones, from the first.
+    lowest: what is added to hidden scores. triangle: what the causal triangle adds by itself, where it is not one
+    condition with the padding.
     """
 
     padding: gs.Tensor | None = None
@@ -201,13 +197,13 @@ def _padding(d: Derivation, value: Poly, score: Element) -> Element | None:
 
 
 def _table(value: Poly, score: Element, padding: Element | None) -> _Table:
-    if any(score in dict(monomial) and padding in dict(monomial) for monomial in value.terms if padding is not None):
-        if padding is not None and padding.kind != "b":
-            raise Underived(f"its scores are scaled by {padding}")
+    scaled = any({score, padding} <= dict(term).keys() for term in value.terms)
+    if scaled and padding is not None and padding.kind != "b":
+        raise Underived(f"its scores are scaled by {padding}")
     values = _values(value, padding)
     by_value = {v: value if padding is None else substitute(value, {padding: poly(v)}) for v in values}
     found = {atom for item in by_value.values() for atom in mentioned(item) if isinstance(atom, (AtLeast, IsZero))}
-    places = sorted(found, key=str)
+    places: list[Atom] = sorted(found, key=str)
     if len(places) > MAX_CONDITIONS:
         raise Underived(f"its mask has {len(places)} conditions")
     cases = tuple(case for bits in itertools.product((0, 1), repeat=len(places))
@@ -354,80 +350,3 @@ def _described(table: _Table, conditions: set[Atom], padding: Element | None) ->
     if padding is not None:
         words.append(f"the values of {padding}")
     return f"its mask is neither causal nor padding: it depends on {' and '.join(words) or 'nothing'}"
-
-
-# ---- the canonical form --------------------------------------------------------------------------------------
-
-
-def build_mask(b: Builder, mask: Mask, like: gs.Tensor) -> gs.Tensor | None:
-    """The additive bias of a mask, broadcastable to [batch, heads, queries, keys]; `like` is [batch, tokens, ...]."""
-    keep = [] if mask.padding is None else [_shown(b, mask)] if mask.test != "linear" else []
-    below = _below(b, like) if mask.causal else None
-    if mask.triangle is None and mask.test != "linear":
-        keep += [] if below is None else [below]
-        return _hiding(b, b("And", *keep, dtype=bool), mask.lowest) if len(keep) == 2 else (
-            _hiding(b, keep[0], mask.lowest) if keep else None)  # fmt: skip
-    linear = mask.padding is not None and mask.test == "linear"
-    by_padding = _linear(b, mask) if linear else _hiding(b, keep[0], mask.lowest) if keep else None
-    if below is None:
-        return by_padding
-    by_place = _hiding(b, below, mask.lowest if mask.triangle is None else mask.triangle)
-    return by_place if by_padding is None else b("Add", by_place, by_padding)
-
-
-def is_built(bias: gs.Tensor, mask: Mask) -> bool:
-    """Whether a bias that this mask is has the canonical form: made by the same operators."""
-    padding = mask.padding
-    dummy = gs.Variable("dummy", None if padding is None else padding.dtype, ["batch", "keys"])
-    scratch = gs.Graph()
-    build_mask(Builder(scratch, "mask"), replace(mask, padding=None if padding is None else dummy), dummy)
-    seen: dict[int, str] = {}
-    todo = [bias]
-    while todo and len(seen) <= len(scratch.nodes):
-        for node in todo.pop().inputs:
-            if id(node) not in seen:
-                seen[id(node)] = node.op
-                todo += [] if node.op == "Shape" else node.inputs
-    return sorted(seen.values()) == sorted(node.op for node in scratch.nodes)
-
-
-def _hiding(b: Builder, keep: gs.Tensor, lowest: float) -> gs.Tensor:
-    return b("Where", keep, b.scalar(0.0), b.scalar(lowest))
-
-
-def _shown(b: Builder, mask: Mask) -> gs.Tensor:
-    """Whether each key is seen by the padding: bool [batch, 1, 1, keys]."""
-    assert mask.padding is not None
-    kind = np.dtype(mask.padding.dtype)
-    if mask.test == "count":
-        return b("Unsqueeze", _counted_keys(b, mask.padding), b.ints(1, 2), dtype=bool)
-    if mask.test == "nonzero":
-        shown = b("Cast", mask.padding, dtype=bool, to=9)
-    else:
-        op, value = ("Equal", 1) if mask.test == "one" else ("Greater", 0)
-        shown = b(op, mask.padding, b.scalar(value, kind), dtype=bool)
-    return b("Unsqueeze", shown, b.ints(1, 2), dtype=bool)
-
-
-def _counted_keys(b: Builder, padding: gs.Tensor) -> gs.Tensor:
-    """Whether each key stands before the number of ones in its row: bool [batch, keys]."""
-    ones = b("Cast", b("Equal", padding, b.scalar(1, np.dtype(padding.dtype)), dtype=bool), dtype=np.int64, to=7)
-    count = b("ReduceSum", ones, b.ints(1), dtype=np.int64, keepdims=1)
-    at = b("Range", b.scalar(0, np.int64), sequence_length(b, padding), b.scalar(1, np.int64), dtype=np.int64)
-    return b("Less", at, count, dtype=bool)
-
-
-def _linear(b: Builder, mask: Mask) -> gs.Tensor:
-    """(1 - padding) * lowest, [batch, 1, 1, keys]."""
-    assert mask.padding is not None
-    wide = b("Unsqueeze", b("Cast", mask.padding, to=1), b.ints(1, 2))
-    return b("Mul", b("Sub", b.scalar(1.0), wide), b.scalar(mask.lowest))
-
-
-def _below(b: Builder, like: gs.Tensor) -> gs.Tensor:
-    """Whether a key stands no further than the query: bool [tokens, tokens]."""
-    length = sequence_length(b, like)
-    index = b("Range", b.scalar(0, np.int64), length, b.scalar(1, np.int64), dtype=np.int64)
-    return b("LessOrEqual", b("Unsqueeze", index, b.ints(0), dtype=np.int64),
-             b("Unsqueeze", index, b.ints(1), dtype=np.int64), dtype=bool)  # fmt: skip
-

@@ -11,7 +11,8 @@ import onnx_graphsurgeon as gs
 
 from nmcompile import graph as g
 from nmcompile.builder import Builder
-from nmcompile.masks import LOWEST, Mask, build_mask
+from nmcompile.mask_form import build_mask
+from nmcompile.masks import LOWEST, Mask
 from nmcompile.pipeline import Pass, Report
 
 MICROSOFT = "com.microsoft"
@@ -221,8 +222,10 @@ def _multi_head(b: Builder, node: gs.Node) -> list[gs.Tensor | None]:
 
 
 def _padding(node: gs.Node, mask: gs.Tensor | None) -> Mask:
-    """As onnxruntime computes it: keys are seen where the mask is above 0, others have a number added. A mask [batch] is the
-    number of keys that are seen, from the first."""
+    """As onnxruntime computes it: keys are seen where the mask is above 0, others have a number added.
+
+    A mask [batch] is the number of keys that are seen, from the first.
+    """
     lowest = float(node.attrs.get("mask_filter_value", -10000.0))
     total = g.producer(mask) if mask is not None else None
     if total is not None and total.op == "ReduceSum":  # what an embedding has counted

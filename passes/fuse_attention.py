@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, TypeAlias
 
@@ -15,9 +14,10 @@ from nmcompile.builder import Builder
 from nmcompile.canonical import Attention, attentions, build_attention
 from nmcompile.derive import Derivation, Underived
 from nmcompile.errors import NmcompileError
-from nmcompile.masks import Mask, build_mask, is_built, read_scores
+from nmcompile.mask_form import build_mask, is_built
+from nmcompile.masks import Mask, read_scores
 from nmcompile.pipeline import Pass, Report
-from nmcompile.symbolic import Element, Index, Poly, evaluate, floor_divided, poly
+from nmcompile.symbolic import Element, Index, evaluate, floor_divided, poly
 
 # Operators that move or scale values without mixing them: what may stand between a projection and its scores.
 CARRY = {"Reshape", "Transpose", "Mul", "Div", "Unsqueeze", "Squeeze", "Identity", "Cast", "Split", "Slice", "Gather",
@@ -53,9 +53,9 @@ class FuseAttention(Pass):
     Softmax(MatMul(q, k^T) * s + <mask sub-graph>), MatMul(., v)
         ->  the same over Reshape/Transpose by heads, mask = Where(keep, 0, lowest)
 
-    The operands' layout, the scale and the mask are derived from the sub-graph (nmcompile.derive), so merged projections,
-    exporters' mask arithmetic and scaled q and k all match, and what is derived holds at every length. Two runs are a
-    second opinion. Rotary embeddings and learned position biases do not match.
+    The operands' layout, the scale and the mask are derived from the sub-graph (nmcompile.derive), so merged
+    projections, exporters' mask arithmetic and scaled q and k all match, and what is derived holds at every length. Two
+    runs are a second opinion. Rotary embeddings and learned position biases do not match.
     """
 
     preserves: ClassVar[bool] = True
@@ -131,7 +131,7 @@ def _product_above(root: gs.Node) -> gs.Node:
             if node is None:
                 why = f"is over {tensor.name}"
                 break
-            why = f"is over scores made by {node.op} '{node.name}', no product of queries and keys by heads"
+            why = _made_by(node)
             if node.op == "MatMul":
                 if not any(g.constant(x) is not None for x in node.inputs) and len(node.outputs[0].shape or []) == 4:
                     return node
@@ -142,11 +142,14 @@ def _product_above(root: gs.Node) -> gs.Node:
             following = next((x for x in paths if _leads_to_product(x)), None)
             if following is None:
                 makers = [maker for maker in map(g.producer, paths) if maker is not None and maker.op not in BETWEEN]
-                if makers:
-                    why = f"is over scores made by {makers[0].op} '{makers[0].name}', no product of queries and keys by heads"
+                why = _made_by(makers[0]) if makers else why
                 break
             tensor = following
     raise Miss(f"its softmax {why}" if _weighs(root.outputs[0]) else "")
+
+
+def _made_by(node: gs.Node) -> str:
+    return f"is over scores made by {node.op} '{node.name}', no product of queries and keys by heads"
 
 
 def _weighs(shares: gs.Tensor, depth: int = 6) -> bool:
@@ -155,7 +158,8 @@ def _weighs(shares: gs.Tensor, depth: int = 6) -> bool:
         if user.op == "MatMul" and user.inputs[0] is shares and g.constant(user.inputs[1]) is None:
             maker = g.producer(user.inputs[1])
             return maker is None or maker.op != "DequantizeLinear" or g.constant(maker.inputs[0]) is None
-        if user.op in ("Where", "Cast", "Identity", "Dropout", "Reshape", "Transpose") and _weighs(user.outputs[0], depth - 1):
+        passed_on = user.op in ("Where", "Cast", "Identity", "Dropout", "Reshape", "Transpose")
+        if passed_on and _weighs(user.outputs[0], depth - 1):
             return True
     return False
 
@@ -254,11 +258,9 @@ def _features(
     d: Derivation, source: gs.Tensor, tensor: gs.Tensor, keys: bool, wanted: tuple[int, int]
 ) -> Operand | None:
     """Which feature of the source each head's place holds, and by what it is multiplied."""
-    b, h, t, i = (Index(name, size) for name, size in zip("bhti" if not keys else "bhit", d.value(tensor).shape, strict=True))
-    if keys:
-        t, i = i, t
-    batch, head, token, part = (poly(item) for item in (b, h, t, i))
-    value = d.element(tensor, (batch, head, part, token) if keys else (batch, head, token, part))
+    names = "bhit" if keys else "bhti"
+    at = {name: Index(name, size) for name, size in zip(names, d.value(tensor).shape, strict=True)}
+    value = d.element(tensor, tuple(poly(at[name]) for name in names))
     if len(value.terms) != 1:
         return None
     ((monomial, scale),) = value.terms.items()
@@ -266,9 +268,9 @@ def _features(
     if len(atoms) != 1 or atoms[0][1] != 1 or not isinstance(atoms[0][0], Element):
         return None
     atom = atoms[0][0]
-    if atom.tensor != source.name or atom.index[:2] != (batch, token):
+    if atom.tensor != source.name or atom.index[:2] != (poly(at["b"]), poly(at["t"])):
         return None
-    grid = {h: np.arange(wanted[0])[:, None], i: np.arange(wanted[1])[None, :]}
+    grid = {at["h"]: np.arange(wanted[0])[:, None], at["i"]: np.arange(wanted[1])[None, :]}
     features = evaluate(atom.index[2], grid)
     if features is None:
         return None

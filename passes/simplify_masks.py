@@ -11,7 +11,8 @@ from nmcompile import graph as g
 from nmcompile.builder import Builder
 from nmcompile.canonical import Attention, attentions
 from nmcompile.guards import Guard
-from nmcompile.masks import Mask, build_mask
+from nmcompile.mask_form import build_mask
+from nmcompile.masks import Mask
 from nmcompile.pipeline import Pass, Report
 
 

@@ -12,7 +12,8 @@ from nmcompile import graph as g
 from nmcompile.builder import Builder
 from nmcompile.canonical import Attention, attentions, build_attention, match_attention, role
 from nmcompile.derive import Derivation
-from nmcompile.masks import LOWEST, Mask, build_mask
+from nmcompile.mask_form import build_mask
+from nmcompile.masks import LOWEST, Mask
 
 QKV = "(float[B,S,8] q, float[B,S,8] k, float[B,S,8] v, int64[B,S] mask) => (float[B,S,8] y) { y = Identity(q) }"
 IDS = "(int64[B,S] ids) => (int64[B,S] y) { y = Identity(ids) }"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import onnx_graphsurgeon as gs
 import pytest
@@ -11,14 +13,15 @@ from nmcompile import graph as g
 from nmcompile.builder import Builder
 from nmcompile.derive import Derivation
 from nmcompile.derive.value import Underived
-from nmcompile.masks import LOWEST, Mask, build_mask, match_bias, read_scores
+from nmcompile.mask_form import build_mask
+from nmcompile.masks import LOWEST, Mask, match_bias, read_scores
 from nmcompile.symbolic import ONE, Size, poly
 
 INFINITE = float("-inf")
 SQUARE = (poly(Size("B")), poly(2), poly(Size("S")), poly(Size("S")))
 HEADER = """zero = Constant <value_float = 0.0> ()  low = Constant <value_float = -3.4028235e38> ()
     one = Constant <value_float = 1.0> ()  minus = Constant <value_float = -10000.0> ()
-    half = Constant <value_float = 0.5> ()  
+    half = Constant <value_float = 0.5> ()
     some = Constant <value_float = -100.0> ()  i0 = Constant <value_int = 0> ()  i1 = Constant <value_int = 1> ()
     i2 = Constant <value_int = 2> ()  i16 = Constant <value_int = 16> ()
     a0 = Constant <value_ints = [0]> ()  a1 = Constant <value_ints = [1]> ()  a12 = Constant <value_ints = [1, 2]> ()
@@ -31,7 +34,8 @@ def scores(text: str, mask: str = "int64[B,S] mask", others: str = "") -> gs.Gra
     graph = parse(f"""(float[B,2,S,4] a, float[B,2,4,S] b, {mask}{others}) => (float[B,2,S,S] y) <float[1] inf> {{
         {HEADER} p = MatMul(a, b)  {text} }}""")
     for node in graph.nodes:  # text has no infinity
-        node.inputs = [gs.Constant("inf", np.array(INFINITE, np.float32)) if x.name == "inf" else x for x in node.inputs]
+        node.inputs = [gs.Constant(x.name, np.array(INFINITE, np.float32)) if x.name == "inf" else x
+                       for x in node.inputs]  # fmt: skip
     return graph
 
 
@@ -96,7 +100,8 @@ def test_places(text: str) -> None:
 
 def test_the_factor_of_the_product() -> None:
     assert read(scores("y = Mul(p, half)"))[0] == 0.5
-    factor, mask = read(scores("c = Cast <to = 9> (mask)  m = Unsqueeze(c, a12)  s = Mul(p, half)  y = Where(m, s, low)"))
+    text = "c = Cast <to = 9> (mask)  m = Unsqueeze(c, a12)  s = Mul(p, half)  y = Where(m, s, low)"
+    factor, mask = read(scores(text))
     assert (factor, str(mask)) == (0.5, "padding by mask")
 
 
@@ -154,7 +159,8 @@ def built(mask: Mask, graph: gs.Graph) -> gs.Graph:
     return graph
 
 
-FORMS = [("nonzero", LOWEST, None), ("count", -1e4, None), ("one", -1e4, None), ("positive", INFINITE, None), ("linear", LOWEST, None),
+FORMS = [("nonzero", LOWEST, None), ("count", -1e4, None),
+         ("one", -1e4, None), ("positive", INFINITE, None), ("linear", LOWEST, None),
          ("nonzero", -1e4, LOWEST), ("linear", -1e4, INFINITE)]  # fmt: skip
 
 
@@ -188,7 +194,7 @@ def test_the_canonical_form_adds_the_same_numbers(text: str) -> None:
     want = g.run(graph, feeds, ["p", "y"])
     form = parse("(int64[B,S] mask) => (float[B,1,M,S] y) { y = Identity(mask) }")
     padding = None if mask.padding is None else form.inputs[0]
-    bias = build_mask(Builder(form, "m"), Mask(padding, mask.causal, mask.test, mask.lowest, mask.triangle), form.inputs[0])
+    bias = build_mask(Builder(form, "m"), replace(mask, padding=padding), form.inputs[0])
     added: np.ndarray = np.zeros(1, np.float32)
     if bias is not None:
         g.rewire(form, form.outputs[0], bias)
@@ -208,4 +214,4 @@ def test_a_single_head_and_a_single_sequence() -> None:
     graph = parse(f"""(float[1,1,S,4] a, float[1,1,4,S] b, int64[1,S] mask) => (float[1,1,S,S] y) {{
         {HEADER} p = MatMul(a, b)  c = Cast <to = 9> (mask)  m = Unsqueeze(c, a12)
         y = Where(m, p, low) }}""")
-    assert str(read(graph)[1]) == "padding by mask" and ONE == poly(1)
+    assert str(read(graph)[1]) == "padding by mask" and poly(1) == ONE

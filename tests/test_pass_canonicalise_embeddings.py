@@ -128,7 +128,8 @@ def test_near_misses_say_why(text: str, reason: str) -> None:
 
 def test_positions_of_other_tokens_stay() -> None:
     """As decoders' were taken for the encoder's: both inputs have two dimensions, the lengths differ."""
-    graph = parse(f"""(int64[B,S] ids, int64[B,T] target) => (float[B,T,4] y) <float[600,4] words, float[20,4] places> {{
+    graph = parse(f"""(int64[B,S] ids, int64[B,T] target) => (float[B,T,4] y)
+        <float[600,4] words, float[20,4] places> {{
         {CONSTANTS} sizes = Shape(target)  count = Gather(sizes, i1)  from = Range(i0, count, i1)  at = Add(from, i3)
         w = Gather(words, target)  p = Gather(places, at)  y = Add(w, p) }}""")
     after, report = apply(CanonicaliseEmbeddings(), graph)
@@ -148,7 +149,8 @@ def test_rows_by_position_that_broadcast_over_one_token_keep_their_shape() -> No
 
 def test_results_that_are_graph_outputs_keep_their_shape() -> None:
     kept(embedding(SLICED, outputs=", float[B,S,4] p"), "it gives rows by position")
-    kept(embedding("at = ConstantOfShape <value = int64[1] {3}> (rows)", outputs=", float[B,S,4] p"), "always gives row 3")
+    row = "at = ConstantOfShape <value = int64[1] {3}> (rows)"
+    kept(embedding(row, outputs=", float[B,S,4] p"), "always gives row 3")
     graph = embedding("at = Identity(token_type)", outputs=", float[B,S,4] p")
     canonical(graph)
 

@@ -258,12 +258,14 @@ def test_cross_attention_does_not_match() -> None:
         ({"mask": MASKS["additive lowest"][0].replace("middle", "a1"),
           "inputs": "float[B,S,8] x, int64[B,S,S] mask"}, "its mask is read as mask[b, q, k], and not as padding"),
         ({"mask": "m = Add(s, mask)",
-          "inputs": "float[B,S,8] x, float[B,1,S,S] mask"}, "a bias other than a mask is added to its scores, mask[b, 0, q, k]"),
+          "inputs": "float[B,S,8] x, float[B,1,S,S] mask"},
+         "a bias other than a mask is added to its scores, mask[b, 0, q, k]"),
         ({"mask": "drop = Equal(mask, i2)  d4 = Unsqueeze(drop, middle)  m = Where(d4, low, s)"},
          "it depends on the values of mask[b, k]"),
         ({"mask": "ones = Equal(mask, i1)  d4 = Unsqueeze(ones, middle)  m = Where(d4, low, s)"},
          "it depends on the values of mask[b, k]"),
-        ({"mask": TRIANGLE + "upper = Not(below)  m = Where(upper, s, low)"}, "neither causal nor padding: it depends on (-q + k - 1 >= 0)"),
+        ({"mask": TRIANGLE + "upper = Not(below)  m = Where(upper, s, low)"},
+         "neither causal nor padding: it depends on (-q + k - 1 >= 0)"),
         ({"mask": TRIANGLE + "gap = Sub(column, row)  near = Less(gap, far)  m = Where(near, s, low)"},
          "neither causal nor padding: it depends on (-q + k + 14 >= 0)"),
         ({"mask": TRIANGLE + "f = Cast <to = 1> (length)  m = Mul(s, f)"}, "scaled by S"),
@@ -276,7 +278,7 @@ def test_near_misses_say_why(change: dict[str, str], reason: str) -> None:
 
 
 def test_scores_that_are_made_otherwise_are_a_reason() -> None:
-    """Disentangled attention, caps, products of merged heads: a softmax that weighs values is an attention all the same."""
+    """Disentangled attention, caps, merged heads: a softmax that weighs values is an attention all the same."""
     missed(attention(scale="p0 = MatMul(qh, kt)  s = Tanh(p0)", mask="m = Identity(s)"), "made by Tanh 'Tanh_")
 
 

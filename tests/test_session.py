@@ -82,7 +82,8 @@ def test_empty_batches_and_masked_rows(session: nmcompile.Session) -> None:
 
 @pytest.mark.parametrize("mask", [[[0, 1, 1], [1, 1, 1]], [[1, 1, 1], [0, 0, 0]]], ids=["left", "empty"])
 def test_a_hidden_first_token_that_the_pooler_reads(session: nmcompile.Session, mask: list[list[int]]) -> None:
-    feeds = {name: np.concatenate([values, values]) for name, values in GOOD.items()} | {"attention_mask": np.array(mask)}
+    feeds = {name: np.concatenate([values, values]) for name, values in GOOD.items()}
+    feeds["attention_mask"] = np.array(mask)
     row = mask.index([0, 1, 1] if [0, 1, 1] in mask else [0, 0, 0])
     with pytest.raises(InputError, match=f"'attention_mask' hides the first token of row {row}"):
         session.run(feeds)

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from nmcompile import graph as g
 from nmcompile.derive.elementwise import ELEMENTWISE
 from nmcompile.derive.movement import MOVEMENT
 from nmcompile.derive.sizes import SIZES
@@ -85,9 +84,10 @@ class Derivation:
         if tensor.shape is None or tensor.dtype is None:
             self.why[tensor.name] = f"input {tensor.name} has no known rank"
             return
-        sizes = [poly(Size(dim)) if isinstance(dim, str) and dim else poly(int(dim)) if isinstance(dim, (int, np.integer))
-                 else poly(Size(f"{tensor.name}.{axis}")) for axis, dim in enumerate(tensor.shape)]  # fmt: skip
-        self._values[tensor.name] = opaque(tensor.name, tuple(sizes), _kind(tensor))
+        sizes = (dim if isinstance(dim, (int, np.integer)) else dim or f"{tensor.name}.{axis}"
+                 for axis, dim in enumerate(tensor.shape))  # fmt: skip
+        shape = tuple(poly(Size(size)) if isinstance(size, str) else poly(int(size)) for size in sizes)
+        self._values[tensor.name] = opaque(tensor.name, shape, _kind(tensor))
 
     def _node(self, node: gs.Node) -> None:
         made = [y for y in node.outputs if y.name]

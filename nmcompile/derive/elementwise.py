@@ -127,7 +127,7 @@ def _cast(node: gs.Node, args: Sequence[Value | None]) -> Made:
         if to == 9:  # BOOL
             return value if x.kind == "b" else ONE - is_zero(value)
         if to in FLOATS:
-            if to == 10 and any(abs(factor) > HALF for factor in value.terms.values()):
+            if to == 10 and any(abs(float(factor)) > HALF for factor in value.terms.values()):
                 raise Underived("a number beyond half precision")
             return value
         if to not in (6, 7) or not value.whole:  # INT32, INT64; others may wrap around

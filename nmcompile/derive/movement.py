@@ -12,12 +12,14 @@ from nmcompile.symbolic import (
     ONE,
     ZERO,
     Index,
+    Infinity,
     Poly,
     Running,
     at_least_zero,
     divided,
     floor_divided,
     least,
+    mentioned,
     never_negative,
     poly,
 )
@@ -166,8 +168,12 @@ def _expand(node: gs.Node, args: Sequence[Value | None]) -> Made:
 def _tile(node: gs.Node, args: Sequence[Value | None]) -> Made:
     x, times = given(args, 0), given(args, 1).entries()
     shape = tuple(size * count for size, count in zip(x.shape, times, strict=True))
-    return [(shape, lambda index: x.element([at if count == ONE else floor_divided(at, size)[1]
-                                             for at, count, size in zip(index, times, x.shape, strict=True)]))]  # fmt: skip
+
+    def at(index: Shape) -> Poly:
+        parts = zip(index, times, x.shape, strict=True)
+        return x.element([place if count == ONE else floor_divided(place, size)[1] for place, count, size in parts])
+
+    return [(shape, at)]
 
 
 # ---- parts -----------------------------------------------------------------------------------------------------
@@ -330,8 +336,7 @@ def _trilu(node: gs.Node, args: Sequence[Value | None]) -> Made:
         offset = index[-1] - index[-2] - k  # upper keeps column - row >= k
         keep = at_least_zero(offset if upper else -offset)
         value = x.element(index)
-        if any(type(atom).__name__ == "Infinity" for atom in value.atoms) and value.terms.keys() != {
-            next(iter(value.terms))}:  # fmt: skip
+        if any(isinstance(atom, Infinity) for atom in value.atoms) and len(value.terms) > 1:
             raise Underived("a triangle of infinities and numbers")
         return keep * value
 
@@ -347,17 +352,11 @@ def _cumsum(node: gs.Node, args: Sequence[Value | None]) -> Made:
     def at(index: Shape) -> Poly:
         over = Index("#", x.shape[axis])
         term = x.element([poly(over) if a == axis else own for a, own in enumerate(index)])
-        if over not in term.atoms and not any(over in other.atoms for other in _parts(term)):
+        if over not in mentioned(term):
             return term * (index[axis] + 1)  # the same at every place
         return poly(Running(term, over, index[axis]))
 
     return [(x.shape, at)]
-
-
-def _parts(value: Poly) -> list[Poly]:
-    from nmcompile.symbolic import mentioned
-
-    return [poly(atom) for atom in mentioned(value)]
 
 
 MOVEMENT: dict[str, Rule] = {

@@ -63,16 +63,7 @@ def _range(node: gs.Node, args: Sequence[Value | None]) -> Made:
     return [((count,), lambda index: first + index[0] * step)]
 
 
-def _same(node: gs.Node, args: Sequence[Value | None]) -> Made:
-    shape = given(args, 0).shape
-    return [(shape, None) for _ in node.outputs]
-
-
-def _first_only(node: gs.Node, args: Sequence[Value | None]) -> Made:
-    return [(given(args, 0).shape, None)]
-
-
-def _norm(node: gs.Node, args: Sequence[Value | None]) -> Made:
+def _alike(node: gs.Node, args: Sequence[Value | None]) -> Made:
     return [(given(args, 0).shape, None)]
 
 
@@ -95,13 +86,12 @@ def _reduced(node: gs.Node, args: Sequence[Value | None]) -> Made:
     rank = len(shape)
     if node.op in ("ArgMax", "ArgMin"):
         axis = int(node.attrs.get("axis", 0))
-        axes: list[int] | None = [axis + rank * (axis < 0)]
+        axes = [axis + rank * (axis < 0)]
     else:
-        axes = axes_of(node, args, 1, rank)
-        if not axes:
-            if node.attrs.get("noop_with_empty_axes", 0):
-                return [(shape, None)]
-            axes = list(range(rank))
+        axes = axes_of(node, args, 1, rank) or []
+        if not axes and node.attrs.get("noop_with_empty_axes", 0):
+            return [(shape, None)]
+        axes = axes or list(range(rank))
     if node.attrs.get("keepdims", 1):
         return [(tuple(ONE if axis in axes else size for axis, size in enumerate(shape)), None)]
     return [(tuple(size for axis, size in enumerate(shape) if axis not in axes), None)]
@@ -194,13 +184,13 @@ SIZES: dict[str, Rule] = {
     "Pad": _pad,
     "OneHot": _one_hot,
     "Attention": _attention,
-    "RotaryEmbedding": _first_only,
+    "RotaryEmbedding": _alike,
 }
 SIZES.update({op: _reduced for op in ("ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceL2",
                                       "ReduceL1", "ReduceLogSumExp", "ReduceSumSquare", "ReduceLogSum", "ArgMax",
                                       "ArgMin")})  # fmt: skip
 SIZES["ReduceSum"] = _summed
-SIZES.update({op: _norm for op in ("LayerNormalization", "RMSNormalization", "Softmax", "LogSoftmax", "Hardmax",
+SIZES.update({op: _alike for op in ("LayerNormalization", "RMSNormalization", "Softmax", "LogSoftmax", "Hardmax",
                                    "BatchNormalization", "InstanceNormalization", "GroupNormalization", "ScatterND",
                                    "ScatterElements", "LpNormalization", "QuantizeLinear", "DequantizeLinear",
                                    "RandomNormalLike", "RandomUniformLike", "Bernoulli", "EyeLike", "LRN",

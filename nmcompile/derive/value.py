@@ -8,7 +8,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-from nmcompile.symbolic import ONE, ZERO, Element, Least, Poly, poly
+from nmcompile.symbolic import ONE, ZERO, Element, Least, Poly, at_least_zero, poly
 
 Shape: TypeAlias = tuple[Poly, ...]
 At: TypeAlias = Callable[[Shape], Poly]
@@ -70,7 +70,7 @@ def broadcast(*shapes: Shape) -> Shape:
 def _common(dims: Sequence[Poly]) -> Poly:
     found = ONE
     for dim in dims:
-        if dim == found or dim == ONE:
+        if dim in (found, ONE):
             continue
         if found != ONE and not _least_of(found, dim):
             if not _least_of(dim, found):
@@ -137,8 +137,6 @@ def _rule(array: np.ndarray) -> At | None:
 
 
 def _diagonal(array: np.ndarray) -> At | None:
-    from nmcompile.symbolic import at_least_zero
-
     plane = array.reshape(-1, *array.shape[-2:])
     if not (plane == plane[:1]).all():
         return None

@@ -13,10 +13,10 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from nmcompile import graph as g
+from nmcompile import probe
 from nmcompile.backends.cpu.match_patches import match_patches
 from nmcompile.backends.cpu.ops import FLOAT, Form, Op, Read, Space
 from nmcompile.backends.cpu.pack import MAX_INPUTS
-from nmcompile import probe
 from nmcompile.canonical import Attention, attentions
 from nmcompile.derive import Underived
 from nmcompile.lookups import columns, read_ids

@@ -41,8 +41,8 @@ class Leak(Exception):
 
 @dataclass(frozen=True)
 class Reading:
-    """leak: where padding is read, "" where it is not. first: whether the first token is read, padding or not. keys: whether
-    padding is hidden from another attention, which needs a key that is not."""
+    """leak: where padding is read, "" where it is not. first: whether the first token is read, padding or not. keys:
+    whether padding is hidden from another attention, which needs a key that is not."""
 
     leak: str = ""
     first: bool = False
@@ -101,7 +101,7 @@ class _Walk:
                 self.rows[y.name] = self.roots[y.name] = found
 
     def _followed(self, node: gs.Node, y: gs.Tensor) -> Rows | None:
-        """By the elements of what the node makes; None where the mask has taken padding out, or the first token is left."""
+        """By the elements of what the node makes; None where the mask has taken padding out, or one token is left."""
         shape = self.d.value(y).shape
         place = tuple(ZERO if size == ONE else poly(Index(f"i{axis}", size)) for axis, size in enumerate(shape))
         value = self.d.element(y, place)
@@ -135,7 +135,8 @@ class _Walk:
         found = mentioned(value)
         rows = {(atom.index[0], atom.index[self._axis(atom)]) for atom in found
                 if isinstance(atom, Element) and atom.tensor in self.roots}  # fmt: skip
-        masks = [atom for atom in found if isinstance(atom, Element) and atom.tensor == self.mask and atom.index in rows]
+        masks = [atom for atom in found
+                 if isinstance(atom, Element) and atom.tensor == self.mask and atom.index in rows]  # fmt: skip
         return substitute(value, {atom: ZERO for atom in masks})
 
     def _function(self, node: gs.Node, y: gs.Tensor) -> Rows:
@@ -155,9 +156,11 @@ class _Walk:
         """Rows times a matrix; queries times rows as keys; shares times rows as values."""
         ranks = [len(self.d.value(x).shape) for x in node.inputs]
         left, right = (self.rows.get(x.name) for x in node.inputs)
-        if left is not None and left.axis is not None and left.stage == "rows" and right is None:
-            if left.axis <= ranks[0] - 2 and ranks[1] == 2:
-                return left
+        by_matrix = right is None and ranks[1] == 2
+        if left is not None and left.axis is not None and left.stage == "rows" and by_matrix:
+            if left.axis > ranks[0] - 2:
+                raise Leak(f"{node.op} '{node.name}'")
+            return left
         if left is None and right == Rows(ranks[1] - 1):
             return Rows(len(self.d.value(node.outputs[0]).shape) - 1, "scores")
         if left == Rows(ranks[0] - 1, "shares") and right == Rows(ranks[1] - 2):

@@ -114,7 +114,8 @@ def _description(recipe: dict[str, Any], result: dict[str, Any]) -> dict[str, An
     return {
         "format": FORMAT, "target": "tensorrt", "nmcompile": recipe.get("nmcompile"), "source": recipe.get("source"),
         "profile": recipe.get("version"), "shapes": recipe.get("shapes"), "inputs": facts.get("inputs", []),
-        "outputs": facts.get("outputs", []), "assumes": facts.get("assumes", []), "tensorrt": result["tensorrt"], "gpu": result["gpu"],
+        "outputs": facts.get("outputs", []), "assumes": facts.get("assumes", []),
+        "tensorrt": result["tensorrt"], "gpu": result["gpu"],
         "kept": result["kept"], **by_variant.get(result["kept"], {}), "variants": variants,
         "timed": {"batch": result.get("batch"), "shapes": result.get("shapes")},
         "warnings": result.get("warnings", []),
