@@ -34,6 +34,7 @@ from nmcompile.graph_edit import (
 )
 from nmcompile.graph_linear import Linear, dequantized, linear_layers, per_feature, set_bias, set_weight
 from nmcompile.graph_model import DOMAINS, export_model, import_model, weightless
+from nmcompile.graph_pairs import Pair, read_pair
 from nmcompile.graph_proto import Dim, Export, annotate
 from nmcompile.graph_run import random_feeds, run, runner
 from nmcompile.graph_text import to_text
@@ -42,6 +43,7 @@ from nmcompile.tensorinfo import TensorInfo
 
 __all__ = [
     "Linear",
+    "Pair",
     "TensorInfo",
     "cleanup",
     "constant",
@@ -60,6 +62,7 @@ __all__ = [
     "per_feature",
     "producer",
     "random_feeds",
+    "read_pair",
     "rewire",
     "run",
     "runner",

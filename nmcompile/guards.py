@@ -64,8 +64,8 @@ def check(guards: Sequence[Guard], values: Mapping[str, np.ndarray]) -> None:
             if wrong.any():
                 row = int(np.argwhere(wrong)[0][0])
                 value = array[wrong].flat[0]
-                raise InputError(f"input {guard.input!r} holds {value!s} in row {row}; the model takes it as a mask of 0 "
-                                 "and 1, give it like that")  # fmt: skip
+                raise InputError(f"input {guard.input!r} holds {value!s} in row {row}; the model takes it as a mask of "
+                                 "0 and 1, give it like that")  # fmt: skip
             continue
         hidden = array[:, 0] == 0 if guard.rule == "first-token" else ~array.astype(bool).any(axis=1)
         if array.shape[1] and hidden.any():

@@ -80,7 +80,12 @@ def residual_of(graph: gs.Graph, layer: g.Linear) -> str | None:
     if len(users) != 1 or users[0].op != "Add" or g.is_output(graph, layer.y):
         return None
     others = [t for t in users[0].inputs if t is not layer.y]
-    return others[0].name if len(others) == 1 and g.constant(others[0]) is None else None
+    if len(others) != 1 or g.constant(others[0]) is not None:
+        return None
+    shapes = [t.shape for t in (others[0], layer.y)]  # one that is broadcast over the batch holds no rows of its own
+    alike = None not in shapes and len(shapes[0]) == len(shapes[1]) and all(
+        a == b or None in (a, b) for a, b in zip(*shapes, strict=True))  # fmt: skip
+    return others[0].name if alike else None
 
 
 class Cascade:

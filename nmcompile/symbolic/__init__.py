@@ -1,8 +1,8 @@
 """Exact arithmetic on what a small integer or boolean sub-graph computes: polynomials over sizes, indices and elements.
 
 A value is a polynomial with number coefficients over atoms. Conditions are atoms too, 1 where they hold and 0 where
-they do not, so And is a product, Not is 1 - c, and Where(c, x, y) is y + c (x - y): two spellings of one mask become one
-polynomial, since a product of conditions counts each once (a multilinear polynomial over 0 and 1 is unique).
+they do not, so And is a product, Not is 1 - c, and Where(c, x, y) is y + c (x - y): two spellings of one mask become
+one polynomial, since a product of conditions counts each once (a multilinear polynomial over 0 and 1 is unique).
 
 Sizes are taken to be at least 1: where one is 0 there is no element to speak of.
 """

@@ -79,31 +79,14 @@ class Matcher:
 
     def read(self, tensor: gs.Tensor, layout: str = "u8") -> Read:
         """The float tensor behind a quantize/dequantize pair and its quantized form, or the tensor as it is."""
-        dq = g.producer(tensor)
-        q = g.producer(dq.inputs[0]) if dq is not None and dq.op == "DequantizeLinear" else None
-        if dq is None or q is None or q.op != "QuantizeLinear" or q.attrs.get("block_size", 0):
+        pair = g.read_pair(tensor)
+        if pair is None:
             return Read(tensor.name)
-        pairs = [(g.constant(node.inputs[1]), self._zero(node)) for node in (q, dq)]
-        (scale, zero), (scale2, zero2) = pairs
-        if scale is None or scale2 is None or zero is None or zero2 is None or scale.size != 1 or scale2.size != 1:
-            return Read(tensor.name)
-        if float(scale.item()) != float(scale2.item()) or int(zero.item()) != int(zero2.item()):
-            return Read(tensor.name)
-        offset = int(zero.item())
-        if layout == "u8" and zero.dtype == np.int8:
-            offset += 128  # s8 with zero point z holds the same values as u8 with z + 128
-        elif layout != "u8" and zero.dtype == np.uint8:
-            offset -= 128
+        # s8 with zero point z holds the same values as u8 with z + 128
+        offset = pair.zero + 128 * pair.signed if layout == "u8" else pair.zero - 128 * (not pair.signed)
         if layout != "u8" and offset != 0:
-            return Read(q.inputs[0].name)
-        return Read(q.inputs[0].name, Form(layout, float(scale.item()), offset))
-
-    @staticmethod
-    def _zero(node: gs.Node) -> np.ndarray | None:
-        if len(node.inputs) < 3 or node.inputs[2].is_empty():
-            return np.zeros(1, np.uint8)
-        value = g.constant(node.inputs[2])
-        return value if value is not None and value.size == 1 and value.dtype in (np.int8, np.uint8) else None
+            return Read(pair.x.name)
+        return Read(pair.x.name, Form(layout, pair.scale, offset))
 
     def _source(self, tensor: gs.Tensor) -> gs.Tensor:
         """The float tensor behind a quantize/dequantize pair: a step in float skips the rounding."""

@@ -108,16 +108,19 @@ class _Walk:
         if value == poly(Element(y.name, place, self.d.value(y).kind)):  # a function of elements, or what has no rule
             return self._function(node, y)
         hidden = self._without_padding(value)
-        left = [atom for atom in mentioned(hidden) if isinstance(atom, Element) and atom.tensor in self.roots]
+        left = [atom for atom in mentioned(value) if isinstance(atom, Element) and atom.tensor in self.roots]
+        stages = {self.roots[atom.tensor].stage for atom in left}
+        if stages == {"rows"}:
+            left = [atom for atom in left if atom in mentioned(hidden)]
         if not left:
             return None
-        stages = {self.roots[atom.tensor].stage for atom in left}
         columns = {atom.index[self._axis(atom)] for atom in left}
-        if len(stages) > 1 or any(isinstance(atom, Element) for column in columns for atom in mentioned(column)):
-            raise Leak(f"{node.op} '{node.name}'")
         if columns == {ZERO} and stages == {"rows"}:
             self.first = True
             return None
+        picked = any(isinstance(atom, Element) for column in columns for atom in mentioned(column))
+        if len(stages) > 1 or picked or any(column.number is not None and column != ZERO for column in columns):
+            raise Leak(f"{node.op} '{node.name}'")
         (stage,) = stages
         if stage == "scores" and _vanishes(hidden):
             stage = "hidden"
