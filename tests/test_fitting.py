@@ -9,7 +9,9 @@ from pathlib import Path
 import numpy as np
 import onnx_graphsurgeon as gs
 import pytest
+from onnx_text import parse
 
+import nmcompile
 from nmcompile import graph as g
 from nmcompile import sparsity as sp
 from nmcompile.calibrate import Calibration, Data, open_data
@@ -276,3 +278,15 @@ def test_the_target_moves_from_these_inputs_to_the_dense_models(bert: gs.Graph, 
     """The whole way is nearest to the dense model's outputs on the samples; nothing of it is farthest."""
     loss = [lost(prune(bert, data, Fit(norms=False, correction=share)), bert, data) for share in (0.0, 0.5, 1.0)]
     assert loss[2] < loss[1] < loss[0]
+
+
+def test_what_is_broadcast_over_the_batch_is_no_residual(tmp_path: Path) -> None:
+    """Positions that are added to a layer's output: they hold no row for each token of the batch."""
+    graph = parse("""(float[B,S,32] x) => (float[B,S,32] y) <float[64,32] table, float[32,32] w0, float[32,64] w1,
+        float[64,32] w2> { i0 = Constant <value_int = 0> ()  i1 = Constant <value_int = 1> ()  n = Shape(x)
+        s = Gather(n, i1)  r = Range(i0, s, i1)  p = Gather(table, r)  a = MatMul(x, w0)  b = Add(a, p)
+        c = MatMul(b, w1)  d = Relu(c)  y = MatMul(d, w2) }""")
+    rng = np.random.default_rng(0)
+    samples = [{"x": rng.standard_normal((1, 20, 32)).astype(np.float32)} for _ in range(16)]
+    result = nmcompile.compile(graph, tmp_path / "m.plan", calibration=samples, sparsity=0.5, pattern="2x4")
+    assert result.loss["y"].cosine > 0.7
