@@ -31,8 +31,8 @@ def default_threads() -> int:
 class Program:
     limit: int  # bytes that a run may take beside its inputs, 0: any number; beyond it, run raises ValueError
     def __init__(self, isa: str = "", threads: int = 0, most_copied: int = 0) -> None:
-        """isa "": NMCOMPILE_ISA, or the best; threads 0: one per CPU; most_copied: bytes of weights that steps may copy,
-        0: any number. ValueError for an ISA it cannot run."""
+        """isa "": NMCOMPILE_ISA, or the best; threads 0: one per CPU; most_copied: bytes of weights that steps may
+        copy, 0: any number. ValueError for an ISA it cannot run."""
 
     @property
     def isa(self) -> str: ...
