@@ -61,7 +61,7 @@ def _read_info(item: object, what: str) -> TensorInfo:
     if dtype is None:
         raise PlanError(f"{what[:-1]} {name[:60]!r}: the type {str(item.get('dtype'))[:40]!r} is unknown")
     if not isinstance(shape, list) or len(shape) > MOST_DIMS or not all(map(_is_dim, shape)):
-        raise PlanError(f"{what[:-1]} {name[:60]!r}: the shape is not a list of at most {MOST_DIMS} sizes, names and nulls")
+        raise PlanError(f"{what[:-1]} {name[:60]!r}: the shape is no list of at most {MOST_DIMS} sizes, names, nulls")
     return TensorInfo(name, dtype, tuple(shape))
 
 
