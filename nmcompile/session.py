@@ -70,11 +70,18 @@ def load(
     return EngineSession(file, description)
 
 
-def load_cpu(path: str | os.PathLike[str], *, threads: int | None = None, isa: str | None = None) -> Session:
+def load_cpu(
+    path: str | os.PathLike[str],
+    *,
+    threads: int | None = None,
+    isa: str | None = None,
+    memory: int | None = None,
+    copy: bool = False,
+) -> Session:
     """As load, for what only plans for the CPU have, such as their steps. PlanError for an engine."""
     from nmcompile.backends.cpu.session import Session
 
-    session = load(path, threads=threads, isa=isa)
+    session = load(path, threads=threads, isa=isa, memory=memory, copy=copy)
     if not isinstance(session, Session):
         raise PlanError(f"{path} is a TensorRT engine; this is for plans for the CPU")
     return session

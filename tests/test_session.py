@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from compiled import compiled, feeds
 import nmcompile
 from nmcompile.errors import InputError, PlanError
 from nmcompile.session import load_cpu
+from nmcompile.tensorinfo import TensorInfo, check_feeds
 
 GOOD = {
     "input_ids": np.array([[5, 6, 7]], np.int64),
@@ -65,6 +68,48 @@ def test_more_tokens_than_positions_is_an_error(session: nmcompile.Session) -> N
 def test_narrow_integers_are_taken(session: nmcompile.Session) -> None:
     narrow = {name: values.astype(np.int32) for name, values in GOOD.items()}
     np.testing.assert_array_equal(session.run(narrow)["pooler_output"], session.run(GOOD)["pooler_output"])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "values", "said"),
+    [
+        ("int32", [2**32 + 5], "holds 4294967301, the model takes int32, from -2147483648 to 2147483647"),
+        ("int32", [-(2**32) + 1], "holds -4294967295"),
+        ("int64", np.array([2**63 + 5], np.uint64), "holds 9223372036854775813, the model takes int64"),
+        ("uint8", [0, -1], "holds -1, the model takes uint8, from 0 to 255"),
+        ("uint8", [3, 256], "holds 256"),
+        ("int64", [[1], [1, 2]], "is no array"),
+        ("int64", [None], "holds objects, not numbers"),
+        ("int64", [2**70], "holds objects, not numbers"),
+        ("float32", "text", "is <U4, the model takes float32"),
+        ("float32", [True], "is bool, the model takes float32"),
+        ("bool", [1], "is int64, the model takes bool"),
+        ("object", np.array([1, "a"], object), "must hold texts and nothing else"),
+        ("object", [b"a"], "must hold texts and nothing else"),
+    ],
+)
+def test_values_that_would_become_others(dtype: str, values: object, said: str) -> None:
+    info = TensorInfo("x", np.dtype(dtype), (None,))
+    with pytest.raises(InputError, match=re.escape(said)) as caught:
+        check_feeds({"x": values}, [info])  # type: ignore[dict-item]
+    assert "\n" not in str(caught.value)
+
+
+def test_values_that_stay_what_they_are() -> None:
+    def taken(dtype: str, values: object) -> np.ndarray:
+        return check_feeds({"x": values}, [TensorInfo("x", np.dtype(dtype), (None,))])["x"]  # type: ignore[dict-item]
+
+    for dtype, values in (("int32", [2**31 - 1, -(2**31)]), ("uint8", np.array([0, 255])),
+                          ("int64", np.zeros(0, np.uint64)), ("float32", np.array([1.5], ">f4")),
+                          ("object", ["a", "bc"])):  # fmt: skip
+        assert taken(dtype, values).dtype == dtype
+        assert taken(dtype, values).tolist() == np.asarray(values).tolist()
+
+
+@pytest.mark.parametrize("feeds", [None, [], "ids", [("input_ids", 1)], {5: 1}])
+def test_feeds_that_are_no_dictionary_of_names(session: nmcompile.Session, feeds: Any) -> None:
+    with pytest.raises(InputError, match=r"dictionary of arrays|there is no input 5"):
+        session.run(feeds)
 
 
 def test_unknown_output(session: nmcompile.Session) -> None:

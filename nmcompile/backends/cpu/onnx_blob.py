@@ -2,7 +2,8 @@
 
 onnxruntime follows what a model says of data outside it: a file of the current folder, or an address in memory. A plan
 from a stranger must name neither. Its own large weights are declared as external, by name, and handed over from the
-plan's arrays; everything else that is external, wherever it stands, is refused.
+plan's arrays; everything else that is external, wherever it stands, is refused. So are functions and what belongs to
+training: the writer has none, and functions that call each other twice are 2^n nodes once they are inlined.
 
 Wire format and field numbers: protobuf's encoding guide and onnx.proto of ONNX 1.19 (IR version 12).
 """
@@ -16,16 +17,15 @@ from nmcompile.errors import PlanError
 PLACEHOLDER = b"elsewhere"  # the location that the writer gives weights that are arrays of the plan
 MOST_FIELDS = 1_000_000  # a second of reading
 
-# Message -> field -> message: all the ways that lead to a tensor.
+# Message -> field -> message: all the ways that lead to a tensor, but for those that are refused.
 _INSIDE: dict[str, dict[int, str]] = {
-    "model": {7: "graph", 20: "training", 25: "function"},
-    "training": {1: "graph", 2: "graph"},
-    "function": {7: "node", 11: "attribute"},
+    "model": {7: "graph"},
     "graph": {1: "node", 5: "initializer", 15: "sparse"},
     "node": {5: "attribute"},
     "attribute": {5: "tensor", 6: "graph", 10: "tensor", 11: "graph", 22: "sparse", 23: "sparse"},
     "sparse": {1: "tensor", 2: "tensor"},
 }
+_REFUSED = {20: "training", 25: "functions"}  # of the model
 _NAME, _EXTERNAL, _LOCATION = 8, 13, 14  # of a tensor: its name, entries of external data, where its data are
 _OP_TYPE = 4  # of a node
 _VARINT, _BYTES = 0, 2
@@ -36,23 +36,24 @@ _ORT_FORMAT = b"ORTM"  # onnxruntime's own format, with files of its own
 Field = tuple[int, int, int, int]  # number, wire type, value or first byte, end
 
 
-def check_blob(blob: bytes, name: str, weights: Collection[str]) -> None:
-    """PlanError when the model could read a file or memory: `weights` are the initializers that the plan hands over."""
+def check_blob(blob: bytes, name: str, weights: Collection[str]) -> int:
+    """The number of nodes. PlanError when the model could read a file or memory; `weights` are the plan's own."""
     if blob[4:8] == _ORT_FORMAT:
         raise PlanError(f"{name} of the plan is not ONNX; compile it again")
     try:
-        declared = _walk(blob, name, {weight.encode() for weight in weights})
+        declared, nodes = _walk(blob, name, {weight.encode() for weight in weights})
     except ValueError as error:
         raise PlanError(f"{name} of the plan is damaged ({str(error)[:80]}); compile it again") from None
     if len(set(declared)) < len(declared):
         raise PlanError(f"{name} of the plan declares a weight twice; compile it again")
+    return nodes
 
 
-def _walk(blob: bytes, name: str, weights: Collection[bytes]) -> list[bytes]:
-    """Visits every message that may hold a tensor; the names of the weights that are declared as external."""
+def _walk(blob: bytes, name: str, weights: Collection[bytes]) -> tuple[list[bytes], int]:
+    """Visits every message that may hold a tensor: the weights that are declared as external, the number of nodes."""
     declared: list[bytes] = []
-    todo = [("model", 0, len(blob), True)]  # kind, first byte, end, whether it is not inside a node or function
-    seen = 0
+    todo = [("model", 0, len(blob), True)]  # kind, first byte, end, whether it is not inside a node
+    seen = nodes = 0
     while todo:
         kind, at, end, outside = todo.pop()
         fields = _fields(blob, at, end, MOST_FIELDS - seen)
@@ -66,14 +67,17 @@ def _walk(blob: bytes, name: str, weights: Collection[bytes]) -> list[bytes]:
             declared += [] if found is None else [found]
             continue
         inside = _INSIDE[kind]
+        nodes += kind == "node"
         for number, wire, value, last in fields:
             if wire != _BYTES:
                 continue  # onnxruntime skips a field of another wire type than its own, too
+            if kind == "model" and number in _REFUSED:
+                raise PlanError(f"{name} of the plan has {_REFUSED[number]}, which plans do not; compile it again")
             if kind == "node" and number == _OP_TYPE and blob[value:last] == b"EPContext":
                 raise PlanError(f"{name} of the plan has an EPContext, which reads files; compile it again")
             if number in inside:
                 todo.append((inside[number], value, last, outside and inside[number] in ("graph", "initializer")))
-    return declared
+    return declared, nodes
 
 
 def _external(blob: bytes, fields: Iterable[Field]) -> bytes | None:

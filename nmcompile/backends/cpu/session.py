@@ -27,6 +27,7 @@ STEPS = frozenset({
 })  # fmt: skip
 VIEWS = ("same", "squeeze", "float16")
 NOWHERE = "/dev/null/nowhere"  # a folder that there cannot be
+MOST_FOLDED = "optimization.constant_folding_max_output_size_in_bytes"  # of one node
 MOST_SEGMENTS, MOST_BUFFERS, MOST_STEPS = 1024, 1 << 15, 1 << 17  # of a plan
 
 
@@ -71,7 +72,8 @@ class Session:
         header = plan.header
         if header.get("target") != "cpu":
             raise PlanError(
-                f"the plan is for target {header.get('target')!r}, not for the CPU; compile it with --target cpu"
+                f"the plan is for target {str(header.get('target'))[:60]!r}, not for the CPU; "
+                "compile it with --target cpu"
             )
         if threads is not None and (type(threads) is not int or not 1 <= threads <= 1024):
             raise InputError(f"threads={threads!r} is not between 1 and 1024; leave it out to use every core")
@@ -101,9 +103,8 @@ class Session:
             return NativeSegment(segment, self.plan.arrays, isa, self.threads, budget.most_copied(self.plan.size))
         if segment["kind"] == "onnxruntime":
             return OrtSegment(segment, self.plan, self.threads, self._allowed)
-        raise PlanError(
-            f"the plan has a segment of unknown kind {segment['kind']!r}; it is damaged or from a newer nmcompile"
-        )
+        shown = str(segment["kind"])[:60]
+        raise PlanError(f"the plan has a segment of unknown kind {shown!r}; it is damaged or from a newer nmcompile")
 
     def _check_names(self) -> None:
         """Every segment must find its inputs ready and every output must be made."""
@@ -111,7 +112,7 @@ class Session:
         for segment in self._segments:
             for name in segment.reads:
                 if name not in ready:
-                    raise PlanError(f"the plan reads {name!r} before it is made; compile it again")
+                    raise PlanError(f"the plan reads {name[:60]!r} before it is made; compile it again")
             ready.update(segment.outputs)
         for info in self.outputs:
             if info.name not in ready:
@@ -202,7 +203,8 @@ class NativeSegment:
             for step in segment["steps"]:
                 name = step["step"]
                 if name not in STEPS:
-                    raise PlanError(f"the plan has an unknown step {name!r}; it is damaged or from a newer nmcompile")
+                    shown = str(name)[:60]
+                    raise PlanError(f"the plan has an unknown step {shown!r}; it is damaged or from a newer nmcompile")
                 arguments = {key: _resolve(value, arrays) for key, value in step.items() if key != "step"}
                 getattr(self.program, name)(**arguments)
             self.program.prepare()
@@ -279,7 +281,8 @@ class OrtSegment:
         if not all(isinstance(values, np.ndarray) for values in self.weights.values()):
             raise PlanError(f"a weight of {self.model} is no array of the plan; compile it again")
         self._blob = plan.blobs(self.model)  # a copy: what was checked is what runs
-        check_blob(self._blob, self.model, self.weights)
+        nodes = check_blob(self._blob, self.model, self.weights)
+        self._most_folded = budget.most_copied(plan.size) // max(nodes, 1)
         self.threads = threads
         self.memory = memory
         self._session: Any = None
@@ -328,6 +331,7 @@ class OrtSegment:
         options.log_severity_level = 3
         options.add_session_config_entry("session.load_model_format", "ONNX")
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", NOWHERE)
+        options.add_session_config_entry(MOST_FOLDED, str(self._most_folded))
         budget.ARENA.share(options, self.memory)
         try:
             self._held = [ort.OrtValue.ortvalue_from_numpy(values) for values in self.weights.values()]  # not copied
