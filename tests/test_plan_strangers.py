@@ -10,11 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from compiled import compiled
 from small_plans import ENTER, FEATURES, LEAVE, header, native, refused
 
 import nmcompile
 from nmcompile.archive import write_archive
+from nmcompile.cli import cli
 from nmcompile.errors import InputError, NmcompileError, PlanError
 from nmcompile.plan import read_plan, write_plan
 from nmcompile.session import is_plan, load_cpu
@@ -58,6 +60,22 @@ def test_types_go_by_our_own_names_alone(tmp_path: Path, dtype: Any) -> None:
     segment = native([[4, "f32", "tokens"]], [ENTER, LEAVE])
     said = "input 'x': the type .* is unknown"
     refused(tmp_path / "a.plan", header(segment, takes={**FEATURES, "dtype": dtype}), said)
+
+
+@pytest.mark.parametrize("layers", [None, 3, ["a"], [{}], {"name": 1}])
+def test_layers_are_named_objects(tmp_path: Path, layers: Any) -> None:
+    segment = native([[4, "f32", "tokens"]], [ENTER, LEAVE])
+    refused(tmp_path / "a.plan", header(segment, layers=layers), "list of layers is damaged")
+
+
+@pytest.mark.parametrize("change", [{"outputs": "x"}, {"layers": [{"name": 1, "pattern": None}]}, {"passes": 3},
+                                    {"segments": [5]}, {"inputs": [{"name": "x"}]}])  # fmt: skip
+def test_inspect_says_in_one_line_that_a_header_makes_no_sense(tmp_path: Path, change: dict[str, Any]) -> None:
+    content = header(native([[4, "f32", "tokens"]], [ENTER, LEAVE]), layers=[])
+    write_plan(tmp_path / "a.plan", {**content, **change}, {}, {})
+    result = CliRunner().invoke(cli, ["inspect", str(tmp_path / "a.plan")])
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: the description in ") and result.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("shape", [[-1, 2], [2.5], [True], ["x" * 2000], [[1]], "ab", None, 3, [1 << 64], ["a\nb"]])

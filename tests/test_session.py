@@ -10,10 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
-from compiled import compiled, feeds
+from compiled import MODELS, compiled, feeds
 
 import nmcompile
+from nmcompile import _native
+from nmcompile import graph as g
 from nmcompile.errors import InputError, PlanError
 from nmcompile.session import load_cpu
 from nmcompile.tensorinfo import TensorInfo, check_feeds
@@ -68,6 +71,28 @@ def test_more_tokens_than_positions_is_an_error(session: nmcompile.Session) -> N
 def test_narrow_integers_are_taken(session: nmcompile.Session) -> None:
     narrow = {name: values.astype(np.int32) for name, values in GOOD.items()}
     np.testing.assert_array_equal(session.run(narrow)["pooler_output"], session.run(GOOD)["pooler_output"])
+
+
+def test_a_layer_with_one_large_bias_before_its_gelu(tmp_path: Path) -> None:
+    """It makes the scale of what follows larger than 64; all other features are relu to that scale."""
+    model = onnx.load(MODELS / "bert-torchscript.onnx")
+    bias = next(t for t in model.graph.initializer if "intermediate.dense.bias" in t.name)
+    values = onnx.numpy_helper.to_array(bias).copy()
+    values[5] = 30_000
+    bias.CopyFrom(onnx.numpy_helper.from_array(values, bias.name))
+    onnx.save(model, tmp_path / "m.onnx")
+    result = nmcompile.compile(
+        tmp_path / "m.onnx", tmp_path / "m.plan", preset="fast", emit_onnx=tmp_path / "q.onnx", measure=False
+    )
+    assert result.native
+    made = load_cpu(tmp_path / "m.plan")
+    wide = [s.get("y_scale", 0) for s in made.header["segments"][0]["steps"] if s.get("activation", "none") != "none"]
+    assert max(wide) > 64
+    got, want = made.run(GOOD)["last_hidden_state"], g.run(g.load(tmp_path / "q.onnx"), GOOD)["last_hidden_state"]
+    assert np.isfinite(got).all()
+    np.testing.assert_allclose(got, want, atol=0.05)
+    for isa in _native.available_isas():
+        np.testing.assert_array_equal(load_cpu(tmp_path / "m.plan", isa=isa).run(GOOD)["last_hidden_state"], got)
 
 
 @pytest.mark.parametrize(

@@ -87,20 +87,20 @@ class Arena:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._size = 0
+        self.size = 0  # bytes, 0 before the first segment is opened
 
     def share(self, options: Any, size: int) -> None:
         """Let a session with these options allocate here, together no more than `size` bytes."""
         import onnxruntime as ort
 
         with self._lock:
-            if not self._size:
-                self._size = size
+            if not self.size:
+                self.size = size
                 info = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
                 try:
                     ort.create_and_register_allocator(info, ort.OrtArenaCfg(size, -1, -1, -1))
                 except Exception:  # the program that we run in has registered its own, with its own bounds
-                    self._size = machine_memory()
+                    self.size = machine_memory()
         options.add_session_config_entry("session.use_env_allocators", "1")
 
 

@@ -86,7 +86,7 @@ class Session:
         try:
             self.inputs = read_infos(header["inputs"], "inputs")
             self.outputs = read_infos(header["outputs"], "outputs")
-            _check_counts(header["segments"])
+            _check_counts(header["segments"], header.get("layers", []))
             if native_only and any(segment["kind"] != "native" for segment in header["segments"]):
                 raise PlanError("the plan has onnxruntime segments, and native_only was asked for")
             self._segments = [self._open(segment, isa or "") for segment in header["segments"]]
@@ -298,7 +298,7 @@ class OrtSegment:
         except Exception as error:  # onnxruntime's exceptions have no common base
             if "bfc_arena" in str(error):
                 raise InputError(
-                    f"onnxruntime needs more memory for {self.model} than the {self.memory >> 20} MB allowed; "
+                    f"onnxruntime needs more memory for {self.model} than the {budget.ARENA.size >> 20} MB allowed; "
                     "run smaller batches, or load the plan with more memory="
                 ) from None
             raise InputError(f"onnxruntime could not run {self.model}: {_line(error)}") from None
@@ -357,8 +357,10 @@ def _line(error: Exception) -> str:
     return (str(error).splitlines() or [""])[0][:300] or type(error).__name__
 
 
-def _check_counts(segments: Any) -> None:
+def _check_counts(segments: Any, layers: Any) -> None:
     """PlanError when there are more segments, buffers or steps than any model needs: loading takes time for each."""
+    if not isinstance(layers, list) or not all(isinstance(layer, dict) and "name" in layer for layer in layers):
+        raise PlanError("the plan's list of layers is damaged; compile it again")
     buffers = sum(len(segment.get("buffers", ())) for segment in segments)
     steps = sum(len(segment.get("steps", ())) for segment in segments)
     if len(segments) > MOST_SEGMENTS or buffers > MOST_BUFFERS or steps > MOST_STEPS:
