@@ -249,7 +249,8 @@ def prepare(folder: Path) -> Attempt:
             found = {_check_blob(members[f"{item['model']}.onnx"], [*item["weights"]]) for item in segments}
             return "; ".join(sorted(found))
         for _ in range(rng.choice((1, 1, 2))):
-            rng.choice(CHANGES)(rng, header, members)
+            if isinstance(header.get("members"), dict):  # an earlier change may have put anything there
+                rng.choice(CHANGES)(rng, header, members)
         try:
             write(path, header, members)
         except (NmcompileError, ValueError, TypeError):
