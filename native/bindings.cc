@@ -174,11 +174,12 @@ NB_MODULE(_native, m) {
 
   nb::class_<Program>(m, "Program")
       .def("__init__",
-           [](Program* self, const std::string& isa, int64_t threads) {
+           [](Program* self, const std::string& isa, int64_t threads, int64_t most_copied) {
              nm::check(threads >= 0 && threads <= 1024, "threads", "must lie in 0..1024; 0 is one per CPU");
-             new (self) Program(isa, static_cast<size_t>(threads));
+             nm::check(most_copied >= 0, "most_copied", "must not be negative; 0 is any number");
+             new (self) Program(isa, static_cast<size_t>(threads), static_cast<size_t>(most_copied));
            },
-           "isa"_a = "", "threads"_a = 0)
+           "isa"_a = "", "threads"_a = 0, "most_copied"_a = 0)
       .def_prop_ro("isa", &Program::isa)
       .def_prop_ro("threads", &Program::threads)
       .def("buffer", &Program::buffer, "rows"_a, "layout"_a, "geometry"_a = "tokens")
@@ -254,6 +255,16 @@ NB_MODULE(_native, m) {
       .def("prepare", &Program::prepare)
       .def("steps", &Program::steps)
       .def("memory", &Program::memory)
+      .def("need",
+           [](const Program& p) {
+             const nm::Need need = p.need();
+             return std::make_tuple(need.copied, need.thread, need.token);
+           })
+      .def_prop_rw("limit", &Program::limit,
+                   [](Program& p, int64_t bytes) {
+                     nm::check(bytes >= 0, "limit", "must not be negative; 0 is any number");
+                     p.set_limit(static_cast<size_t>(bytes));
+                   })
       .def("run",
            [](Program& p, const nb::sequence& inputs, const std::optional<NdArray>& mask) {
              return run(p, inputs, mask, nullptr);

@@ -29,8 +29,10 @@ def default_threads() -> int:
     """The number of CPUs this process may run on (its affinity mask)."""
 
 class Program:
-    def __init__(self, isa: str = "", threads: int = 0) -> None:
-        """isa "": NMCOMPILE_ISA, or the best; threads 0: one per CPU. ValueError for an ISA it cannot run."""
+    limit: int  # bytes that a run may take beside its inputs, 0: any number; beyond it, run raises ValueError
+    def __init__(self, isa: str = "", threads: int = 0, most_copied: int = 0) -> None:
+        """isa "": NMCOMPILE_ISA, or the best; threads 0: one per CPU; most_copied: bytes of weights that steps may
+        copy, 0: any number. ValueError for an ISA it cannot run."""
 
     @property
     def isa(self) -> str: ...
@@ -135,6 +137,9 @@ class Program:
 
     def memory(self) -> int:
         """Bytes of the arenas in use and kept."""
+
+    def need(self) -> tuple[int, int, int]:
+        """Bytes of copies of weights, of each thread that works on a run, and at most of each token; a run has 16."""
 
     def run(self, inputs: Sequence[NDArray[Any]], mask: NDArray[Any] | None = None) -> list[_F32]:
         """Inputs by slot; mask [B, S] drops tokens where it is 0. Outputs by slot. Safe from many threads;

@@ -28,7 +28,7 @@ from nmcompile.errors import InputError, NmcompileError
 from nmcompile.json_process import Json, JsonProcess
 from nmcompile.made_up import made_up
 from nmcompile.session import is_plan, load
-from nmcompile.tensorinfo import TensorInfo
+from nmcompile.tensorinfo import TensorInfo, dtype_named
 
 Arrays = dict[str, np.ndarray]
 Progress = Callable[[str, int, int], None]  # (what, done, total)
@@ -87,10 +87,9 @@ def _first_line(error: Exception) -> str:
 def _ort_info(item: Any) -> TensorInfo:
     names = {"float": "float32", "double": "float64"}
     kind = str(item.type).removeprefix("tensor(").removesuffix(")")
-    try:
-        dtype = np.dtype(names.get(kind, kind))
-    except TypeError:
-        raise InputError(f"input {item.name!r} is of type {item.type}, which cannot be made up") from None
+    dtype = dtype_named(names.get(kind, kind))
+    if dtype is None:
+        raise InputError(f"input {item.name!r} is of type {item.type}, which cannot be made up")
     return TensorInfo(item.name, dtype, tuple(item.shape))
 
 

@@ -23,29 +23,26 @@ import struct
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType, TracebackType
-from typing import Any
+from typing import Any, BinaryIO
+from weakref import finalize
 
 import numpy as np
 
 from nmcompile.archive import ALIGNMENT, MAGIC, Member, check_crc, check_name, read_members, write_archive
 from nmcompile.errors import PlanError
+from nmcompile.regular_file import open_regular
+from nmcompile.tensorinfo import STORED
 
 __all__ = ["DTYPES", "FORMAT", "MAGIC", "Plan", "read_plan", "write_plan"]
 
 FORMAT = 1
 HEADER = "plan.json"
-MAX_HEADER_BYTES = 64 << 20
-DTYPES: Mapping[str, np.dtype] = MappingProxyType(
-    {
-        kind: np.dtype(kind).newbyteorder("<")
-        for kind in (
-            *("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
-            *("float16", "float32", "float64"),
-        )
-    }
-)
+MAX_HEADER_BYTES = 16 << 20
+MAX_DEPTH = 64  # of lists and objects in the header
+DTYPES: Mapping[str, np.dtype] = MappingProxyType({kind: np.dtype(kind).newbyteorder("<") for kind in STORED})
 
 _MAX_ELEMENTS = 1 << 56
+_TEXT = re.compile(rb'"(?:[^"\\]++|\\.)*+"', re.DOTALL)
 _REMEDY = "compile the model again"
 _CONTENT = re.compile(
     r"([a-z]+[0-9]*)\[((?:0|[1-9][0-9]{0,17})(?:,(?:0|[1-9][0-9]{0,17})){0,63})?\]", re.ASCII
@@ -126,18 +123,48 @@ def write_plan(
     return write_archive(Path(path), {HEADER: (text,), **{name: contents[name] for name in members}})
 
 
+class Watch:
+    """Tells whether an open file was written to; not when its name has gone to another file, which does no harm."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = os.dup(descriptor)
+        self._finalize = finalize(self, os.close, self._descriptor)
+        self._generation = self._now()
+
+    def _now(self) -> tuple[int, int]:
+        found = os.fstat(self._descriptor)
+        return found.st_size, found.st_mtime_ns
+
+    def changed(self) -> bool:
+        """Whether its size or the time of its last change is another than at first."""
+        return self._now() != self._generation
+
+    def close(self) -> None:
+        """Let go of the file."""
+        self._finalize()
+
+
 class Plan:
     """An open plan: `header` (plan.json), `arrays` (read-only views of the mapped file), `blobs(name)`.
 
     The map lives as long as the plan or any array of it does. Replacing the file by a new one is safe while
-    it is mapped (write_plan does that); truncating it in place is not. A context manager; `close` lets go
-    of it.
+    it is mapped (write_plan does that); writing over it is not, and `check_unchanged` finds that out. A
+    context manager; `close` lets go of it.
     """
 
-    def __init__(self, path: Path, mapped: mmap.mmap, header: dict[str, Any], members: list[Member]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        mapped: mmap.mmap,
+        header: dict[str, Any],
+        members: list[Member],
+        watch: Watch | None = None,
+    ) -> None:
         self.path = path
         self.header = header
+        self.size = len(mapped)
         self._map = mapped
+        self._watch = watch
         self._blobs = {
             member.name.removesuffix(".onnx"): member for member in members if member.name.endswith(".onnx")
         }
@@ -159,8 +186,16 @@ class Plan:
         member = self._blobs[name]
         return self._map[member.start : member.start + member.size]
 
+    def check_unchanged(self) -> None:
+        """PlanError when the mapped file was written to since it was read: its arrays are not what was checked."""
+        if self._watch is not None and self._watch.changed():
+            raise PlanError(f"{self.path}: the plan file changed on disk; load it again")
+
     def close(self) -> None:
         """Let go of the file; arrays that are still in use keep it mapped until they are dropped."""
+        if self._watch is not None:
+            self._watch.close()
+        self._watch = None
         self.arrays = MappingProxyType({})
         self._blobs = {}
         with contextlib.suppress(BufferError):
@@ -175,17 +210,24 @@ class Plan:
         self.close()
 
 
-def read_plan(path: str | os.PathLike[str]) -> Plan:
+def read_plan(path: str | os.PathLike[str], *, copy: bool = False) -> Plan:
     """Map a plan and check all of it: structure, names, dtypes, sizes and the CRC-32 of every member.
 
-    PlanError, one line, when the file cannot be read, is not a plan, is damaged or of another format version.
+    copy: read the file into memory of this process instead, which nobody can write to. PlanError, one line, when the
+    file cannot be read, is not a plan, is damaged or of another format version.
     """
     path = Path(path)
+    watch: Watch | None = None
     try:
-        with path.open("rb") as file:
-            if os.fstat(file.fileno()).st_size == 0:
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size == 0:
                 raise PlanError(f"{path}: is empty, not a plan; {_REMEDY}")
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            if copy:
+                mapped = _read(file, size)
+            else:
+                watch = Watch(file.fileno())  # before anything is read
+                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise PlanError(f"{path}: cannot be read: {reason}") from error
@@ -197,11 +239,27 @@ def read_plan(path: str | os.PathLike[str]) -> Plan:
         _check_members(header, members)
         for member in members:
             check_crc(mapped, member)
-        return Plan(path, mapped, header, members[1:])
+        return Plan(path, mapped, header, members[1:], watch)
     except PlanError as error:
+        if watch is not None:
+            watch.close()
         with contextlib.suppress(BufferError):  # arrays made before the error may still be alive
             mapped.close()
         raise PlanError(f"{path}: {error}; {_REMEDY}") from None
+
+
+def _read(file: BinaryIO, size: int) -> mmap.mmap:
+    """The content in memory of this process; OSError when the file ends before `size`."""
+    held = mmap.mmap(-1, size)
+    with memoryview(held) as view:
+        at = 0
+        while at < size:
+            part = file.read(min(size - at, 1 << 24))
+            if not part:
+                raise OSError(5, "it became shorter while it was read")
+            view[at : at + len(part)] = part
+            at += len(part)
+    return held
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -209,6 +267,13 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) != len(pairs):
         raise ValueError("a key stands twice")
     return found
+
+
+def _depth(text: bytes) -> int:
+    """How deep lists and objects of JSON stand in each other."""
+    found = np.frombuffer(_TEXT.sub(b"", text), np.uint8) | 0x20  # makes { of [, and } of ]
+    steps = (found == ord("{")).astype(np.int8) - (found == ord("}"))
+    return int(np.cumsum(steps, dtype=np.int32).max(initial=0))
 
 
 def _no_constant(name: str) -> None:
@@ -221,10 +286,10 @@ def _header(mapped: mmap.mmap, member: Member) -> dict[str, Any]:
         raise PlanError(f"has a {HEADER} of {member.size} bytes, more than {MAX_HEADER_BYTES}")
     check_crc(mapped, member)
     text = mapped[member.start : member.start + member.size]
+    if _depth(text) > MAX_DEPTH:
+        raise PlanError(f"has a {HEADER} that is nested too deeply")
     try:
         header = json.loads(text.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
-    except RecursionError:
-        raise PlanError(f"has a {HEADER} that is nested too deeply") from None
     except ValueError as error:
         raise PlanError(f"has a {HEADER} that is not valid JSON ({str(error)[:80]})") from None
     if not isinstance(header, dict) or "format" not in header:
@@ -285,4 +350,6 @@ def _array(mapped: mmap.mmap, member: Member, content: str) -> np.ndarray:
     count = math.prod(shape)
     if count == 0:
         return np.empty(shape, dtype)
-    return np.frombuffer(mapped, dtype, count, start).reshape(shape)
+    array = np.frombuffer(mapped, dtype, count, start).reshape(shape)
+    array.flags.writeable = False  # a copied file is memory that could be written to
+    return array

@@ -132,6 +132,30 @@ def test_activation_tables_are_within_a_step(isa: str, activation: str, y_scale:
     assert abs((got - np.rint(want)).mean()) < 0.03
 
 
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "quick_gelu", "silu"])
+@pytest.mark.parametrize("y_scale", [8.0, 17.0, 33.0, 63.0, 64.5, 100.0, 3000.0, 1e6, 1e20, 3e38])
+def test_activations_into_steps_wider_than_all_of_their_bend(activation: str, y_scale: float) -> None:
+    """As after a layer with one large bias: GELU and its kin are relu there, to within a fraction of a step."""
+    x = np.linspace(-2.5, 2.5, 500, dtype=np.float32).reshape(1, -1, 1)
+    bias = np.array([0, 100, -60, 300], np.float32) * np.float32(min(y_scale, 1e30))
+    results = []
+    for isa in ISAS:
+        net = Net(isa)
+        q = net.u8(net.enter(1), 1, 5 / 255, 128)
+        y = net.program.buffer(4, "u8")
+        net.program.linear(
+            x=q, y=y, weight=dense_weight(np.full((4, 1), 100, np.int8)), w_scale=np.full(4, 0.2, np.float32),
+            bias=bias, x_scale=5 / 255, x_zero_point=128, activation=activation, y_scale=y_scale, y_zero_point=40,
+        )  # fmt: skip
+        results.append(net.run([x], net.float_of(y, 4)))
+    total = (quantize(x, 5 / 255, 128) - 128) * (5 / 255 * 20)
+    with np.errstate(over="ignore"):
+        want = np.clip(ACTIVATIONS[activation](total + bias.astype(float)) / y_scale + 40, 0, 255)
+    assert np.abs(results[0] - want).max() < 0.5 + 0.2
+    for result in results[1:]:
+        np.testing.assert_array_equal(results[0], result)
+
+
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("layout", ["f32", "u8"])

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import onnx
 import pytest
-from compiled import compiled, feeds
+from compiled import MODELS, compiled, feeds
 
 import nmcompile
+from nmcompile import _native
+from nmcompile import graph as g
 from nmcompile.errors import InputError, PlanError
 from nmcompile.session import load_cpu
+from nmcompile.tensorinfo import TensorInfo, check_feeds
 
 GOOD = {
     "input_ids": np.array([[5, 6, 7]], np.int64),
@@ -65,6 +71,70 @@ def test_more_tokens_than_positions_is_an_error(session: nmcompile.Session) -> N
 def test_narrow_integers_are_taken(session: nmcompile.Session) -> None:
     narrow = {name: values.astype(np.int32) for name, values in GOOD.items()}
     np.testing.assert_array_equal(session.run(narrow)["pooler_output"], session.run(GOOD)["pooler_output"])
+
+
+def test_a_layer_with_one_large_bias_before_its_gelu(tmp_path: Path) -> None:
+    """It makes the scale of what follows larger than 64; all other features are relu to that scale."""
+    model = onnx.load(MODELS / "bert-torchscript.onnx")
+    bias = next(t for t in model.graph.initializer if "intermediate.dense.bias" in t.name)
+    values = onnx.numpy_helper.to_array(bias).copy()
+    values[5] = 30_000
+    bias.CopyFrom(onnx.numpy_helper.from_array(values, bias.name))
+    onnx.save(model, tmp_path / "m.onnx")
+    result = nmcompile.compile(
+        tmp_path / "m.onnx", tmp_path / "m.plan", preset="fast", emit_onnx=tmp_path / "q.onnx", measure=False
+    )
+    assert result.native
+    made = load_cpu(tmp_path / "m.plan")
+    wide = [s.get("y_scale", 0) for s in made.header["segments"][0]["steps"] if s.get("activation", "none") != "none"]
+    assert max(wide) > 64
+    got, want = made.run(GOOD)["last_hidden_state"], g.run(g.load(tmp_path / "q.onnx"), GOOD)["last_hidden_state"]
+    assert np.isfinite(got).all()
+    np.testing.assert_allclose(got, want, atol=0.05)
+    for isa in _native.available_isas():
+        np.testing.assert_array_equal(load_cpu(tmp_path / "m.plan", isa=isa).run(GOOD)["last_hidden_state"], got)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "values", "said"),
+    [
+        ("int32", [2**32 + 5], "holds 4294967301, the model takes int32, from -2147483648 to 2147483647"),
+        ("int32", [-(2**32) + 1], "holds -4294967295"),
+        ("int64", np.array([2**63 + 5], np.uint64), "holds 9223372036854775813, the model takes int64"),
+        ("uint8", [0, -1], "holds -1, the model takes uint8, from 0 to 255"),
+        ("uint8", [3, 256], "holds 256"),
+        ("int64", [[1], [1, 2]], "is no array"),
+        ("int64", [None], "holds objects, not numbers"),
+        ("int64", [2**70], "holds objects, not numbers"),
+        ("float32", "text", "is <U4, the model takes float32"),
+        ("float32", [True], "is bool, the model takes float32"),
+        ("bool", [1], "is int64, the model takes bool"),
+        ("object", np.array([1, "a"], object), "must hold texts and nothing else"),
+        ("object", [b"a"], "must hold texts and nothing else"),
+    ],
+)
+def test_values_that_would_become_others(dtype: str, values: object, said: str) -> None:
+    info = TensorInfo("x", np.dtype(dtype), (None,))
+    with pytest.raises(InputError, match=re.escape(said)) as caught:
+        check_feeds({"x": values}, [info])  # type: ignore[dict-item]
+    assert "\n" not in str(caught.value)
+
+
+def test_values_that_stay_what_they_are() -> None:
+    def taken(dtype: str, values: object) -> np.ndarray:
+        return check_feeds({"x": values}, [TensorInfo("x", np.dtype(dtype), (None,))])["x"]  # type: ignore[dict-item]
+
+    for dtype, values in (("int32", [2**31 - 1, -(2**31)]), ("uint8", np.array([0, 255])),
+                          ("int64", np.zeros(0, np.uint64)), ("float32", np.array([1.5], ">f4")),
+                          ("object", ["a", "bc"])):  # fmt: skip
+        assert taken(dtype, values).dtype == dtype
+        assert taken(dtype, values).tolist() == np.asarray(values).tolist()
+
+
+@pytest.mark.parametrize("feeds", [None, [], "ids", [("input_ids", 1)], {5: 1}])
+def test_feeds_that_are_no_dictionary_of_names(session: nmcompile.Session, feeds: Any) -> None:
+    with pytest.raises(InputError, match=r"dictionary of arrays|there is no input 5"):
+        session.run(feeds)
 
 
 def test_unknown_output(session: nmcompile.Session) -> None:

@@ -1,6 +1,7 @@
 // Activations as relu(x) - bump(|x|): what the table of kernels/linear/table.h holds.
 #include "activation_table.h"
 
+#include <algorithm>
 #include <cmath>
 
 #include "../simd/activation.h"
@@ -36,11 +37,11 @@ std::unique_ptr<ActivationTable> activation_table(int activation, float y_scale,
   if (shift < 3 || reach / y_scale * parts > 32000.0) return nullptr;
   auto table = std::make_unique<ActivationTable>();
   table->shift = shift;
-  table->limit = static_cast<uint16_t>(std::floor(reach / y_scale * parts));
+  // At least one part: where a step is wider than 64, all of the bump is less than a part, and any place will do.
+  table->limit = static_cast<uint16_t>(std::max(1.0, std::floor(reach / y_scale * parts)));
   table->lead = 0;
   while ((table->limit << (table->lead + 1)) <= 32000) ++table->lead;
-  table->factor = static_cast<uint16_t>(std::floor(32767.0 * 65536.0 / (table->limit << table->lead)));
-  if (32767.0 * 65536.0 / (table->limit << table->lead) > 65535.0) table->factor = 65535;
+  table->factor = static_cast<uint16_t>(std::min(65535.0, std::floor(32767.0 * 65536.0 / (table->limit << table->lead))));
   const double per_word = 65536.0 / table->factor / (1 << table->lead) * 512;  // |x| in units, per segment
   double worst = 0;
   for (size_t i = 0; i < kSegments; ++i) {

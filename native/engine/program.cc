@@ -11,7 +11,9 @@ namespace nm {
 namespace {
 constexpr size_t kMostPlans = 16, kMostArenas = 8;
 constexpr int64_t kMostRows = 1 << 20;
-constexpr size_t kMostBuffers = 1 << 20, kMostSlots = 1024;
+constexpr size_t kMostBuffers = 1 << 14, kMostSteps = 1 << 16, kMostSlots = 1024;  // hundreds of layers need fewer
+constexpr size_t kMostBytes = size_t{1} << 60;
+constexpr size_t kUsualLanes = 1024;  // of each geometry, for what a token takes
 }  // namespace
 
 size_t Array::size() const {
@@ -20,8 +22,16 @@ size_t Array::size() const {
   return n;
 }
 
-Program::Program(const std::string& isa, size_t threads)
-    : kernels_(choose_kernels(isa)), threads_(threads ? std::min<size_t>(threads, 1024) : default_threads()) {}
+Program::Program(const std::string& isa, size_t threads, size_t most_copied)
+    : kernels_(choose_kernels(isa)),
+      threads_(threads ? std::min<size_t>(threads, 1024) : default_threads()),
+      most_copied_(most_copied) {}
+
+void Program::copies(const char* what, size_t bytes) {
+  copied_ += bytes;
+  check(!most_copied_ || copied_ <= most_copied_, what,
+        "would copy, with the steps before, more than " + std::to_string(most_copied_) + " bytes of weights");
+}
 
 const char* layout_name(Layout layout) {
   static const char* const kNames[] = {"f32", "u8", "keys", "values"};
@@ -33,7 +43,8 @@ Program::Arena::~Arena() { std::free(data); }
 int Program::buffer(int64_t rows, const std::string& layout, const std::string& geometry) {
   check(!prepared_, "buffer:", "the program is already prepared");
   check(rows > 0 && rows <= kMostRows, "rows", "must lie in 1.." + std::to_string(kMostRows));
-  check(buffers_.size() < kMostBuffers, "buffer:", "too many buffers");
+  check(buffers_.size() < kMostBuffers, "buffer:",
+        "a program has at most " + std::to_string(kMostBuffers) + " buffers");
   Buffer b{static_cast<size_t>(rows), Layout::kF32, Geometry::kTokens};
   if (layout == "u8") b.layout = Layout::kU8;
   else if (layout == "keys") b.layout = Layout::kKeys;
@@ -84,6 +95,8 @@ Program::Slot& Program::slot(const char* what, int64_t index, Slot wanted) {
 
 void Program::add(std::string kind, std::string description, Geometry geometry, std::vector<int> reads,
                   std::vector<int> gathers, std::vector<int> writes, Body body) {
+  check(steps_.size() < kMostSteps, (kind + ":").c_str(),
+        "a program has at most " + std::to_string(kMostSteps) + " steps");
   for (auto* list : {&reads, &gathers, &writes}) list->erase(std::remove(list->begin(), list->end(), -1), list->end());
   for (int b : writes) buffers_[b].written = true;
   steps_.push_back({std::move(kind), std::move(description), std::move(reads), std::move(gathers), std::move(writes),
@@ -93,19 +106,17 @@ void Program::add(std::string kind, std::string description, Geometry geometry, 
 // A phase ends before a step of another geometry, one that gathers what the phase has written, and one that writes
 // what the phase has gathered.
 void Program::cut_phases() {
-  std::vector<char> written(buffers_.size(), 0), gathered(buffers_.size(), 0);
+  std::vector<size_t> written(buffers_.size(), kShared), gathered(buffers_.size(), kShared);  // last in which phase
   for (size_t i = 0; i < steps_.size(); ++i) {
     Step& s = steps_[i];
     bool cut = phases_.empty() || phases_.back().geometry != s.geometry;
-    for (int b : s.gathers) cut = cut || written[b];
-    for (int b : s.writes) cut = cut || gathered[b];
-    if (cut) {
-      phases_.push_back({i, i, s.geometry});
-      std::fill(written.begin(), written.end(), 0), std::fill(gathered.begin(), gathered.end(), 0);
-    }
-    for (int b : s.gathers) gathered[b] = 1;
-    for (int b : s.writes) written[b] = 1;
+    const size_t now = phases_.size() - 1;  // of the first step, which is cut anyway, kShared
+    for (int b : s.gathers) cut = cut || written[b] == now;
+    for (int b : s.writes) cut = cut || gathered[b] == now;
+    if (cut) phases_.push_back({i, i, s.geometry});
     s.phase = phases_.size() - 1;
+    for (int b : s.gathers) gathered[b] = s.phase;
+    for (int b : s.writes) written[b] = s.phase;
     phases_.back().last = i + 1;
   }
 }
@@ -116,26 +127,30 @@ struct Life {
   size_t index, begin, end, bytes;  // lives in [begin, end)
 };
 
+struct Placed {
+  size_t first, last;  // bytes
+  size_t begin, end;   // life
+};
+
 // Offsets by index, the largest first, each at the lowest place that is free while it lives. Returns the bytes needed.
 size_t place(std::vector<Life> lives, std::vector<size_t>& offsets) {
   std::stable_sort(lives.begin(), lives.end(), [](const Life& a, const Life& b) { return a.bytes > b.bytes; });
   size_t needed = 0;
-  std::vector<Life> placed;
+  std::vector<Placed> placed;  // by their first byte, so that nothing is sorted for each
   for (const Life& life : lives) {
     if (life.begin >= life.end || !life.bytes) continue;
-    std::vector<std::pair<size_t, size_t>> taken;
-    for (const Life& other : placed)
-      if (other.begin < life.end && life.begin < other.end)
-        taken.emplace_back(offsets[other.index], offsets[other.index] + other.bytes);
-    std::sort(taken.begin(), taken.end());
     size_t at = 0;
-    for (const auto& range : taken) {
-      if (range.first >= at + life.bytes) break;
-      at = std::max(at, range.second);
+    for (const Placed& other : placed) {
+      if (other.begin >= life.end || life.begin >= other.end) continue;
+      if (other.first >= at + life.bytes) break;
+      at = std::max(at, other.last);
     }
     offsets[life.index] = at;
     needed = std::max(needed, at + life.bytes);
-    placed.push_back(life);
+    if (needed > kMostBytes) throw std::bad_alloc();  // before sums wrap
+    const auto after = std::upper_bound(placed.begin(), placed.end(), at,
+                                        [](size_t value, const Placed& other) { return value < other.first; });
+    placed.insert(after, {at, at + life.bytes, life.begin, life.end});
   }
   return needed;
 }
@@ -175,20 +190,22 @@ void Program::prepare() {
     check(outputs_[i] >= 0, "prepare:", "output slot " + std::to_string(i) + " is written by no step");
   cut_phases();
   place_locals();
+  const size_t usual[kGeometries] = {kUsualLanes, kUsualLanes, kUsualLanes};
+  std::vector<size_t> offsets(buffers_.size());
+  per_token_ = (place_shared(usual, offsets) + kUsualLanes - 1) / kUsualLanes + lookups_ * sizeof(uint32_t);
+  for (int x : outputs_) per_token_ += buffers_[x].rows * sizeof(float);
+  packed_.clear(), packed_float_.clear();  // steps hold what they need
   prepared_ = true;
 }
 
-// Offsets in the arena for these numbers of lanes. What a phase touches lives through all of it: its panels are at
-// different steps at the same time.
-std::shared_ptr<const Program::Plan> Program::plan(const size_t (&key)[kGeometries]) {
-  {
-    std::lock_guard<std::mutex> lock(mutex_);
-    for (size_t i = 0; i < plans_.size(); ++i)
-      if (std::equal(key, key + kGeometries, plans_[i]->key)) {
-        std::rotate(plans_.begin(), plans_.begin() + i, plans_.begin() + i + 1);
-        return plans_.front();
-      }
-  }
+Need Program::need() const {
+  check(prepared_, "need:", "call prepare() first");
+  return {copied_, slab_ + round_up(scratch_, 64), per_token_};
+}
+
+// Offsets in the arena for these numbers of lanes; the bytes needed. What a phase touches lives through all of it: its
+// panels are at different steps at the same time.
+size_t Program::place_shared(const size_t (&key)[kGeometries], std::vector<size_t>& offsets) const {
   std::vector<Life> lives;
   for (size_t i = 0; i < buffers_.size(); ++i) {
     const Buffer& b = buffers_[i];
@@ -201,10 +218,35 @@ std::shared_ptr<const Program::Plan> Program::plan(const size_t (&key)[kGeometri
         lives[b].begin = std::min(lives[b].begin, step.phase);
         lives[b].end = std::max(lives[b].end, step.phase + 1);
       }
+  return place(std::move(lives), offsets);
+}
+
+// Refuses a run whose buffers, lookups and results would take more than the limit.
+void Program::check_limit(const Run& run, size_t arena) const {
+  size_t bytes = arena + lookups_ * run.tokens[0].count * sizeof(uint32_t);
+  for (int x : outputs_) {
+    const Geometry g = buffers_[x].geometry;
+    const size_t columns = g == Geometry::kFirst ? 1 : run.length + (g == Geometry::kTokens1 ? 1 : 0);
+    bytes += run.batch * columns * buffers_[x].rows * sizeof(float);
+  }
+  if (limit_ && bytes > limit_)
+    fail("memory: " + std::to_string(run.batch) + " sequences of " + std::to_string(run.length) + " tokens take " +
+         std::to_string((bytes >> 20) + 1) + " MB, more than the " + std::to_string(limit_ >> 20) + " MB allowed");
+}
+
+std::shared_ptr<const Program::Plan> Program::plan(const size_t (&key)[kGeometries]) {
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    for (size_t i = 0; i < plans_.size(); ++i)
+      if (std::equal(key, key + kGeometries, plans_[i]->key)) {
+        std::rotate(plans_.begin(), plans_.begin() + i, plans_.begin() + i + 1);
+        return plans_.front();
+      }
+  }
   auto made = std::make_shared<Plan>();
   std::copy(key, key + kGeometries, made->key);
   made->offsets.assign(buffers_.size(), 0);
-  made->bytes = place(lives, made->offsets);
+  made->bytes = place_shared(key, made->offsets);
   made->forecast = forecast(key, threads_);
   std::lock_guard<std::mutex> lock(mutex_);
   plans_.insert(plans_.begin(), made);  // another run may have made the same: no harm

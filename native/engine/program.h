@@ -8,6 +8,7 @@
 #include <memory>
 #include <mutex>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "../simd/activation.h"
@@ -56,6 +57,13 @@ struct Requant {
 
 class Run;
 struct Work;
+struct PackedWeight;
+
+// Bytes that a program takes: copies of its weights, what each thread of a run needs beside, and each token of a run at
+// most; a run has at least 16.
+struct Need {
+  size_t copied, thread, token;
+};
 
 // What a step does. Any split of its units among threads gives the same bits.
 struct Body {
@@ -74,11 +82,14 @@ constexpr size_t kShared = static_cast<size_t>(-1);
 
 class Program {
  public:
-  Program(const std::string& isa, size_t threads);
+  // most_copied: bytes that copies of weights may take, 0 any number
+  Program(const std::string& isa, size_t threads, size_t most_copied);
   Program(const Program&) = delete;
   Program& operator=(const Program&) = delete;
   std::string isa() const { return kernels_.isa; }
   size_t threads() const { return threads_; }
+  size_t limit() const { return limit_; }
+  void set_limit(size_t bytes) { limit_ = bytes; }  // that a run may take, 0 any number
 
   int buffer(int64_t rows, const std::string& layout, const std::string& geometry);
   void embed(int y, std::vector<Array> tables, std::vector<Source> sources);
@@ -104,6 +115,7 @@ class Program {
 
   std::vector<std::pair<std::string, std::string>> steps() const;
   size_t memory() const;  // bytes of the arenas in use and kept
+  Need need() const;
   // events: null, or receives what each thread did.
   std::vector<Output> run(const std::vector<Array>& inputs, const Array* mask, std::vector<Event>* events);
   // How a run over one sequence of this many tokens is shared among threads.
@@ -143,6 +155,11 @@ class Program {
   void add(std::string kind, std::string description, Geometry geometry, std::vector<int> reads,
            std::vector<int> gathers, std::vector<int> writes, Body body);
   Forecast forecast(const size_t (&tokens)[kGeometries], size_t threads) const;
+  void copies(const char* what, size_t bytes);  // a step is about to copy that many
+  std::shared_ptr<const PackedWeight> pack(Weight weight, size_t outputs, size_t groups);
+  std::shared_ptr<const std::vector<float>> pack_float(const Array& weight, size_t outputs, size_t inputs);
+  void check_limit(const Run& run, size_t arena) const;
+  size_t place_shared(const size_t (&key)[kGeometries], std::vector<size_t>& offsets) const;
   void cut_phases();
   void place_locals();
   std::shared_ptr<const Plan> plan(const size_t (&key)[kGeometries]);
@@ -158,6 +175,12 @@ class Program {
   std::vector<int> outputs_;  // buffer of each output slot, -1: none
   bool uses_class_token_ = false;
   size_t scratch_ = 0;           // bytes per thread
+  size_t most_copied_, copied_ = 0, limit_ = 0, per_token_ = 0;  // bytes
+  size_t lookups_ = 0;           // tables of all embed steps
+  // Steps with the same weight share what is made of it. Keys: format, rows, where the arrays lie, blocks, outputs, groups.
+  std::map<std::tuple<std::string, size_t, const void*, const void*, const void*, size_t, size_t, size_t>,
+           std::shared_ptr<const PackedWeight>> packed_;
+  std::map<std::tuple<const void*, size_t, size_t>, std::shared_ptr<const std::vector<float>>> packed_float_;
   std::vector<Phase> phases_;
   std::vector<size_t> local_;    // offset of each buffer in its team's slab, kShared for buffers of the arena
   size_t slab_ = 0;              // bytes per team

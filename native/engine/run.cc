@@ -174,6 +174,7 @@ std::vector<Output> Program::run(const std::vector<Array>& inputs, const Array* 
   const Forecast shared = pool.threads() == threads_ ? planned->forecast : forecast(key, pool.threads());
   const size_t arena_bytes = round_up(planned->bytes, 64), scratch_bytes = round_up(scratch_, 64);
 
+  check_limit(run, arena_bytes + (slab_ + scratch_bytes) * shared.threads);
   auto arena = take_arena(arena_bytes + (slab_ + scratch_bytes) * shared.threads);
   run.base = arena->data;
   run.offsets = planned->offsets.data();

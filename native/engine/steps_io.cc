@@ -36,6 +36,7 @@ void Program::embed(int y, std::vector<Array> tables, std::vector<Source> source
   const Buffer& to = output("embed: y", y, {Layout::kF32});
   check(to.geometry == Geometry::kTokens, "embed: y", "must have geometry tokens");
   check(!tables.empty() && tables.size() == sources.size(), "embed: sources", "must be one for each table");
+  check(tables.size() <= 64, "embed: tables", "must be at most 64");
   for (size_t i = 0; i < tables.size(); ++i) {
     const std::string name = "embed: table " + std::to_string(i);
     check_array(name.c_str(), tables[i], {DType::kF32, DType::kF16}, {kAnySize, to.rows});
@@ -47,6 +48,7 @@ void Program::embed(int y, std::vector<Array> tables, std::vector<Source> source
             "name constant row " + std::to_string(s.value) + " of a table of " + std::to_string(tables[i].shape[0]));
     check(s.value > -(int64_t{1} << 40) && s.value < (int64_t{1} << 40), "embed: sources", "hold a number too large");
   }
+  lookups_ += tables.size();
   const size_t rows = to.rows;
   const size_t index = steps_.size();
   const auto begin = [=](Run& run) {

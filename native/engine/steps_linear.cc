@@ -18,18 +18,29 @@ std::vector<float> padded(const Array* array, size_t count, float factor = 1.0f)
   return out;
 }
 
-// What a linear step keeps: the weight where it is, its vectors padded to strips of 16 outputs.
-struct Packed {
+// What a linear step keeps of its own: vectors padded to strips of 16 outputs.
+struct Vectors {
+  std::vector<int32_t> init;
+  std::vector<float> scale, bias;
+  std::unique_ptr<ActivationTable> table;
+};
+
+}  // namespace
+
+// A weight where it is, and what follows from it alone.
+struct PackedWeight {
   Weight weight;
   size_t outputs, groups;
   std::vector<uint16_t> columns;  // copies: what has been checked must not change behind our back
   std::vector<uint32_t> starts;
-  std::vector<int32_t> init;
-  std::vector<float> scale, bias;
-  std::unique_ptr<ActivationTable> table;
+  std::vector<int32_t> sums;      // of each row, padded to strips
   std::vector<size_t> shares;     // [strips + 1] maps equal shares of the strips to equal shares of their work
   double work = 0;                // multiply-adds per token
 };
+
+namespace {
+
+using Packed = PackedWeight;
 
 // `cost` of each strip, beside a constant part for its epilogue.
 void share_out(Packed& p, const std::vector<size_t>& cost) {
@@ -42,31 +53,23 @@ void share_out(Packed& p, const std::vector<size_t>& cost) {
   }
 }
 
-void pack_dense(Packed& p, int32_t zero) {
+void pack_dense(Packed& p) {
   const size_t tiles = (p.outputs + 3) / 4;
-  check_array("linear: weight values", p.weight.values, {DType::kI8}, {tiles, p.groups, 4, 4});
   const int8_t* w = p.weight.values.as<int8_t>();
   for (size_t t = 0; t < tiles; ++t) {
     int32_t sums[16] = {};  // of each place in the tiles, which the compiler adds up in vectors
     for (size_t g = 0; g < p.groups; ++g, w += 16)
       for (size_t i = 0; i < 16; ++i) sums[i] += w[i];
-    for (size_t i = 0; i < 16; ++i) p.init[t * 4 + i / 4] -= zero * sums[i];
+    for (size_t i = 0; i < 16; ++i) p.sums[t * 4 + i / 4] += sums[i];
   }
   p.work = static_cast<double>(p.outputs) * p.groups * 4;
   share_out(p, std::vector<size_t>((p.outputs + 15) / 16, 1));
 }
 
 // Blocks of rows x 4 inputs: four adjacent ones named by their group, or, gathered, each by itself.
-void pack_blocks(Packed& p, int32_t zero, bool gather) {
+void pack_blocks(Packed& p, bool gather) {
   const size_t rows = p.weight.rows, each = gather ? 4 : 1, limit = gather ? p.groups * 4 : p.groups;
-  check(rows == 1 || rows == 2 || rows == 4 || (!gather && (rows == 8 || rows == 16)), "linear: weight rows",
-        std::string("must be ") + (gather ? "1, 2 or 4" : "1, 2, 4, 8 or 16") + ", not " + std::to_string(rows));
-  const size_t block_rows = (p.outputs + rows - 1) / rows;
-  if (gather) check_array("linear: weight columns", p.weight.columns, {DType::kU16}, {kAnySize, 4});
-  else check_array("linear: weight columns", p.weight.columns, {DType::kU16}, {kAnySize});
-  const size_t blocks = p.weight.columns.shape[0];
-  check_array("linear: weight values", p.weight.values, {DType::kI8}, {blocks, rows, 4});
-  check_array("linear: weight starts", p.weight.starts, {DType::kU32}, {block_rows + 1});
+  const size_t block_rows = (p.outputs + rows - 1) / rows, blocks = p.weight.columns.shape[0];
   p.columns.assign(p.weight.columns.as<uint16_t>(), p.weight.columns.as<uint16_t>() + blocks * each);
   p.starts.assign(p.weight.starts.as<uint32_t>(), p.weight.starts.as<uint32_t>() + block_rows + 1);
   check(p.starts.front() == 0 && p.starts.back() == blocks, "linear: weight starts",
@@ -87,49 +90,104 @@ void pack_blocks(Packed& p, int32_t zero, bool gather) {
     const int8_t* w = p.weight.values.as<int8_t>() + p.starts[i] * rows * 4;
     for (size_t b = p.starts[i]; b < p.starts[i + 1]; ++b)
       for (size_t r = 0; r < rows; ++r, w += 4) sums[r] += w[0] + w[1] + w[2] + w[3];
-    for (size_t r = 0; r < rows; ++r) p.init[i * rows + r] = -zero * sums[r];
+    for (size_t r = 0; r < rows; ++r) p.sums[i * rows + r] = sums[r];
   }
   p.work = static_cast<double>(blocks) * rows * 4;
   share_out(p, cost);
 }
 
-// Checks the weight and packs what belongs to it; the arguments that follow from it alone.
-LinearArgs pack(Packed& p, int32_t zero) {
-  const std::string& format = p.weight.format;
-  const Form form = format == "dense" ? Form::kDense : format == "gather" ? Form::kGather : Form::kBlocks;
-  check(form != Form::kBlocks || format == "blocks", "linear: weight format",
-        "'" + format + "' is unknown; choose dense, blocks or gather");
-  p.init.assign(round_up(p.outputs, 16), 0);
-  if (form == Form::kDense) p.weight.rows = 0, pack_dense(p, zero);
-  else pack_blocks(p, zero, form == Form::kGather);
+Form form_of(const Weight& weight) {
+  check(weight.format == "dense" || weight.format == "blocks" || weight.format == "gather", "linear: weight format",
+        "'" + weight.format + "' is unknown; choose dense, blocks or gather");
+  return weight.format == "dense" ? Form::kDense : weight.format == "gather" ? Form::kGather : Form::kBlocks;
+}
+
+// The types and shapes of a weight's arrays.
+void check_weight(Weight& weight, size_t outputs, size_t groups) {
+  const Form form = form_of(weight);
+  if (form == Form::kDense) {
+    check_array("linear: weight values", weight.values, {DType::kI8}, {(outputs + 3) / 4, groups, 4, 4});
+    weight.rows = 0;
+    return;
+  }
+  const size_t rows = weight.rows;
+  const bool gather = form == Form::kGather;
+  check(rows == 1 || rows == 2 || rows == 4 || (!gather && (rows == 8 || rows == 16)), "linear: weight rows",
+        std::string("must be ") + (gather ? "1, 2 or 4" : "1, 2, 4, 8 or 16") + ", not " + std::to_string(rows));
+  if (gather) check_array("linear: weight columns", weight.columns, {DType::kU16}, {kAnySize, 4});
+  else check_array("linear: weight columns", weight.columns, {DType::kU16}, {kAnySize});
+  check_array("linear: weight values", weight.values, {DType::kI8}, {weight.columns.shape[0], rows, 4});
+  check_array("linear: weight starts", weight.starts, {DType::kU32}, {(outputs + rows - 1) / rows + 1});
+}
+
+Packed pack_weight(Weight weight, size_t outputs, size_t groups) {
+  Packed p;
+  p.weight = std::move(weight), p.outputs = outputs, p.groups = groups;
+  p.sums.assign(round_up(outputs, 16), 0);
+  const Form form = form_of(p.weight);
+  if (form == Form::kDense) pack_dense(p);
+  else pack_blocks(p, form == Form::kGather);
+  return p;
+}
+
+// The arguments that follow from the weight alone.
+LinearArgs arguments(const Packed& p, const std::vector<int32_t>& init) {
   LinearArgs a{};
-  a.form = form, a.groups = p.groups, a.outputs = p.outputs, a.rows = p.weight.rows;
+  a.form = form_of(p.weight), a.groups = p.groups, a.outputs = p.outputs, a.rows = p.weight.rows;
   a.values = p.weight.values.as<int8_t>(), a.columns = p.columns.data(), a.starts = p.starts.data();
-  a.init = p.init.data();
+  a.init = init.data();
   return a;
 }
 
 // The cheapest epilogue that can give this result, and scale and bias in its unit.
-Epilogue choose_epilogue(Packed& p, Layout layout, int activation, bool residual, Requant out) {
+Epilogue choose_epilogue(Vectors& v, size_t outputs, size_t groups, Layout layout, int activation, bool residual,
+                         Requant out) {
   if (layout == Layout::kF32) return Epilogue::kFloat;
   float unit = 1.0f;
   const bool plain = activation == kNone || activation == kRelu;
-  if (!residual && !plain) p.table = activation_table(activation, out.scale, out.zero, &unit);
-  if (residual || (!plain && !p.table)) return Epilogue::kGeneral;
+  if (!residual && !plain) v.table = activation_table(activation, out.scale, out.zero, &unit);
+  if (residual || (!plain && !v.table)) return Epilogue::kGeneral;
   const float factor = unit / out.scale;
-  const double most = 2.0 * 255 * 128 * 4 * static_cast<double>(p.groups);  // |init + sum|
-  for (size_t n = 0; n < p.outputs; ++n) {                                   // int32 must hold what is rounded
-    const double greatest = std::abs(p.scale[n] * factor) * most + std::abs(p.bias[n] * factor) + 256;
-    if (!(greatest < 2e9)) return p.table.reset(), Epilogue::kGeneral;
+  const double most = 2.0 * 255 * 128 * 4 * static_cast<double>(groups);  // |init + sum|
+  for (size_t n = 0; n < outputs; ++n) {                                   // int32 must hold what is rounded
+    const double greatest = std::abs(v.scale[n] * factor) * most + std::abs(v.bias[n] * factor) + 256;
+    if (!(greatest < 2e9)) return v.table.reset(), Epilogue::kGeneral;
   }
-  for (size_t n = 0; n < p.outputs; ++n) {
-    p.scale[n] *= factor;
-    p.bias[n] = p.bias[n] * factor + (p.table ? 0.0f : static_cast<float>(out.zero));
+  for (size_t n = 0; n < outputs; ++n) {
+    v.scale[n] *= factor;
+    v.bias[n] = v.bias[n] * factor + (v.table ? 0.0f : static_cast<float>(out.zero));
   }
-  return p.table ? Epilogue::kTable : Epilogue::kBytes;
+  return v.table ? Epilogue::kTable : Epilogue::kBytes;
 }
 
 }  // namespace
+
+std::shared_ptr<const PackedWeight> Program::pack(Weight weight, size_t outputs, size_t groups) {
+  check_weight(weight, outputs, groups);
+  const size_t blocks = weight.rows ? weight.columns.shape[0] : 0;
+  auto& packed = packed_[{weight.format, weight.rows, weight.values.data, weight.columns.data, weight.starts.data,
+                          blocks, outputs, groups}];
+  if (!packed) {
+    copies("linear: weight", weight.columns.size() * 2 + weight.starts.size() * 4 + round_up(outputs, 16) * 5);
+    packed = std::make_shared<const PackedWeight>(pack_weight(std::move(weight), outputs, groups));
+  }
+  return packed;
+}
+
+// [tiles][K][4]
+std::shared_ptr<const std::vector<float>> Program::pack_float(const Array& weight, size_t outputs, size_t inputs) {
+  auto& packed = packed_float_[{weight.data, outputs, inputs}];
+  if (!packed) {
+    const size_t size = (outputs + 3) / 4 * inputs * 4;
+    copies("linear_float: weight", size * sizeof(float));
+    auto made = std::make_shared<std::vector<float>>(size, 0.0f);
+    for (size_t n = 0; n < outputs; ++n)
+      for (size_t k = 0; k < inputs; ++k)
+        (*made)[(n / 4 * inputs + k) * 4 + n % 4] = weight.as<float>()[n * inputs + k];
+    packed = std::move(made);
+  }
+  return packed;
+}
 
 void Program::linear(int x, int y, Weight weight, const Array& w_scale, const Array* bias, Requant in,
                      const std::string& activation, int residual, Requant out) {
@@ -138,9 +196,6 @@ void Program::linear(int x, int y, Weight weight, const Array& w_scale, const Ar
   check(x != y, "linear: y", "must not be x");
   check(from.geometry == to.geometry, "linear: y", "must have the geometry of x");
   check(from.rows <= kMostInputs, "linear: x", "has more than 65536 rows: their sum may not fit int32");
-  auto p = std::make_shared<Packed>();
-  p->outputs = to.rows;
-  p->groups = (from.rows + 3) / 4;
   check_array("linear: w_scale", w_scale, {DType::kF32}, {to.rows});
   if (bias) check_array("linear: bias", *bias, {DType::kF32}, {to.rows});
   check_scale("linear: x_scale", in.scale);
@@ -152,10 +207,14 @@ void Program::linear(int x, int y, Weight weight, const Array& w_scale, const Ar
     const Buffer& r = input("linear: residual", residual, {Layout::kF32});
     check(r.rows == to.rows && r.geometry == to.geometry, "linear: residual", "must have the rows and geometry of y");
   }
-  p->weight = std::move(weight);
-  p->scale = padded(&w_scale, to.rows, in.scale);
-  p->bias = padded(bias, to.rows);
-  LinearArgs common = pack(*p, in.zero);
+  const auto p = pack(std::move(weight), to.rows, (from.rows + 3) / 4);
+  copies("linear:", round_up(to.rows, 16) * (sizeof(int32_t) + 2 * sizeof(float)) + sizeof(ActivationTable));
+  const auto v = std::make_shared<Vectors>();
+  v->init.resize(p->sums.size());
+  for (size_t n = 0; n < v->init.size(); ++n) v->init[n] = -in.zero * p->sums[n];
+  v->scale = padded(&w_scale, to.rows, in.scale);
+  v->bias = padded(bias, to.rows);
+  LinearArgs common = arguments(*p, v->init);
   const Form form = common.form;
   common.activation = act;
   common.store = to.layout == Layout::kF32      ? Store::kFloat
@@ -164,9 +223,9 @@ void Program::linear(int x, int y, Weight weight, const Array& w_scale, const Ar
                                                 : Store::kPacked;
   common.y_inverse = 1.0f / out.scale, common.y_zero = out.zero;
   common.y_low = to.layout == Layout::kU8 ? 0 : -128, common.y_high = to.layout == Layout::kU8 ? 255 : 127;
-  common.epilogue = choose_epilogue(*p, to.layout, act, residual != -1, out);
-  common.scale = p->scale.data(), common.bias = p->bias.data();
-  common.table = p->table.get();
+  common.epilogue = choose_epilogue(*v, p->outputs, p->groups, to.layout, act, residual != -1, out);
+  common.scale = v->scale.data(), common.bias = v->bias.data();
+  common.table = v->table.get();
   scratch_ = std::max(scratch_, linear_scratch(form, p->weight.rows, p->groups));
 
   std::string text = std::to_string(from.rows) + " -> " + std::to_string(to.rows) + " ";
@@ -176,7 +235,8 @@ void Program::linear(int x, int y, Weight weight, const Array& w_scale, const Ar
   if (act != kNone) text += ", " + activation;
   const double cost = p->work / 200 + static_cast<double>(p->outputs) * 0.03;
   add("linear", text, from.geometry, {x, residual}, {}, {y}, {cost, (p->outputs + 15) / 16, [=](const Work& work) {
-    LinearArgs a = common;
+    LinearArgs a = common;  // which points into v
+    static_cast<void>(v);
     a.width = work.width(x);
     a.x = work.own<uint8_t>(x), a.y = work.own<uint8_t>(y);
     a.residual = residual == -1 ? nullptr : work.own<float>(residual);
@@ -191,9 +251,10 @@ double time_products(const std::string& isa, Weight weight, size_t inputs, size_
   check(inputs > 0 && inputs <= kMostInputs, "inputs", "must lie in 1..65536");
   check(outputs > 0 && outputs <= kMostInputs, "outputs", "must lie in 1..65536");
   check(tokens > 0 && tokens <= 65536, "tokens", "must lie in 1..65536");
-  Packed p;
-  p.outputs = outputs, p.groups = (inputs + 3) / 4, p.weight = std::move(weight);
-  LinearArgs a = pack(p, 0);
+  check_weight(weight, outputs, (inputs + 3) / 4);
+  const Packed p = pack_weight(std::move(weight), outputs, (inputs + 3) / 4);
+  const std::vector<int32_t> init(p.sums.size(), 0);
+  LinearArgs a = arguments(p, init);
   const Kernels& kernels = choose_kernels(isa);
   std::vector<uint8_t> x(p.groups * 4 * lanes(tokens) + 64, 1);
   std::vector<uint8_t> scratch(linear_scratch(a.form, a.rows, a.groups) + 64);
@@ -227,10 +288,8 @@ void Program::linear_float(int x, int y, const Array& weight, const Array* bias,
     check(r.rows == outputs && r.geometry == to.geometry, "linear_float: residual",
           "must have the rows and geometry of y");
   }
-  auto packed = std::make_shared<std::vector<float>>(tiles * inputs * 4, 0.0f);  // [tiles][K][4]
-  for (size_t n = 0; n < outputs; ++n)
-    for (size_t k = 0; k < inputs; ++k)
-      (*packed)[(n / 4 * inputs + k) * 4 + n % 4] = weight.as<float>()[n * inputs + k];
+  const auto packed = pack_float(weight, outputs, inputs);
+  copies("linear_float:", round_up(outputs, 16) * sizeof(float));
   auto summand = std::make_shared<std::vector<float>>(padded(bias, outputs));
   std::string text = std::to_string(inputs) + " -> " + std::to_string(outputs) + " float";
   if (act != kNone) text += ", " + activation;

@@ -38,6 +38,7 @@ void Program::layer_norm(int x, const Array& gamma, const Array* beta, float eps
   check_scale("layer_norm: scale", out.scale);
   check_zero("layer_norm: zero_point", out.zero, Layout::kU8);
   const size_t rows = in.rows;
+  copies("layer_norm:", 2 * rows * sizeof(float));
   const Array g = gamma, b = beta ? *beta : Array();
   // q in steps of its scale from what is normalised, gamma and beta included
   auto factor = std::make_shared<std::vector<float>>(rows), summand = std::make_shared<std::vector<float>>(rows);

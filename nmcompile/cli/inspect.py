@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from nmcompile.cli import terminal
+from nmcompile.errors import NmcompileError, PlanError
 
 HELP = """Show what is in an ONNX model or a plan: inputs, outputs, segments, and each linear layer with its shape
 (outputs x inputs), density, pattern of zeros, precision and kernel.
@@ -40,17 +41,20 @@ def command(file: Path, target: str | None, trt_version: str | None, as_json: bo
         return
     if trt_version is not None:
         raise click.UsageError("--trt-version is for --target tensorrt; give both")
-    found = plan_facts(file) if is_plan(file) else model_facts(file)
-    if as_json:
-        terminal.say_json(found)
-    else:
-        show(found)
+    if not is_plan(file):
+        found = model_facts(file)
+        terminal.say_json(found) if as_json else show(found)
+        return
+    found = plan_facts(file)
+    try:
+        terminal.say_json(found) if as_json else show(found)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:  # what a header says may be of any kind
+        raise _damaged(file, error) from None
 
 
 def plan_facts(path: Path) -> dict[str, Any]:
     """What a plan's header says."""
     from nmcompile.backends.tensorrt.build import read_description
-    from nmcompile.errors import PlanError
     from nmcompile.plan import read_plan
 
     engine = read_description(path)
@@ -72,9 +76,13 @@ def plan_facts(path: Path) -> dict[str, Any]:
             "nmcompile": header.get("nmcompile"), "passes": header.get("passes", []),
             "inputs": header["inputs"], "outputs": header["outputs"], "segments": segments, "layers": header["layers"],
         }  # fmt: skip
-    except (KeyError, TypeError) as error:
-        why = f"{type(error).__name__}: {error}"
-        raise PlanError(f"the description in {path} is damaged ({why}); compile it again") from None
+    except (KeyError, TypeError, AttributeError) as error:
+        raise _damaged(path, error) from None
+
+
+def _damaged(path: Path, error: Exception) -> NmcompileError:
+    why = f"{type(error).__name__}: {str(error)[:100]}"
+    return PlanError(f"the description in {path} is damaged ({why}); compile it again")
 
 
 def model_facts(path: Path) -> dict[str, Any]:

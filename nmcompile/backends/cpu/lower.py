@@ -9,11 +9,13 @@ import onnx_graphsurgeon as gs
 
 from nmcompile import graph as g
 from nmcompile import sparsity as sp
+from nmcompile.backends.cpu import budget
 from nmcompile.backends.cpu.fuse import Chain, Fusion
 from nmcompile.backends.cpu.kernels import choose_kernels
 from nmcompile.backends.cpu.ops import FLOAT, Form, Op
 from nmcompile.backends.cpu.pack import halved, pack_as
 from nmcompile.backends.cpu.partition import Segment, partition
+from nmcompile.backends.cpu.session import NativeSegment
 from nmcompile.backends.cpu.tuning import Choose, by_cost_model
 from nmcompile.plan import DTYPES
 
@@ -60,6 +62,8 @@ def lower(graph: gs.Graph, choose: Choose = by_cost_model) -> Lowered:
         "segments": segments,
         "layers": [{k: v for k, v in layer.items() if k not in REPORTED} for layer in layers],
     }
+    natives = [NativeSegment(item, arrays, "", 1).program for item in segments if item["kind"] == "native"]
+    header |= {"memory": budget.stated(natives)} if natives else {}
     shown = tuple({k: v for k, v in item.items() if k not in ("steps", "buffers", "weights")} for item in segments)
     return Lowered(header, arrays, blobs, shown, tuple(layers), parts.reasons)
 

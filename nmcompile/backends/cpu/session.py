@@ -4,26 +4,33 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from time import perf_counter_ns
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from nmcompile import _native
+from nmcompile.backends.cpu import budget
+from nmcompile.backends.cpu.onnx_blob import check_blob
 from nmcompile.errors import InputError, PlanError
 from nmcompile.guards import check as check_guards
 from nmcompile.guards import read_guards
 from nmcompile.made_up import limits
 from nmcompile.plan import Plan
-from nmcompile.tensorinfo import check_feeds, chosen_outputs, read_info
+from nmcompile.tensorinfo import check_feeds, chosen_outputs, read_infos
 
 Arrays = dict[str, np.ndarray]
+T = TypeVar("T")
 STEPS = frozenset({
     "embed", "enter", "leave", "first", "layer_norm", "quantize", "linear", "linear_float", "attention",
     "attention_float", "unary", "binary", "affine", "add_positions", "patches", "prepend",
 })  # fmt: skip
+VIEWS = ("same", "squeeze", "float16")
+NOWHERE = "/dev/null/nowhere"  # a folder that there cannot be
+MOST_FOLDED = "optimization.constant_folding_max_output_size_in_bytes"  # of one node
+MOST_SEGMENTS, MOST_BUFFERS, MOST_STEPS = 1024, 1 << 15, 1 << 17  # of a plan
 
 
 @dataclass(frozen=True)
@@ -58,41 +65,49 @@ class Session:
     """A loaded plan. `run` may be called from several threads at once and releases the interpreter lock.
 
     `inputs` and `outputs` describe the model's; free sizes are chosen at each run. `isa` names the kernels in use,
-    `threads` how many share the work; results do not depend on either.
+    `threads` how many share the work; results do not depend on either. memory: bytes that a run may take, as
+    `nmcompile.load` says; native_only: refuse a plan with onnxruntime segments.
     """
 
-    def __init__(self, plan: Plan, *, threads: int | None = None, isa: str | None = None) -> None:
+    def __init__(self, plan: Plan, *, threads: int | None = None, isa: str | None = None, memory: int | None = None,
+                 native_only: bool = False) -> None:  # fmt: skip
         header = plan.header
         if header.get("target") != "cpu":
             raise PlanError(
-                f"the plan is for target {header.get('target')!r}, not for the CPU; compile it with --target cpu"
+                f"the plan is for target {str(header.get('target'))[:60]!r}, not for the CPU; "
+                "compile it with --target cpu"
             )
-        if threads is not None and not 1 <= threads <= 1024:
-            raise InputError(f"threads={threads} is not between 1 and 1024; leave it out to use every core")
+        if threads is not None and (type(threads) is not int or not 1 <= threads <= 1024):
+            raise InputError(f"threads={threads!r} is not between 1 and 1024; leave it out to use every core")
+        if isa is not None and not isinstance(isa, str):
+            raise InputError(f"isa={isa!r} is no name of kernels; leave it out to use the best")
         self.header: dict[str, Any] = header
         self.plan = plan
         self.threads = threads or _native.default_threads()
+        self._allowed = budget.allowed(memory)
         try:
-            self.inputs = tuple(read_info(item) for item in header["inputs"])
-            self.outputs = tuple(read_info(item) for item in header["outputs"])
+            self.inputs = read_infos(header["inputs"], "inputs")
+            self.outputs = read_infos(header["outputs"], "outputs")
+            _check_counts(header["segments"], header.get("layers", []))
+            if native_only and any(segment["kind"] != "native" for segment in header["segments"]):
+                raise PlanError("the plan has onnxruntime segments, and native_only was asked for")
             self.guards = read_guards(header.get("assumes", []), [info.name for info in self.inputs])
             self._segments = [self._open(segment, isa or "") for segment in header["segments"]]
-        except (KeyError, TypeError, AttributeError, IndexError) as error:
-            raise PlanError(
-                f"the plan's description is damaged ({type(error).__name__}: {error}); compile it again"
-            ) from None
+        except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+            why = f"{type(error).__name__}: {_line(error)}"
+            raise PlanError(f"the plan's description is damaged ({why}); compile it again") from None
         self._check_names()
         natives = [segment for segment in self._segments if isinstance(segment, NativeSegment)]
+        budget.limit([segment.program for segment in natives], header, memory)
         self.isa = natives[0].program.isa if natives else "onnxruntime"
 
     def _open(self, segment: Mapping[str, Any], isa: str) -> NativeSegment | OrtSegment:
         if segment["kind"] == "native":
-            return NativeSegment(segment, self.plan, isa, self.threads)
+            return NativeSegment(segment, self.plan.arrays, isa, self.threads, budget.most_copied(self.plan.size))
         if segment["kind"] == "onnxruntime":
-            return OrtSegment(segment, self.plan, self.threads)
-        raise PlanError(
-            f"the plan has a segment of unknown kind {segment['kind']!r}; it is damaged or from a newer nmcompile"
-        )
+            return OrtSegment(segment, self.plan, self.threads, self._allowed)
+        shown = str(segment["kind"])[:60]
+        raise PlanError(f"the plan has a segment of unknown kind {shown!r}; it is damaged or from a newer nmcompile")
 
     def _check_names(self) -> None:
         """Every segment must find its inputs ready and every output must be made."""
@@ -100,7 +115,7 @@ class Session:
         for segment in self._segments:
             for name in segment.reads:
                 if name not in ready:
-                    raise PlanError(f"the plan reads {name!r} before it is made; compile it again")
+                    raise PlanError(f"the plan reads {name[:60]!r} before it is made; compile it again")
             ready.update(segment.outputs)
         for info in self.outputs:
             if info.name not in ready:
@@ -108,6 +123,7 @@ class Session:
 
     def _checked(self, feeds: Mapping[str, np.ndarray]) -> Arrays:
         """The inputs, of the types and shapes of the model's, within what the plan assumes of them."""
+        self.plan.check_unchanged()
         values = check_feeds(feeds, self.inputs)
         check_guards(self.guards, values)
         return values
@@ -115,7 +131,8 @@ class Session:
     def run(self, feeds: Mapping[str, np.ndarray], outputs: Sequence[str] | None = None) -> Arrays:
         """Outputs by name for inputs by name; `outputs` picks some. Rows of padding tokens hold zeros.
 
-        Raises InputError for names, types, shapes or token ids that do not fit.
+        Raises InputError for names, types, shapes or token ids that do not fit, PlanError when the file was written to
+        since it was loaded.
         """
         values = self._checked(feeds)
         wanted = chosen_outputs(outputs, self.outputs)
@@ -125,7 +142,11 @@ class Session:
 
     def limits(self) -> tuple[dict[str, int], int | None]:
         """(rows of the table that each input looks up, most tokens that positions allow)."""
-        return limits(self.header, lambda name: int(self.plan.arrays[name].shape[0]))
+        try:
+            return limits(self.header, lambda name: int(self.plan.arrays[name].shape[0]))
+        except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+            why = f"{type(error).__name__}: {_line(error)}"
+            raise PlanError(f"the plan's steps are damaged ({why}); compile it again") from None
 
     def memory(self) -> int:
         """Bytes of activation memory that the native segments hold now."""
@@ -166,47 +187,53 @@ class Session:
 class NativeSegment:
     """A program of the engine, bound to the model's names."""
 
-    def __init__(self, segment: Mapping[str, Any], plan: Plan, isa: str, threads: int) -> None:
+    def __init__(
+        self, segment: Mapping[str, Any], arrays: Mapping[str, np.ndarray], isa: str, threads: int, most_copied: int = 0
+    ) -> None:
         self.inputs = [str(name) for name in segment["inputs"]]
         self.outputs = [str(name) for name in segment["outputs"]]
         self.mask = segment["mask"]
         self.reads = [*self.inputs, *([] if self.mask is None else [str(self.mask)])]
         self.views = {str(name): str(view) for name, view in segment["views"].items()}
         leaves = sorted(step["slot"] for step in segment["steps"] if step["step"] == "leave")
-        if leaves != list(range(len(self.outputs))) or not set(self.views) <= set(self.outputs):
+        if leaves != list(range(len(self.outputs))) or not set(self.views) <= set(self.outputs) or (
+            not set(self.views.values()) <= set(VIEWS)
+        ):
             raise PlanError("the plan's outputs do not fit its steps; compile it again")
         try:
-            self.program = _native.Program(isa=isa, threads=threads)
-        except ValueError as error:
-            raise PlanError(str(error)) from None
+            self.program = _native.Program(isa=isa, threads=threads, most_copied=most_copied)
+        except (ValueError, TypeError) as error:  # of a name that is no text C++ reads
+            raise PlanError(_line(error)) from None
         try:
             for rows, layout, geometry in segment["buffers"]:
                 self.program.buffer(rows=rows, layout=layout, geometry=geometry)
             for step in segment["steps"]:
                 name = step["step"]
                 if name not in STEPS:
-                    raise PlanError(f"the plan has an unknown step {name!r}; it is damaged or from a newer nmcompile")
-                arguments = {key: _resolve(value, plan) for key, value in step.items() if key != "step"}
+                    shown = str(name)[:60]
+                    raise PlanError(f"the plan has an unknown step {shown!r}; it is damaged or from a newer nmcompile")
+                arguments = {key: _resolve(value, arrays) for key, value in step.items() if key != "step"}
                 getattr(self.program, name)(**arguments)
             self.program.prepare()
-        except (ValueError, TypeError, OverflowError) as error:
-            text = str(error).splitlines()[0]
-            raise PlanError(f"the plan's program does not fit together ({text}); compile it again") from None
+        except (ValueError, TypeError, OverflowError, MemoryError) as error:
+            raise PlanError(f"the plan's program does not fit together ({_line(error)}); compile it again") from None
 
     def _feeds(self, values: Arrays) -> tuple[list[np.ndarray], np.ndarray | None]:
         arrays = [_plain(values[name]) for name in self.inputs]
         return arrays, None if self.mask is None else _plain(values[self.mask])
 
     def run(self, values: Arrays) -> Arrays:
+        return self._viewed(self._call(self.program.run, values))
+
+    def _call(self, method: Callable[..., T], values: Arrays) -> T:
         arrays, mask = self._feeds(values)
         try:
-            results = self.program.run(inputs=arrays, mask=mask)
-        except ValueError as error:
-            raise InputError(self._named(str(error))) from None
+            return method(inputs=arrays, mask=mask)
         except MemoryError:
             shapes = ", ".join(str(list(array.shape)) for array in arrays)
             raise InputError(f"not enough memory to run inputs of shape {shapes}; run smaller batches") from None
-        return self._viewed(results)
+        except (ValueError, TypeError, BufferError) as error:  # the latter: of types that C++ does not know
+            raise InputError(self._named(_line(error))) from None
 
     def _viewed(self, results: Sequence[np.ndarray]) -> Arrays:
         """Results by name, in the shape and type that the model gives them."""
@@ -219,18 +246,13 @@ class NativeSegment:
         return made
 
     def profile(self, values: Arrays) -> tuple[Arrays, list[tuple[str, int]]]:
-        arrays, mask = self._feeds(values)
-        results, spent = self.program.run_profiled(inputs=arrays, mask=mask)
+        results, spent = self._call(self.program.run_profiled, values)
         steps = [f"{kind} {text}".strip() for kind, text in self.program.steps()]
         return self._viewed(results), list(zip(steps, spent, strict=True))
 
     def trace(self, values: Arrays) -> tuple[Arrays, np.ndarray]:
         """Outputs, and events counted from the segment's first step and begin."""
-        arrays, mask = self._feeds(values)
-        try:
-            results, events = self.program.run_traced(inputs=arrays, mask=mask)
-        except ValueError as error:
-            raise InputError(self._named(str(error))) from None
+        results, events = self._call(self.program.run_traced, values)
         return self._viewed(results), events
 
     def described(self) -> list[tuple[str, str]]:
@@ -245,20 +267,31 @@ class NativeSegment:
         """The engine speaks of slots; users know names."""
         if text.startswith("position "):
             return f"{text}: the inputs have more tokens than the model's position table; shorten them"
+        if text.startswith("memory: "):
+            return f"{text}; run smaller batches, or load the plan with more memory="
         return re.sub(r"input slot (\d+)", lambda m: f"input {self.inputs[int(m[1])]!r}", text)
 
 
 class OrtSegment:
-    """Part of the model as ONNX, opened in onnxruntime at its first run."""
+    """Part of the model as ONNX, opened in onnxruntime at its first run.
 
-    def __init__(self, segment: Mapping[str, Any], plan: Plan, threads: int) -> None:
+    It reads no file and no memory but the plan's weights, and allocates no more than `memory` bytes together with all
+    other segments of the process. How long it runs is not bounded: a loop goes on for as often as it says.
+    """
+
+    def __init__(self, segment: Mapping[str, Any], plan: Plan, threads: int, memory: int) -> None:
         self.inputs = [str(name) for name in segment["inputs"]]
         self.outputs = [str(name) for name in segment["outputs"]]
         self.reads = self.inputs
         self.model = str(segment["model"])
-        self.weights: Arrays = {str(k): _resolve(v, plan) for k, v in segment["weights"].items()}
-        self.plan = plan
+        self.weights: Arrays = {str(k): _resolve(v, plan.arrays) for k, v in segment["weights"].items()}
+        if not all(isinstance(values, np.ndarray) for values in self.weights.values()):
+            raise PlanError(f"a weight of {self.model} is no array of the plan; compile it again")
+        self._blob = plan.blobs(self.model)  # a copy: what was checked is what runs
+        nodes = check_blob(self._blob, self.model, self.weights)
+        self._most_folded = budget.most_copied(plan.size) // max(nodes, 1)
         self.threads = threads
+        self.memory = memory
         self._session: Any = None
         self._held: list[Any] = []
         self._lock = threading.Lock()
@@ -270,7 +303,14 @@ class OrtSegment:
         try:
             results = self._session.run(self.outputs, {name: values[name] for name in self.inputs})
         except Exception as error:  # onnxruntime's exceptions have no common base
-            raise InputError(f"onnxruntime could not run {self.model}: {str(error).splitlines()[0][:300]}") from None
+            if "bfc_arena" in str(error):
+                raise InputError(
+                    f"onnxruntime needs more memory for {self.model} than the {budget.ARENA.size >> 20} MB allowed; "
+                    "run smaller batches, or load the plan with more memory="
+                ) from None
+            raise InputError(f"onnxruntime could not run {self.model}: {_line(error)}") from None
+        if not all(isinstance(values, np.ndarray) for values in results):
+            raise PlanError(f"{self.model} of the plan gives something that is no array; compile it again")
         return dict(zip(self.outputs, results, strict=True))
 
     def profile(self, values: Arrays) -> tuple[Arrays, list[tuple[str, int]]]:
@@ -296,13 +336,18 @@ class OrtSegment:
         options = ort.SessionOptions()
         options.intra_op_num_threads = self.threads
         options.log_severity_level = 3
-        self._held = [ort.OrtValue.ortvalue_from_numpy(values) for values in self.weights.values()]  # the plan's memory
+        options.add_session_config_entry("session.load_model_format", "ONNX")
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", NOWHERE)
+        options.add_session_config_entry(MOST_FOLDED, str(self._most_folded))
+        budget.ARENA.share(options, self.memory)
         try:
+            self._held = [ort.OrtValue.ortvalue_from_numpy(values) for values in self.weights.values()]  # not copied
             options.add_external_initializers(list(self.weights), self._held)
-            return ort.InferenceSession(self.plan.blobs(self.model), options, providers=["CPUExecutionProvider"])
+            session = ort.InferenceSession(self._blob, options, providers=["CPUExecutionProvider"])
         except Exception as error:
-            text = str(error).splitlines()[0][:300]
-            raise PlanError(f"onnxruntime cannot open {self.model} of the plan: {text}") from None
+            raise PlanError(f"onnxruntime cannot open {self.model} of the plan: {_line(error)}") from None
+        self._blob = b""
+        return session
 
 
 def _plain(array: np.ndarray) -> np.ndarray:
@@ -314,16 +359,33 @@ def _plain(array: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(array)
 
 
-def _resolve(value: Any, plan: Plan) -> Any:
+def _line(error: Exception) -> str:
+    """The first line of what an error says, its class where it says nothing."""
+    return (str(error).splitlines() or [""])[0][:300] or type(error).__name__
+
+
+def _check_counts(segments: Any, layers: Any) -> None:
+    """PlanError when there are more segments, buffers or steps than any model needs: loading takes time for each."""
+    if not isinstance(layers, list) or not all(isinstance(layer, dict) and "name" in layer for layer in layers):
+        raise PlanError("the plan's list of layers is damaged; compile it again")
+    buffers = sum(len(segment.get("buffers", ())) for segment in segments)
+    steps = sum(len(segment.get("steps", ())) for segment in segments)
+    if len(segments) > MOST_SEGMENTS or buffers > MOST_BUFFERS or steps > MOST_STEPS:
+        raise PlanError(f"the plan has {len(segments)} segments, {buffers} buffers and {steps} steps, more than "
+                        f"{MOST_SEGMENTS}, {MOST_BUFFERS} and {MOST_STEPS}; compile it again")  # fmt: skip
+
+
+def _resolve(value: Any, arrays: Mapping[str, np.ndarray]) -> Any:
     """Replace references {"array": name} by the plan's arrays, however deep they stand."""
     if isinstance(value, dict):
         if set(value) == {"array"}:
             name = value["array"]
-            if name not in plan.arrays:
-                raise PlanError(f"the plan refers to an array {name!r} that it does not hold; compile it again")
-            return plan.arrays[name]
-        return {key: _resolve(item, plan) for key, item in value.items()}
+            if name not in arrays:
+                shown = str(name)[:60]
+                raise PlanError(f"the plan refers to an array {shown!r} that it does not hold; compile it again")
+            return arrays[name]
+        return {key: _resolve(item, arrays) for key, item in value.items()}
     if isinstance(value, list):
-        items = [_resolve(item, plan) for item in value]
+        items = [_resolve(item, arrays) for item in value]
         return tuple(items) if items and isinstance(items[0], str) else items
     return value

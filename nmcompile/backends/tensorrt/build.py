@@ -17,10 +17,12 @@ from typing import Any
 from nmcompile.backends.tensorrt import worker
 from nmcompile.errors import NmcompileError, NoDeviceError, PlanError
 from nmcompile.files import cache_folder, write
+from nmcompile.regular_file import open_regular
 
 Progress = Callable[[str, int, int], None]
 LACKING = ("no-gpu", "no-tensorrt")  # kinds of errors that another machine does not have
 FORMAT = 1
+MAX_DESCRIPTION_BYTES = 16 << 20  # a longer one is cut, and then none
 PACKAGES = ("tensorrt", "tensorrt-cu13", "tensorrt-cu12", "tensorrt-lean")
 
 
@@ -126,8 +128,9 @@ def read_description(engine: Path) -> dict[str, Any] | None:
     """What is known of an engine; None where there is no description of one. PlanError: it is damaged."""
     path = description_path(engine)
     try:
-        content = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
+        with open_regular(path) as file:
+            content = json.loads(file.read(MAX_DESCRIPTION_BYTES).decode())
+    except (OSError, ValueError, RecursionError):
         return None
     if not isinstance(content, dict) or content.get("target") != "tensorrt":
         return None

@@ -14,7 +14,7 @@ from nmcompile.backends.tensorrt.worker import Cuda, Failure
 from nmcompile.errors import InputError, NoDeviceError, PlanError
 from nmcompile.guards import check as check_guards
 from nmcompile.guards import read_guards
-from nmcompile.tensorinfo import check_feeds, chosen_outputs, read_info
+from nmcompile.tensorinfo import check_feeds, chosen_outputs, converted, read_infos
 
 Arrays = dict[str, np.ndarray]
 TYPES = {"FLOAT": np.float32, "HALF": np.float16, "INT32": np.int32, "INT64": np.int64, "INT8": np.int8,
@@ -47,8 +47,8 @@ class EngineSession:
     def __init__(self, path: Path, description: Mapping[str, Any], cuda: str = "libcuda.so.1") -> None:
         self.header: dict[str, Any] = dict(description)
         try:
-            self.inputs = tuple(read_info(item) for item in description["inputs"])
-            self.outputs = tuple(read_info(item) for item in description["outputs"])
+            self.inputs = read_infos(description["inputs"], "inputs")
+            self.outputs = read_infos(description["outputs"], "outputs")
             self.guards = read_guards(description.get("assumes", []), [info.name for info in self.inputs])
             built, gpu = str(description["tensorrt"]), description["gpu"]
             wanted = (str(gpu["name"]), tuple(gpu["sm"]))
@@ -125,7 +125,9 @@ class EngineSession:
         for name, values_in in values.items():
             if name not in self._types:
                 continue  # an input that nothing reads
-            array = np.ascontiguousarray(values_in, self._types[name])
+            integers = values_in.dtype.kind in "iu" and self._types[name].kind in "iu"
+            fitting = converted(values_in, self._types[name], name) if integers else values_in
+            array = np.ascontiguousarray(fitting, self._types[name])
             held.append(array)
             if not self._context.set_input_shape(name, tuple(array.shape)):
                 raise InputError(f"the engine refuses input {name!r} of shape {list(array.shape)}")

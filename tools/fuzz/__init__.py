@@ -1,0 +1,1 @@
+"""Fuzz targets: one per reader of files and values that may come from strangers."""
