@@ -11,6 +11,10 @@ class GraphError(NmcompileError):
     """The ONNX model cannot be read, written, verified or run."""
 
 
+class BudgetError(GraphError):
+    """The model asks for more memory, time or nodes than its size accounts for."""
+
+
 class PassError(NmcompileError):
     """A pass, its specification or its result is not valid."""
 

@@ -26,12 +26,14 @@ from nmcompile.graph_edit import (
     extract,
     fresh,
     is_output,
+    model_facts,
     names,
     producer,
     rewire,
     sort,
     unused,
 )
+from nmcompile.graph_forecast import RANK_ONE, by_name, forecast
 from nmcompile.graph_linear import Linear, dequantized, linear_layers, set_bias, set_weight
 from nmcompile.graph_model import DOMAINS, export_model, import_model, weightless
 from nmcompile.graph_proto import Dim, Export, annotate
@@ -71,6 +73,10 @@ __all__ = [
     "verify",
     "weightless",
 ]
+
+
+FREE = 2  # size of free dimensions at which a graph is forecast when it comes in
+PROPAGATES = "propagates"  # fact of a graph: shape inference may follow values, as none of them is huge
 
 
 # ---- reading and writing -----------------------------------------------------------------------------------
@@ -151,15 +157,20 @@ def to_model(graph: gs.Graph) -> onnx.ModelProto:
 def infer_shapes(graph: gs.Graph) -> None:
     """Bring the shapes and types of all tensors up to date by onnx's shape inference, in place.
 
-    Weights are described but not passed. A size that inference cannot tell stays as it was annotated.
+    Weights are described but not passed. A size that inference cannot tell stays as it was annotated. BudgetError:
+    the model asks for more memory or turns of a loop than its size accounts for, even at the smallest sizes.
     """
-    model, _ = weightless(graph)
+    model, weights = weightless(graph)
+    facts = model_facts(graph)
+    if PROPAGATES not in facts:  # once for a graph and its copies: passes keep what it computes
+        found = forecast(model, weights, {}, sizes=by_name(model.graph.input, FREE))
+        facts[PROPAGATES] = not found.skipped and found.vectors <= RANK_ONE
     produced = {name for node in model.graph.node if node.domain in DOMAINS for name in node.output}
     infos = [info for info in model.graph.value_info if info.name not in produced]  # stale ones would win
     del model.graph.value_info[:]
     model.graph.value_info.extend(infos)
     try:
-        inferred = onnx.shape_inference.infer_shapes(model, strict_mode=False, data_prop=True)
+        inferred = onnx.shape_inference.infer_shapes(model, strict_mode=False, data_prop=facts[PROPAGATES])
     except Exception:
         return
     _annotate(graph, inferred.graph)
