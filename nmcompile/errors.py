@@ -15,6 +15,10 @@ class BudgetError(GraphError):
     """The model asks for more memory, time or nodes than its size accounts for."""
 
 
+class EndlessError(BudgetError):
+    """A run was stopped because it took too long."""
+
+
 class PassError(NmcompileError):
     """A pass, its specification or its result is not valid."""
 

@@ -117,11 +117,20 @@ def _name_nodes(graph: gs.Graph) -> None:
     """Give every unnamed node, and every second one of a name, a name of its own."""
     taken = names(graph)
     seen: set[str] = set()
+    counts: dict[str, int] = {}  # of a name, up to which it is taken with a number behind it
+
+    def numbered(stem: str) -> str:
+        if stem not in taken:
+            return stem
+        counts[stem] = counts.get(stem, 0) + 1
+        while f"{stem}_{counts[stem]}" in taken:
+            counts[stem] += 1
+        return f"{stem}_{counts[stem]}"
 
     def visit(inner: gs.Graph) -> None:
         for node in inner.nodes:
             if not node.name or node.name in seen:
-                node.name = unused(taken, node.name or f"{node.op}_{len(seen)}")
+                node.name = numbered(node.name or f"{node.op}_{len(seen)}")
                 taken.add(node.name)
             seen.add(node.name)
             for sub in node.subgraphs():

@@ -198,7 +198,7 @@ class _Walk:
             )
         except Exception:  # C++ raises several kinds; at other sizes the node may be right
             return nothing
-        if schema.has_function and any(_bytes(known.get(name, onnx.TypeProto())) is None for name in names):
+        if any(_bytes(known.get(name, onnx.TypeProto())) is None for name in names) and _known(inputs):
             known = self._by_function(node, names, inputs) or known
         known = {**known, **self._value(node, names, inputs, known)}
         return nothing | {name: kind for name, kind in known.items() if name in nothing}
@@ -227,8 +227,10 @@ class _Walk:
         made = compute(node, inputs, self.values, bounded, self.model.opset_import)
         for name, value in (made or {}).items():
             self._remember(name, value)
+        if node.op_type not in DATA:
+            return {}
         return {name: onnx.helper.make_tensor_type_proto(tensors.element_type(value.dtype), value.shape)
-                for name, value in (made or {}).items() if node.op_type in DATA and value.dtype.kind in "biuf"}  # fmt: skip
+                for name, value in (made or {}).items() if value.dtype.kind in "biuf"}  # fmt: skip
 
     def _remember(self, name: str, value: Array | None) -> None:
         if value is None or name not in self.needed:
@@ -323,6 +325,10 @@ def _reads(node: onnx.NodeProto) -> Iterable[str]:
 
 def _bodies(node: onnx.NodeProto) -> dict[str, onnx.GraphProto]:
     return {a.name: a.g for a in node.attribute if a.type == onnx.AttributeProto.GRAPH}
+
+
+def _known(types: Types) -> bool:
+    return all(_elements(kind) is not None for kind in types.values())
 
 
 def _elements(kind: onnx.TypeProto) -> int | None:

@@ -17,7 +17,7 @@ import onnx
 import onnx_graphsurgeon as gs
 import onnxruntime as ort
 
-from nmcompile.errors import BudgetError, GraphError, NmcompileError
+from nmcompile.errors import BudgetError, EndlessError, GraphError, NmcompileError
 from nmcompile.graph_edit import extract
 from nmcompile.graph_forecast import forecast, needed
 from nmcompile.graph_model import weightless
@@ -125,6 +125,7 @@ class _Watch:
     def __init__(self, memory: int, seconds: float) -> None:
         self.options = ort.RunOptions()
         self._memory, self._seconds, self._why = memory, seconds, ""
+        self._kind: type[BudgetError] = BudgetError
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._look, daemon=True)
 
@@ -136,7 +137,7 @@ class _Watch:
         self._done.set()
         self._thread.join()
         if self._why and error is not None:
-            raise BudgetError(f"the model was stopped: it {self._why}; is the file damaged?") from None
+            raise self._kind(f"the model was stopped: it {self._why}; is the file damaged?") from None
 
     def _look(self) -> None:
         start, before = time.monotonic(), _resident()
@@ -144,7 +145,7 @@ class _Watch:
             if _resident() - before > self._memory:
                 self._why = f"takes more than {self._memory / 1e6:,.0f} MB"
             elif time.monotonic() - start > self._seconds:
-                self._why = f"does not end within {self._seconds:.3g} s"
+                self._why, self._kind = f"does not end within {self._seconds:.3g} s", EndlessError
             if self._why:
                 self.options.terminate = True
                 return

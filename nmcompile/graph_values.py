@@ -81,7 +81,7 @@ def _attribute(node: onnx.NodeProto, name: str, default: Any) -> Any:
 
 
 def _gather(node: onnx.NodeProto, x: Array, index: Array) -> Array:
-    return np.take(x, index, axis=_attribute(node, "axis", 0))
+    return np.asarray(np.take(x, index, axis=_attribute(node, "axis", 0)))
 
 
 def _concat(node: onnx.NodeProto, *parts: Array) -> Array:
@@ -115,5 +115,5 @@ PLAIN: Mapping[str, Callable[..., Array | None]] = {
     "Sub": lambda node, x, y: x - y,
     "Mul": lambda node, x, y: x * y,
     "Equal": lambda node, x, y: x == y,
-    "Where": lambda node, c, x, y: np.where(c, x, y),
+    "Where": lambda node, c, x, y: np.asarray(np.where(c, x, y)),
 }

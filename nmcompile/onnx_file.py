@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import stat
 from collections.abc import Iterator, Mapping
 from io import BufferedReader
 from pathlib import Path
@@ -32,6 +33,8 @@ Span = tuple[int, int]  # start and end of a run of bytes
 INLINE_LIMIT = 1_900_000_000  # bytes up to which a model is one file; protobuf ends at 2^31
 ALIGNMENT = 4096  # of a weight in an external file: a page, so that runtimes can map it
 
+FIELDS = 2_000_000  # of one message: nodes, weights and what is known of tensors, at two bytes each or more
+
 # ModelProto.graph, GraphProto.initializer, TensorProto.raw_data
 GRAPH, INITIALIZER, RAW_DATA = 7, 5, 9
 
@@ -45,6 +48,8 @@ def read(path: Path) -> tuple[onnx.ModelProto, dict[str, Array]]:
     fit.
     """
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode) and not os.path.isdir(path):
+            raise GraphError(f"{path} is not a regular file; give the path of an .onnx file")
         with open(path, "rb") as file:
             model, spans = _read_skeleton(file, path)
             weights: dict[str, Array] = {}
@@ -65,6 +70,8 @@ def read(path: Path) -> tuple[onnx.ModelProto, dict[str, Array]]:
         raise GraphError(f"{path} is a folder; give the .onnx file in it") from None
     except OSError as error:
         raise GraphError(f"{path} cannot be read: {error.strerror or error}") from None
+    except MemoryError:
+        raise GraphError(f"{path} takes more memory than this machine has") from None
     return model, weights
 
 
@@ -115,9 +122,12 @@ def _without_weights(data: mmap.mmap, size: int) -> tuple[bytes, dict[int, Span]
 def _fields(data: mmap.mmap, start: int, end: int) -> Iterator[tuple[int, int, int, int]]:
     """(field number, start of the tag, start and end of the value) of each field of the message
     data[start:end]."""
-    at = start
+    at, count = start, 0
     while at < end:
         first = at
+        count += 1
+        if count > FIELDS:
+            raise ValueError(f"more than {FIELDS:,} fields in one message")
         tag, at = _varint(data, at, end)
         kind = tag & 7
         begin = at

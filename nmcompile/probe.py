@@ -13,7 +13,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from nmcompile import graph as g
-from nmcompile.errors import NmcompileError
+from nmcompile.errors import BudgetError, NmcompileError
 from nmcompile.tensorinfo import TensorInfo
 
 Feeds = dict[str, np.ndarray]
@@ -45,6 +45,8 @@ def annotate(graph: gs.Graph) -> str | None:
         shapes = [
             {n: np.shape(v) for n, v in run(g.random_feeds(infos, seed=i, dims=sizes[i])).items()} for i in (0, 1)
         ]
+    except BudgetError:
+        raise  # no other way of looking at the graph would take less
     except NmcompileError as error:
         return str(error)
     tensors = graph.tensors()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ Feed = dict[str, Array]  # input name -> values, with or without the batch axis 
 
 _SYNTHETIC_BATCHES = 8
 _SYNTHETIC_TOKENS = 64
+_SYNTHETIC_BYTES = 1 << 28
 
 
 @dataclass(frozen=True)
@@ -42,21 +43,26 @@ class Data:
     def samples(self) -> int:
         if self.synthetic:
             return sum(_batch_of(feed, self.inputs) for feed in self.rows)
-        return sum(map(len, self._groups()))
+        return sum(map(len, self.groups()))
 
     def __iter__(self) -> Iterator[Feed]:
         if self.synthetic:
             return iter(self.rows)
-        return (_stack(group, self.inputs, self.pad_token) for group in self._groups())
+        return (_stack(group, self.inputs, self.pad_token) for group in self.groups())
 
-    def _groups(self) -> Iterator[Sequence[Feed]]:
+    @property
+    def fixed(self) -> int | None:
+        """The batch size that the model fixes; an input of one row beside free ones is shared by their rows."""
+        sizes = [info.shape[0] for info in self.inputs if info.shape and info.name not in shared(self.inputs)]
+        return next((size for size in sizes if isinstance(size, int)), None)
+
+    def groups(self) -> Iterator[Sequence[Feed]]:
         """Neighbours that make a batch; too few for a fixed batch size are dropped."""
-        sizes = (info.shape[0] for info in self.inputs if info.shape)
-        fixed = next((size for size in sizes if isinstance(size, int)), None)
+        fixed, one = self.fixed, shared(self.inputs)
         size = fixed or self.batch
         # A model without a mask would read padding as tokens, so there a batch has one shape.
         runs = [self.rows] if _mask_input(self.inputs) else _equal_shapes(self.rows)
-        for run in runs:
+        for run in itertools.chain.from_iterable(_equal_values(run, one) for run in runs):
             for start in range(0, len(run), size):
                 group = run[start : start + size]
                 if fixed is None or len(group) == fixed:
@@ -112,12 +118,26 @@ def open_data(
 
 
 def split(data: Data) -> tuple[Data, Data]:
-    """(for calibration, for measuring the loss): every eighth sample is held out, all serve both when there are few."""
+    """(for calibration, for measuring the loss): every eighth sample is held out, all serve both when there are few.
+
+    Where the model fixes the batch size, every eighth batch is, or the last: both parts fill whole batches.
+    """
     rows = data.rows
     if data.synthetic or len(rows) < 8:
         return data, data
+    if data.fixed is not None and data.fixed > 1:
+        return _split_batches(data)
     held = tuple(row for i, row in enumerate(rows) if i % 8 == 7)
     return replace(data, rows=tuple(row for i, row in enumerate(rows) if i % 8 != 7)), replace(data, rows=held)
+
+
+def _split_batches(data: Data) -> tuple[Data, Data]:
+    batches = list(data.groups())
+    if len(batches) < 2:
+        return data, data
+    held = [i for i in range(len(batches)) if i % 8 == 7] or [len(batches) - 1]
+    seen = tuple(row for i, batch in enumerate(batches) if i not in held for row in batch)
+    return replace(data, rows=seen), replace(data, rows=tuple(row for i in held for row in batches[i]))
 
 
 def _name(source: object) -> str:
@@ -149,9 +169,9 @@ def _feed(record: Record, infos: tuple[TensorInfo, ...], length: int, where: str
         value = record[info.name]
         try:
             array = np.asarray(value)
-        except ValueError as error:
+        except Exception as error:  # lists of unequal length, numbers of a hundred digits, objects of any kind
             raise CalibrationError(
-                f"{where}: input '{info.name}' is ragged; give one sample per record"
+                f"{where}: input '{info.name}' is ragged, or no array of numbers; give one sample per record"
             ) from error
         cut = isinstance(value, list) and array.ndim == 1 and len(info.shape) == 2
         feed[info.name] = _cast(array[:length] if cut else array, info, where)
@@ -226,12 +246,14 @@ def _rows(feed: Feed, infos: tuple[TensorInfo, ...], where: str) -> Iterator[Fee
         _check_shape(feed, infos, where)
         yield feed
         return
-    counts = {feed[name].shape[0] for name in extra}
+    alone = {name for name in shared(infos) if extra[name] == 0 and feed[name].shape[0] == 1}
+    counts = {feed[name].shape[0] for name in extra if name not in alone} or {1}
     if len(counts) > 1:
         sizes = ", ".join(f"{name} {feed[name].shape[0]}" for name in extra)
         raise CalibrationError(f"{where}: the inputs have different numbers of samples: {sizes}")
     for index in range(counts.pop()):
-        part = {name: array[index] if name in extra else array for name, array in feed.items()}
+        part = {name: array if name not in extra else array[0] if name in alone else array[index]
+                for name, array in feed.items()}  # fmt: skip
         yield from _rows(part, infos, where)
 
 
@@ -250,10 +272,17 @@ def _check_shape(sample: Feed, infos: tuple[TensorInfo, ...], where: str) -> Non
 # From samples to batches.
 
 
+def shared(infos: Sequence[TensorInfo]) -> frozenset[str]:
+    """Inputs of one row, fixed in the model, beside others of any number of rows: all rows of a batch share it."""
+    free = any(info.shape and not isinstance(info.shape[0], int) for info in infos)
+    return frozenset(info.name for info in infos if free and info.shape and info.shape[0] == 1)
+
+
 def _stack(rows: Sequence[Feed], infos: tuple[TensorInfo, ...], pad_token: int) -> Feed:
-    ids = _ids_input(infos)
+    ids, one = _ids_input(infos), shared(infos)
     return {
-        info.name: _pad([row[info.name] for row in rows], info, pad_token if info is ids else 0)
+        info.name: _pad([row[info.name] for row in (rows[:1] if info.name in one else rows)], info,
+                        pad_token if info is ids else 0)
         if info.shape
         else rows[0][info.name]
         for info in infos
@@ -286,8 +315,13 @@ def _synthetic(infos: tuple[TensorInfo, ...], max_length: int, batch: int, limit
             dims[info.shape[0]] = min(batch, limit)
         if len(info.shape) == 2 and info.dtype.kind in "iu" and isinstance(info.shape[1], str):
             dims[info.shape[1]] = min(max_length, _SYNTHETIC_TOKENS)
+    room = _SYNTHETIC_BYTES
     for seed in range(min(_SYNTHETIC_BATCHES, -(-limit // batch))):
-        yield graphs.random_feeds(infos, seed=seed, dims=dims)
+        feed = graphs.random_feeds(infos, seed=seed, dims=dims)
+        room -= sum(array.nbytes for array in feed.values())
+        if room < 0 < seed:
+            return
+        yield feed
 
 
 def _batch_of(feed: Feed, infos: tuple[TensorInfo, ...]) -> int:
@@ -330,3 +364,9 @@ def _token_limit(infos: tuple[TensorInfo, ...], max_length: int) -> int:
 def _equal_shapes(rows: Sequence[Feed]) -> list[Sequence[Feed]]:
     runs = itertools.groupby(rows, key=lambda row: [value.shape for value in row.values()])
     return [tuple(run) for _, run in runs]
+
+
+def _equal_values(rows: Sequence[Feed], names: Collection[str]) -> list[Sequence[Feed]]:
+    """Neighbours that agree in the values of some inputs."""
+    runs = itertools.groupby(rows, key=lambda row: [(row[name].shape, row[name].tobytes()) for name in names])
+    return [tuple(run) for _, run in runs] if names else [rows]
