@@ -177,6 +177,7 @@ def compile(
     data = calibration if isinstance(calibration, Data) else open_data(
         calibration, g.inputs(source), tokenizer=tokenizer, max_length=max_length,
         limit=chosen.made_up if calibration is None else chosen.limit)  # fmt: skip
+    source = source if data.synthetic else g.separate_dims(source, data)
     check_ids(source, data)
     seen, held_out = split(data)
     if passes is not None and not (sparsity is None and pattern is None and size is None):

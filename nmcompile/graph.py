@@ -7,7 +7,7 @@ graph_edit walks and rewires, graph_linear finds linear layers, graph_run runs, 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +33,13 @@ from nmcompile.graph_edit import (
     sort,
     unused,
 )
+from nmcompile.graph_entry import check_types, compute_constant_outputs, part_dims
 from nmcompile.graph_forecast import RANK_ONE, by_name, forecast
 from nmcompile.graph_linear import Linear, dequantized, linear_layers, set_bias, set_weight
 from nmcompile.graph_model import DOMAINS, export_model, import_model, weightless
 from nmcompile.graph_proto import Dim, Export, annotate
 from nmcompile.graph_run import random_feeds, run, runner
+from nmcompile.graph_tensor import Array
 from nmcompile.graph_text import to_text
 from nmcompile.graph_verify import verify
 from nmcompile.tensorinfo import TensorInfo
@@ -65,6 +67,7 @@ __all__ = [
     "run",
     "runner",
     "save",
+    "separate_dims",
     "set_bias",
     "set_weight",
     "to_model",
@@ -95,6 +98,8 @@ def load(model: str | os.PathLike[str] | onnx.ModelProto | gs.Graph) -> gs.Graph
         sort(graph)
         verify(graph, "load")
         infer_shapes(graph)
+        check_types(graph)
+        compute_constant_outputs(graph)
     except UnicodeDecodeError:  # protobuf hands out such text as bytes, and fails when it is to be written
         raise GraphError(f"{_where(model)}holds text that is not UTF-8, it is damaged; export it again") from None
     except GraphError as error:
@@ -204,6 +209,16 @@ def _update(tensor: gs.Variable, kind: onnx.TypeProto) -> None:
         tensor.shape = before if tensor.shape is None else tensor.shape
         return
     tensor.shape = [old if new is None else new for old, new in zip(before, tensor.shape, strict=True)]
+
+
+def separate_dims(graph: gs.Graph, samples: Iterable[Mapping[str, Array]]) -> gs.Graph:
+    """The graph, or a copy in which no name of a free dimension stands for two sizes of one of the samples."""
+    shapes = [{name: np.shape(values) for name, values in sample.items()} for sample in samples]
+    parted = copy(graph)
+    if not part_dims(parted, shapes):
+        return graph
+    infer_shapes(parted)
+    return parted
 
 
 def inputs(graph: gs.Graph) -> tuple[TensorInfo, ...]:
