@@ -123,6 +123,9 @@ def _check_operator(node: onnx.NodeProto, opset: int) -> None:
         if not low <= count <= high:
             wanted = low if low == high else f"{low} to {high}"
             raise GraphError(f"{where} has {count} {kind}, the operator takes {wanted}; export the model again")
+    for index, formal in enumerate(schema.inputs):
+        if formal.option == onnx.defs.OpSchema.FormalParameterOption.Single and not node.input[index]:
+            raise GraphError(f"{where} lacks its input {index} ({formal.name}); export the model again")
     given = {a.name: a for a in node.attribute}
     for name, attribute in schema.attributes.items():
         if name not in given:

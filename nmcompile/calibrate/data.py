@@ -96,6 +96,11 @@ def open_data(
     if batch < 1 or limit < 1 or max_length < 1:
         raise CalibrationError("batch, limit and max_length of the calibration data must be at least 1")
     infos = tuple(inputs)
+    for info in infos:
+        if info.shape and info.shape[0] == 0:
+            raise CalibrationError(f"input {info} takes no samples, its first size is 0; export the model again")
+    if not infos:
+        raise CalibrationError("the model has no inputs, so there is nothing to calibrate or to run")
     if source is None:
         return Data(infos, tuple(_synthetic(infos, max_length, batch, limit)), batch, synthetic=True)
     length = _token_limit(infos, max_length)
@@ -181,14 +186,14 @@ def _feed(record: Record, infos: tuple[TensorInfo, ...], length: int, where: str
 def _cast(array: Array, info: TensorInfo, where: str) -> Array:
     """The array in the input's type, where no value changes its meaning."""
     floats = info.dtype.kind == "f" or info.dtype.name == "bfloat16"
-    if array.size == 0:
+    if array.size == 0 and 0 not in info.shape:
         raise CalibrationError(f"{where}: input '{info.name}' is empty")
     fits = array.dtype == info.dtype or array.dtype.kind in ("biuf" if floats else "biu")
     if not fits and not (array.dtype.name == "bfloat16" and floats):
         raise CalibrationError(
             f"{where}: input '{info.name}' is {array.dtype}, the model takes {info.dtype.name}"
         )
-    if info.dtype.kind in "iu" and array.dtype.kind in "iu":
+    if info.dtype.kind in "iu" and array.dtype.kind in "iu" and array.size:
         bounds = np.iinfo(info.dtype)
         if int(array.min()) < bounds.min or int(array.max()) > bounds.max:
             raise CalibrationError(
@@ -252,9 +257,13 @@ def _rows(feed: Feed, infos: tuple[TensorInfo, ...], where: str) -> Iterator[Fee
         sizes = ", ".join(f"{name} {feed[name].shape[0]}" for name in extra)
         raise CalibrationError(f"{where}: the inputs have different numbers of samples: {sizes}")
     for index in range(counts.pop()):
-        part = {name: array if name not in extra else array[0] if name in alone else array[index]
+        part = {name: array if name not in extra else _row(array, 0 if name in alone else index)
                 for name, array in feed.items()}  # fmt: skip
         yield from _rows(part, infos, where)
+
+
+def _row(array: Array, index: int) -> Array:
+    return np.asarray(array[index], array.dtype)  # of objects the element itself is no array
 
 
 def _check_shape(sample: Feed, infos: tuple[TensorInfo, ...], where: str) -> None:
