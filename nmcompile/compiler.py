@@ -167,7 +167,7 @@ def compile(
         without = lacking(options, made.profile)
     tell = progress or (lambda *_: None)
     tell("reading the model", 0, 1)
-    source = g.load(model)
+    source = g.admit(model)
     shapes = parse_shapes(options.shapes, g.inputs(source)) if target == "tensorrt" and output is not None else {}
     if calibration is None:
         if target == "tensorrt":

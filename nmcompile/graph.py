@@ -47,6 +47,7 @@ from nmcompile.tensorinfo import TensorInfo
 __all__ = [
     "Linear",
     "TensorInfo",
+    "admit",
     "cleanup",
     "constant",
     "consumers",
@@ -98,13 +99,23 @@ def load(model: str | os.PathLike[str] | onnx.ModelProto | gs.Graph) -> gs.Graph
         sort(graph)
         verify(graph, "load")
         infer_shapes(graph)
-        check_types(graph)
-        compute_constant_outputs(graph)
     except UnicodeDecodeError:  # protobuf hands out such text as bytes, and fails when it is to be written
         raise GraphError(f"{_where(model)}holds text that is not UTF-8, it is damaged; export it again") from None
     except GraphError as error:
         text, where = " ".join(str(error).split()), _where(model)  # a damaged name may hold line breaks
-        raise GraphError(text if where.rstrip(": ") in text else where + text) from error.__cause__
+        raise type(error)(text if where.rstrip(": ") in text else where + text) from error.__cause__
+    return graph
+
+
+def admit(model: str | os.PathLike[str] | onnx.ModelProto | gs.Graph) -> gs.Graph:
+    """As `load`, for a model that is to be compiled, run or compared: inputs and outputs must be tensors of a known
+    type, inputs of a known rank, and an output that is a constant gets a node that makes it."""
+    graph = load(model)
+    try:
+        check_types(graph)
+    except GraphError as error:
+        raise GraphError(_where(model) + str(error)) from None
+    compute_constant_outputs(graph)
     return graph
 
 

@@ -39,7 +39,8 @@ def compute(
                 found = plain(node, *(given[name] for name in node.input))
         except (ValueError, IndexError, TypeError, OverflowError):
             return None
-        return None if found is None else {node.output[0]: np.asarray(found)}
+        if found is not None:
+            return {node.output[0]: np.asarray(found)}
     return _run(node, given, opsets)
 
 
