@@ -33,7 +33,8 @@ def made_up(
     """
     feeds, count = {}, 0
     for info in infos:
-        shape = tuple(dim if isinstance(dim, int) else (tokens if axis else batch) for axis, dim in enumerate(info.shape))
+        free = (tokens if axis else batch for axis in range(len(info.shape)))
+        shape = tuple(dim if isinstance(dim, int) else size for dim, size in zip(info.shape, free, strict=True))
         count += math.prod(shape)
         if count > LARGEST:
             raise InputError(f"input {info} has {math.prod(shape):,} elements, too many to make up; give inputs")

@@ -101,6 +101,7 @@ def _check_header(stream: IO[bytes], size: int) -> None:
     if not isinstance(shape, tuple) or len(shape) > 64 or not all(type(n) is int and n >= 0 for n in shape):
         raise FileError(f"it holds an array of shape {str(shape)[:60]}")
     item = int(re.sub(r"[^0-9]", "", kind)) * (4 if "U" in kind else 1)
+    size -= 8 + count + length
     if math.prod(shape) * item > size:
         raise FileError(f"it is cut short: an array of shape {str(shape)[:60]} does not fit its {size:,} bytes")
 

@@ -76,7 +76,7 @@ def _check(node: gs.Node) -> None:
         known = TYPES.get(name, object)
         if name in TYPES and (not isinstance(value, known) or isinstance(value, onnx.AttributeProto)):
             raise Keep(f"its attribute {name} is of the wrong type")
-        if name.endswith("num_heads") and value < 1 or name == "qkv_hidden_sizes" and min(value, default=0) < 1:
+        if (name.endswith("num_heads") and value < 1) or (name == "qkv_hidden_sizes" and min(value, default=0) < 1):
             raise Keep(f"its attribute {name} is {value}")
 
 

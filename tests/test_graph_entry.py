@@ -18,7 +18,8 @@ from nmcompile import onnx_file
 from nmcompile.errors import BudgetError, GraphError, NmcompileError
 from nmcompile.graph_budget import NODES
 
-TEXT = "(float[b,s,8] x) => (float[b,s,8] y) <float[8,8] w, float[8,8] v> { h = MatMul(x, w) r = Relu(h) y = MatMul(r, v) }"
+TEXT = """(float[b,s,8] x) => (float[b,s,8] y) <float[8,8] w, float[8,8] v> {
+    h = MatMul(x, w)  r = Relu(h)  y = MatMul(r, v) }"""
 X = np.linspace(-1, 1, 16 * 4 * 8, dtype=np.float32).reshape(16, 4, 8)
 
 
@@ -61,7 +62,7 @@ def test_a_compile_of_them_is_one_line_and_leaves_nothing(tmp_path: Path) -> Non
     model.graph.input[0].type.tensor_type.ClearField("shape")
     onnx.save(model, tmp_path / "m.onnx")
     with pytest.raises(GraphError, match=r"m\.onnx: input 'x' has no shape"):
-        nmcompile.compile(tmp_path / "m.onnx", tmp_path / "m.plan", calibration={"x": X}, tuning="off")
+        nmcompile.compile(tmp_path / "m.onnx", tmp_path / "m.plan", calibration=[{"x": X}], tuning="off")
     assert [path.name for path in tmp_path.iterdir()] == ["m.onnx"]
 
 
@@ -91,7 +92,7 @@ def test_an_output_that_is_a_constant_is_handed_out(how: str, tmp_path: Path) ->
         else:
             model.graph.node.append(helper.make_node("Constant", [], ["k"], value=k))
     assert_same_outputs(g.load(model), g.admit(model))
-    nmcompile.compile(model, tmp_path / "m.plan", calibration={"x": X}, tuning="off")
+    nmcompile.compile(model, tmp_path / "m.plan", calibration=[{"x": X}], tuning="off")
     found = nmcompile.load(tmp_path / "m.plan").run({"x": X[:2]})
     wanted = g.run(g.load(model), {"x": X[:2]})
     name = model.graph.output[1].name
@@ -102,7 +103,7 @@ def test_an_output_that_is_a_constant_is_handed_out(how: str, tmp_path: Path) ->
 def test_float64_layers_stay_as_they_are(tmp_path: Path) -> None:
     model = parse_model("(double[b,s,8] x) => (double[b,s,8] y) <double[8,8] w> { y = MatMul(x, w) }")
     data = {"x": X.astype(np.float64)}
-    result = nmcompile.compile(model, tmp_path / "m.plan", calibration=data, tuning="off")
+    result = nmcompile.compile(model, tmp_path / "m.plan", calibration=[data], tuning="off")
     assert any("float64, which is not quantized" in note for note in result.notes)
     found = nmcompile.load(tmp_path / "m.plan").run(data)["y"]
     np.testing.assert_allclose(found, g.run(g.load(model), data)["y"])
@@ -123,7 +124,7 @@ def test_one_name_for_two_sizes_is_parted_by_axis() -> None:
 
 def test_a_model_that_calls_batch_and_tokens_alike_compiles(tmp_path: Path) -> None:
     model = parse_model(TEXT.replace("b,s,8", "n,n,8"))
-    nmcompile.compile(model, tmp_path / "m.plan", calibration={"x": X}, tuning="off")
+    nmcompile.compile(model, tmp_path / "m.plan", calibration=[{"x": X}], tuning="off")
     session = nmcompile.load(tmp_path / "m.plan")
     for shape in ((2, 4, 8), (3, 7, 8), (5, 5, 8)):
         x = np.resize(X, shape)
@@ -227,9 +228,9 @@ def test_external_data_elsewhere_is_refused(location: str, tmp_path: Path) -> No
     (tmp_path / "m").mkdir()
     (tmp_path / "w.bin").write_bytes(bytes(256))
     (tmp_path / "m" / "m.onnx").write_bytes(model.SerializeToString())
-    with pytest.raises(NmcompileError, match="leaves the model's folder|is missing"):
-        nmcompile.compile(tmp_path / "m" / "m.onnx", None, calibration={"x": X}, tuning="off")
-    with pytest.raises(GraphError, match="in another file|load the model from its path"):
+    with pytest.raises(NmcompileError, match=r"leaves the model's folder|is missing"):
+        nmcompile.compile(tmp_path / "m" / "m.onnx", None, calibration=[{"x": X}], tuning="off")
+    with pytest.raises(GraphError, match=r"in another file|load the model from its path"):
         g.load(model)
 
 
