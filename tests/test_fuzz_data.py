@@ -10,3 +10,8 @@ from fuzz_data import fuzz_data
 def test_strange_data_end_in_an_error_of_ours_or_are_read(start: int) -> None:
     for seed in range(start, start + 100):
         fuzz_data(seed)
+
+
+@pytest.mark.parametrize("seed", [138224])  # a number in the place of positions, and no tokens to make them from
+def test_what_was_found_stays_mended(seed: int) -> None:
+    fuzz_data(seed)

@@ -38,8 +38,9 @@ def archive(path: Path, content: bytes, name: str = "x.npy") -> Path:
 
 def test_plain_arrays_come_back_as_they_were_written(tmp_path: Path) -> None:
     arrays: dict[str, np.ndarray] = {
-              "i": np.arange(6).reshape(2, 3), "f": np.ones(4, np.float16), "b": np.array([True]),
-              "s": np.array(["ab"]), "c": np.zeros((0, 3), np.float32), "z": np.array(5.0), "t": np.asfortranarray(np.eye(3))}  # fmt: skip
+        "i": np.arange(6).reshape(2, 3), "f": np.ones(4, np.float16), "b": np.array([True]), "s": np.array(["ab"]),
+        "c": np.zeros((0, 3), np.float32), "z": np.array(5.0), "t": np.asfortranarray(np.eye(3)),
+    }  # fmt: skip
     for save in (np.savez, np.savez_compressed):
         save(tmp_path / "a.npz", **arrays)  # type: ignore[arg-type]
         found = load_npz(tmp_path / "a.npz")

@@ -220,7 +220,7 @@ def _complete(feed: Feed, infos: tuple[TensorInfo, ...], where: str, has: Sequen
             continue
         low = info.name.lower()
         known = is_mask(low) or any(word in low for word in ("token_type", "segment", "position_ids"))
-        if shape is None or len(info.shape) != 2 or not known:
+        if not shape or len(info.shape) != 2 or not known:
             raise CalibrationError(
                 f"{where}: input '{info.name}' is missing (the data have: {', '.join(map(str, has))}); "
                 "name the arrays like the model's inputs"
