@@ -38,13 +38,14 @@ from nmcompile.graph_forecast import RANK_ONE, by_name, forecast
 from nmcompile.graph_linear import Linear, dequantized, linear_layers, set_bias, set_weight
 from nmcompile.graph_model import DOMAINS, export_model, import_model, weightless
 from nmcompile.graph_proto import Dim, Export, annotate
-from nmcompile.graph_run import random_feeds, run, runner
+from nmcompile.graph_run import LARGEST, random_feeds, run, runner
 from nmcompile.graph_tensor import Array
 from nmcompile.graph_text import to_text
 from nmcompile.graph_verify import verify
 from nmcompile.tensorinfo import TensorInfo
 
 __all__ = [
+    "LARGEST",
     "Linear",
     "TensorInfo",
     "admit",

@@ -324,3 +324,10 @@ def test_empty_sizes_strings_and_no_inputs() -> None:
         open_data([{}], [info("x", "float32", 0, 4)])
     with pytest.raises(CalibrationError, match="no inputs"):
         open_data([{}], [])
+
+
+def test_made_up_images_that_are_large_come_in_small_batches_and_few() -> None:
+    feeds = list(open_data(None, [info("pixels", "float32", "batch", 3, 1024, 1024)], batch=8))
+    assert feeds[0]["pixels"].shape == (5, 3, 1024, 1024) and len(feeds) == 2
+    feeds = list(open_data(None, [info("pixels", "float32", "batch", 3, 32, 32)], batch=8))
+    assert [feed["pixels"].shape[0] for feed in feeds] == [8] * 8

@@ -87,7 +87,8 @@ def test_shapes_that_are_none_are_refused(shape: object, tmp_path: Path) -> None
 @pytest.mark.parametrize("content", [
     b"", b"\x93NUMPY", b"\x93NUMPY\x01\x00", npy(b"(" * 5000), npy(b"{"), npy(b"5"), npy({"descr": "<f4"}),
     npy({"descr": "<f4"}, version=9), npy(b"x" * 20_000, version=2), b"\x93NUMPY\x02\x00\xff\xff\xff\xff",
-    b"PK\x03\x04"])  # fmt: skip
+    b"PK\x03\x04", npy(b"{'descr': '<f4', 'shape': (1or 2,)}")])  # fmt: skip
+@pytest.mark.filterwarnings("error")
 def test_damaged_headers_are_refused(content: bytes, tmp_path: Path) -> None:
     refused(archive(tmp_path / "a.npz", content), "no array|header of an array is damaged")
     (tmp_path / "a.npy").write_bytes(content)

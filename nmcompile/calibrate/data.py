@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +23,7 @@ Feed = dict[str, Array]  # input name -> values, with or without the batch axis 
 
 _SYNTHETIC_BATCHES = 8
 _SYNTHETIC_TOKENS = 64
-_SYNTHETIC_BYTES = 1 << 28
+_SYNTHETIC_BYTES = 1 << 27
 
 
 @dataclass(frozen=True)
@@ -324,6 +325,11 @@ def _synthetic(infos: tuple[TensorInfo, ...], max_length: int, batch: int, limit
             dims[info.shape[0]] = min(batch, limit)
         if len(info.shape) == 2 and info.dtype.kind in "iu" and isinstance(info.shape[1], str):
             dims[info.shape[1]] = min(max_length, _SYNTHETIC_TOKENS)
+    sample = sum(math.prod(dim if isinstance(dim, int) else dims.get(str(dim), 8) for dim in info.shape[1:])
+                 for info in infos)  # fmt: skip
+    for info in infos:  # large images come in smaller batches
+        if info.shape and isinstance(info.shape[0], str):
+            dims[info.shape[0]] = max(1, min(dims[info.shape[0]], graphs.LARGEST // max(sample, 1)))
     room = _SYNTHETIC_BYTES
     for seed in range(min(_SYNTHETIC_BATCHES, -(-limit // batch))):
         feed = graphs.random_feeds(infos, seed=seed, dims=dims)
