@@ -112,3 +112,15 @@ def real_tokens(feeds: Arrays) -> np.ndarray | None:
 def worst(differences: Iterable[Difference]) -> Difference | None:
     """The one of least signal-to-noise ratio."""
     return min(differences, key=lambda item: item.sqnr, default=None)
+
+
+def powers(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
+    """Power of a tensor, and of its difference to another; where these are finite (a unit may be switched off by a bias
+    of -inf), and in double precision where single does not hold them."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        power, error = float(np.sum(x**2, dtype=np.float64)), float(np.sum((x - y) ** 2, dtype=np.float64))
+    if np.isfinite(power) and np.isfinite(error):
+        return power, error
+    both = np.isfinite(x) & np.isfinite(y)
+    wide, other = x[both].astype(np.float64), y[both].astype(np.float64)
+    return float(np.vdot(wide, wide)), float(np.sum((wide - other) ** 2))

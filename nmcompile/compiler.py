@@ -167,7 +167,7 @@ def compile(
         without = lacking(options, made.profile)
     tell = progress or (lambda *_: None)
     tell("reading the model", 0, 1)
-    source = g.load(model)
+    source = g.admit(model)
     shapes = parse_shapes(options.shapes, g.inputs(source)) if target == "tensorrt" and output is not None else {}
     if calibration is None:
         if target == "tensorrt":
@@ -177,6 +177,7 @@ def compile(
     data = calibration if isinstance(calibration, Data) else open_data(
         calibration, g.inputs(source), tokenizer=tokenizer, max_length=max_length,
         limit=chosen.made_up if calibration is None else chosen.limit)  # fmt: skip
+    source = source if data.synthetic else g.separate_dims(source, data)
     check_ids(source, data)
     seen, held_out = split(data)
     if passes is not None and not (sparsity is None and pattern is None and size is None):

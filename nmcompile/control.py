@@ -11,7 +11,7 @@ import onnx_graphsurgeon as gs
 from nmcompile import graph as g
 from nmcompile.calibrate import Data
 from nmcompile.calibrate.collect import without_padding
-from nmcompile.compare import real_tokens
+from nmcompile.compare import powers, real_tokens
 from nmcompile.errors import UnsupportedError
 from nmcompile.metrics import Limit
 
@@ -51,8 +51,7 @@ def layer_noise(dense: gs.Graph, other: gs.Graph, data: Data) -> dict[str, Noise
         for i, (first, second) in enumerate(pairs):
             for j, (a, b) in enumerate(zip(_tensors(first, dense), _tensors(second, other), strict=True)):
                 x, y = (without_padding(found[name], real) for found, name in zip(values, (a, b), strict=True))
-                sums[i, 2 * j] += float(np.vdot(x, x))
-                sums[i, 2 * j + 1] += float(np.sum((x - y) ** 2))
+                sums[i, 2 * j : 2 * j + 2] += powers(x, y)
         count += len(next(iter(feed.values())))
         if count >= SAMPLES:
             break

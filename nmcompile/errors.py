@@ -11,6 +11,14 @@ class GraphError(NmcompileError):
     """The ONNX model cannot be read, written, verified or run."""
 
 
+class BudgetError(GraphError):
+    """The model asks for more memory, time or nodes than its size accounts for."""
+
+
+class EndlessError(BudgetError):
+    """A run was stopped because it took too long."""
+
+
 class PassError(NmcompileError):
     """A pass, its specification or its result is not valid."""
 

@@ -7,7 +7,7 @@ graph_edit walks and rewires, graph_linear finds linear layers, graph_run runs, 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,25 +26,31 @@ from nmcompile.graph_edit import (
     extract,
     fresh,
     is_output,
+    model_facts,
     names,
     producer,
     rewire,
     sort,
     unused,
 )
+from nmcompile.graph_entry import check_types, compute_constant_outputs, part_dims
+from nmcompile.graph_forecast import RANK_ONE, by_name, forecast
 from nmcompile.graph_linear import Linear, dequantized, linear_layers, per_feature, set_bias, set_weight
 from nmcompile.graph_model import DOMAINS, export_model, import_model, weightless
 from nmcompile.graph_pairs import Pair, read_pair
 from nmcompile.graph_proto import Dim, Export, annotate
-from nmcompile.graph_run import random_feeds, run, runner
+from nmcompile.graph_run import LARGEST, random_feeds, run, runner
+from nmcompile.graph_tensor import Array
 from nmcompile.graph_text import to_text
 from nmcompile.graph_verify import verify
 from nmcompile.tensorinfo import TensorInfo
 
 __all__ = [
+    "LARGEST",
     "Linear",
     "Pair",
     "TensorInfo",
+    "admit",
     "cleanup",
     "constant",
     "consumers",
@@ -67,6 +73,7 @@ __all__ = [
     "run",
     "runner",
     "save",
+    "separate_dims",
     "set_bias",
     "set_weight",
     "to_model",
@@ -75,6 +82,10 @@ __all__ = [
     "verify",
     "weightless",
 ]
+
+
+FREE = 2  # size of free dimensions at which a graph is forecast when it comes in
+PROPAGATES = "propagates"  # fact of a graph: shape inference may follow values, as none of them is huge
 
 
 # ---- reading and writing -----------------------------------------------------------------------------------
@@ -97,7 +108,19 @@ def load(model: str | os.PathLike[str] | onnx.ModelProto | gs.Graph) -> gs.Graph
         raise GraphError(f"{_where(model)}holds text that is not UTF-8, it is damaged; export it again") from None
     except GraphError as error:
         text, where = " ".join(str(error).split()), _where(model)  # a damaged name may hold line breaks
-        raise GraphError(text if where.rstrip(": ") in text else where + text) from error.__cause__
+        raise type(error)(text if where.rstrip(": ") in text else where + text) from error.__cause__
+    return graph
+
+
+def admit(model: str | os.PathLike[str] | onnx.ModelProto | gs.Graph) -> gs.Graph:
+    """As `load`, for a model that is to be compiled, run or compared: inputs and outputs must be tensors of a known
+    type, inputs of a known rank, and an output that is a constant gets a node that makes it."""
+    graph = load(model)
+    try:
+        check_types(graph)
+    except GraphError as error:
+        raise GraphError(_where(model) + str(error)) from None
+    compute_constant_outputs(graph)
     return graph
 
 
@@ -115,11 +138,20 @@ def _name_nodes(graph: gs.Graph) -> None:
     """Give every unnamed node, and every second one of a name, a name of its own."""
     taken = names(graph)
     seen: set[str] = set()
+    counts: dict[str, int] = {}  # of a name, up to which it is taken with a number behind it
+
+    def numbered(stem: str) -> str:
+        if stem not in taken:
+            return stem
+        counts[stem] = counts.get(stem, 0) + 1
+        while f"{stem}_{counts[stem]}" in taken:
+            counts[stem] += 1
+        return f"{stem}_{counts[stem]}"
 
     def visit(inner: gs.Graph) -> None:
         for node in inner.nodes:
             if not node.name or node.name in seen:
-                node.name = unused(taken, node.name or f"{node.op}_{len(seen)}")
+                node.name = numbered(node.name or f"{node.op}_{len(seen)}")
                 taken.add(node.name)
             seen.add(node.name)
             for sub in node.subgraphs():
@@ -155,15 +187,20 @@ def to_model(graph: gs.Graph) -> onnx.ModelProto:
 def infer_shapes(graph: gs.Graph) -> None:
     """Bring the shapes and types of all tensors up to date by onnx's shape inference, in place.
 
-    Weights are described but not passed. A size that inference cannot tell stays as it was annotated.
+    Weights are described but not passed. A size that inference cannot tell stays as it was annotated. BudgetError:
+    the model asks for more memory or turns of a loop than its size accounts for, even at the smallest sizes.
     """
-    model, _ = weightless(graph)
+    model, weights = weightless(graph)
+    facts = model_facts(graph)
+    if PROPAGATES not in facts:  # once for a graph and its copies: passes keep what it computes
+        found = forecast(model, weights, {}, sizes=by_name(model.graph.input, FREE))
+        facts[PROPAGATES] = not found.skipped and found.vectors <= RANK_ONE
     produced = {name for node in model.graph.node if node.domain in DOMAINS for name in node.output}
     infos = [info for info in model.graph.value_info if info.name not in produced]  # stale ones would win
     del model.graph.value_info[:]
     model.graph.value_info.extend(infos)
     try:
-        inferred = onnx.shape_inference.infer_shapes(model, strict_mode=False, data_prop=True)
+        inferred = onnx.shape_inference.infer_shapes(model, strict_mode=False, data_prop=facts[PROPAGATES])
     except Exception:
         return
     _annotate(graph, inferred.graph)
@@ -188,6 +225,16 @@ def _update(tensor: gs.Variable, kind: onnx.TypeProto) -> None:
         tensor.shape = before if tensor.shape is None else tensor.shape
         return
     tensor.shape = [old if new is None else new for old, new in zip(before, tensor.shape, strict=True)]
+
+
+def separate_dims(graph: gs.Graph, samples: Iterable[Mapping[str, Array]]) -> gs.Graph:
+    """The graph, or a copy in which no name of a free dimension stands for two sizes of one of the samples."""
+    shapes = [{name: np.shape(values) for name, values in sample.items()} for sample in samples]
+    parted = copy(graph)
+    if not part_dims(parted, shapes):
+        return graph
+    infer_shapes(parted)
+    return parted
 
 
 def inputs(graph: gs.Graph) -> tuple[TensorInfo, ...]:

@@ -10,6 +10,7 @@ import onnx_graphsurgeon as gs
 
 from nmcompile import graph_tensor as tensors
 from nmcompile.errors import GraphError
+from nmcompile.graph_budget import check_size
 from nmcompile.graph_edit import model_facts
 from nmcompile.graph_proto import Export, export_graph, import_graph
 from nmcompile.graph_tensor import Array
@@ -20,6 +21,7 @@ DOMAINS = ("", "ai.onnx")
 
 
 def import_model(model: onnx.ModelProto, weights: Mapping[str, Array]) -> gs.Graph:
+    """The graph of a model; `weights` holds initializers that stand outside the message."""
     opset = next((item.version for item in model.opset_import if item.domain in DOMAINS), None)
     if opset is None:
         if any(node.domain in DOMAINS for node in model.graph.node) or not model.opset_import:
@@ -31,9 +33,10 @@ def import_model(model: onnx.ModelProto, weights: Mapping[str, Array]) -> gs.Gra
     if opset > newest:
         raise GraphError(f"the model uses opset {opset}, the installed onnx knows {newest}; update onnx")
     plain = model
+    budget = check_size(model)
     if model.functions:
         plain, weights = _inline(model, weights)
-    graph = import_graph(plain.graph, weights, plain.opset_import)
+    graph = import_graph(plain.graph, weights, plain.opset_import, budget)
     graph.opset = opset
     graph.producer_name, graph.producer_version = model.producer_name, model.producer_version
     graph.ir_version = model.ir_version

@@ -17,6 +17,7 @@ import onnx_graphsurgeon as gs
 
 from nmcompile import graph_tensor as tensors
 from nmcompile.errors import GraphError
+from nmcompile.graph_budget import Sparse, check_dims
 from nmcompile.graph_tensor import Array
 
 Dim = int | str | None
@@ -26,23 +27,28 @@ AttributeType = onnx.AttributeProto.AttributeType
 # ---- from protobuf -----------------------------------------------------------------------------------------
 
 
-def import_graph(proto: onnx.GraphProto, weights: Mapping[str, Array], imports: Iterable[Any]) -> gs.Graph:
-    """The graph of a message; `weights` holds initializers that stand outside it.
+def import_graph(
+    proto: onnx.GraphProto, weights: Mapping[str, Array], imports: Iterable[Any], budget: Sparse | None = None
+) -> gs.Graph:
+    """The graph of a message; `weights` holds initializers that stand outside it, `budget` what sparse ones may take.
 
     GraphError: a tensor with two producers, an initializer given twice, a value that does not fit its type.
     """
     opsets = [onnx.helper.make_opsetid(item.domain, item.version) for item in imports]
-    return _graph(proto, weights, {}, opsets)
+    return _graph(proto, weights, {}, opsets, budget or Sparse())
 
 
-def _graph(proto: onnx.GraphProto, weights: Mapping[str, Array], outer: dict[str, gs.Tensor], opsets: Any) -> gs.Graph:
+def _graph(
+    proto: onnx.GraphProto, weights: Mapping[str, Array], outer: dict[str, gs.Tensor], opsets: Any, budget: Sparse
+) -> gs.Graph:
     local: dict[str, gs.Tensor] = {}
     for initializer in proto.initializer:
         _declare(local, gs.Constant(initializer.name, _value(initializer, weights)), "initializer")
     for sparse in proto.sparse_initializer:
-        _declare(local, gs.Constant(sparse.values.name, tensors.dense(sparse)), "initializer")
+        _declare(local, gs.Constant(sparse.values.name, tensors.dense(sparse, budget)), "initializer")
     inputs = []
     for info in proto.input:
+        check_dims(info.name, (max(dim.dim_value, 0) for dim in info.type.tensor_type.shape.dim), "input")
         if info.name in local and isinstance(local[info.name], gs.Constant):
             continue  # up to IR version 3 every initializer is listed as an input
         _declare(local, _variable(info), "input")
@@ -71,7 +77,7 @@ def _graph(proto: onnx.GraphProto, weights: Mapping[str, Array], outer: dict[str
                                  f"({node.op_type}); give each result a name of its own")  # fmt: skip
             made.add(name)
         _check_operator(node, opset)
-        values = tensors.constant_value(node)
+        values = tensors.constant_value(node, budget)
         if values is not None:
             earlier = local.get(node.output[0])
             constant = gs.Constant(node.output[0], values) if earlier is None else earlier.to_constant(values)
@@ -79,7 +85,7 @@ def _graph(proto: onnx.GraphProto, weights: Mapping[str, Array], outer: dict[str
             continue
         ins = [tensor(name) for name in node.input]
         outs = [tensor(name) for name in node.output]
-        attrs = {a.name: _attribute(a, {**outer, **local}, opsets) for a in node.attribute}
+        attrs = {a.name: _attribute(a, outer, local, opsets, budget) for a in node.attribute}
         nodes.append(gs.Node(node.op_type, node.name, attrs, ins, outs, domain=node.domain or None))
     outputs = [tensor(info.name) for info in proto.output]
     return gs.Graph(nodes, inputs, outputs, proto.name, proto.doc_string or None, opset, opsets)
@@ -117,6 +123,9 @@ def _check_operator(node: onnx.NodeProto, opset: int) -> None:
         if not low <= count <= high:
             wanted = low if low == high else f"{low} to {high}"
             raise GraphError(f"{where} has {count} {kind}, the operator takes {wanted}; export the model again")
+    for index, formal in enumerate(schema.inputs):
+        if formal.option == onnx.defs.OpSchema.FormalParameterOption.Single and not node.input[index]:
+            raise GraphError(f"{where} lacks its input {index} ({formal.name}); export the model again")
     given = {a.name: a for a in node.attribute}
     for name, attribute in schema.attributes.items():
         if name not in given:
@@ -136,11 +145,13 @@ def _value(proto: onnx.TensorProto, weights: Mapping[str, Array]) -> Array:
     return tensors.to_array(proto) if found is None else found
 
 
-def _attribute(proto: onnx.AttributeProto, outer: dict[str, gs.Tensor], opsets: Any) -> object:
+def _attribute(
+    proto: onnx.AttributeProto, outer: dict[str, gs.Tensor], local: dict[str, gs.Tensor], opsets: Any, budget: Sparse
+) -> object:
     if not isinstance(proto.name, str):  # protobuf hands out text that is not UTF-8 as bytes
         raise GraphError(f"an attribute has the name {proto.name!r}, the model is damaged; export it again")
     if proto.type == AttributeType.GRAPH:
-        return _graph(proto.g, {}, outer, opsets)
+        return _graph(proto.g, {}, {**outer, **local}, opsets, budget)
     if proto.type == AttributeType.TENSOR:
         return gs.Constant(proto.t.name, tensors.to_array(proto.t))
     if proto.type == AttributeType.STRING:
@@ -152,7 +163,17 @@ def _attribute(proto: onnx.AttributeProto, outer: dict[str, gs.Tensor], opsets: 
         if not values:
             return proto  # an empty list does not tell its type
         return [_text(value, proto) if isinstance(value, bytes) else value for value in values]
+    _check_kept(proto)
     return proto  # a type, sparse tensor or list of tensors: kept as it is
+
+
+def _check_kept(proto: onnx.AttributeProto) -> None:
+    """GraphError when an attribute that is handed on as it is names another file, which a runtime would read."""
+    sparse = [proto.sparse_tensor, *proto.sparse_tensors]
+    parts = [*proto.tensors, *(part for tensor in sparse for part in (tensor.values, tensor.indices))]
+    if proto.graphs or any(part.data_location == onnx.TensorProto.EXTERNAL or part.external_data for part in parts):
+        raise GraphError(f"the attribute {proto.name} holds graphs, or tensors in other files, which is refused; "
+                         "export the model again")  # fmt: skip
 
 
 def _text(value: bytes, proto: onnx.AttributeProto) -> object:

@@ -13,6 +13,7 @@ import onnx
 import onnx.numpy_helper
 
 from nmcompile.errors import GraphError
+from nmcompile.graph_budget import Sparse, check_dims
 
 Array = npt.NDArray[Any]
 
@@ -51,7 +52,6 @@ VALUE_OF_CONSTANT = {  # attributes of the Constant operator and the element typ
     "value_float": np.float32, "value_floats": np.float32, "value_int": np.int64, "value_ints": np.int64,
     "value_string": object, "value_strings": object,
 }  # fmt: skip
-SPARSE_LIMIT = 1 << 31  # bytes up to which a sparse initializer is made dense
 
 
 # ---- from messages ------------------------------------------------------------------------------------------------
@@ -59,8 +59,7 @@ SPARSE_LIMIT = 1 << 31  # bytes up to which a sparse initializer is made dense
 
 def byte_size(tensor: onnx.TensorProto) -> int:
     """Bytes that the tensor's shape and type ask for."""
-    if any(dim < 0 for dim in tensor.dims):
-        raise GraphError(f"initializer '{tensor.name}': negative size in {list(tensor.dims)}; export the model again")
+    check_dims(tensor.name, tensor.dims)
     count: int = math.prod(tensor.dims)
     if tensor.data_type in PLAIN:
         return count * PLAIN[tensor.data_type].itemsize
@@ -76,9 +75,8 @@ def byte_size(tensor: onnx.TensorProto) -> int:
 def to_array(tensor: onnx.TensorProto) -> Array:
     """The values of a tensor held in the message, read-only, without a copy where its bytes are the
     array's."""
+    check_dims(tensor.name, tensor.dims)
     count = math.prod(tensor.dims)
-    if any(dim < 0 for dim in tensor.dims):
-        raise GraphError(f"initializer '{tensor.name}': negative size in {list(tensor.dims)}; export the model again")
     if tensor.data_location == onnx.TensorProto.EXTERNAL:
         raise GraphError(f"initializer '{tensor.name}' is in another file; load the model from its path")
     if tensor.HasField("raw_data"):
@@ -113,13 +111,12 @@ def wrong_size(tensor: onnx.TensorProto, found: int) -> str:
             "the file is damaged, export the model again")  # fmt: skip
 
 
-def dense(sparse: onnx.SparseTensorProto) -> Array:
+def dense(sparse: onnx.SparseTensorProto, budget: Sparse) -> Array:
     """A sparse initializer's values [NNZ] at indices [NNZ] (of the flat array) or [NNZ, rank], as a full
     array."""
     what = f"sparse initializer '{sparse.values.name}'"
     sized = onnx.TensorProto(name=sparse.values.name, data_type=sparse.values.data_type, dims=sparse.dims)
-    if byte_size(sized) > SPARSE_LIMIT:
-        raise GraphError(f"{what}: {list(sparse.dims)} is too large to be made dense; store it densely")
+    budget.take(sparse.values.name, byte_size(sized), sparse.ByteSize())
     values, indices = to_array(sparse.values), to_array(sparse.indices)
     values_at = np.zeros(tuple(sparse.dims), values.dtype)
     try:
@@ -132,7 +129,7 @@ def dense(sparse: onnx.SparseTensorProto) -> Array:
     return values_at
 
 
-def constant_value(node: onnx.NodeProto) -> Array | None:
+def constant_value(node: onnx.NodeProto, budget: Sparse) -> Array | None:
     """The value of a Constant operator, None for any other."""
     if node.op_type != "Constant" or node.domain not in ("", "ai.onnx") or len(node.output) != 1:
         return None
@@ -142,7 +139,7 @@ def constant_value(node: onnx.NodeProto) -> Array | None:
     if attribute.name == "value":
         return to_array(attribute.t)
     if attribute.name == "sparse_value":
-        return dense(attribute.sparse_tensor)
+        return dense(attribute.sparse_tensor, budget)
     if attribute.name not in VALUE_OF_CONSTANT:
         return None
     return np.array(onnx.helper.get_attribute_value(attribute), VALUE_OF_CONSTANT[attribute.name])

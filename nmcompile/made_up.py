@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -12,6 +13,7 @@ from nmcompile.errors import InputError
 from nmcompile.tensorinfo import TensorInfo
 
 Arrays = dict[str, np.ndarray]
+LARGEST = 1 << 28  # elements of all inputs together
 FEW_IDS = 20  # ids when the vocabulary is not known
 
 
@@ -29,10 +31,13 @@ def made_up(
     Each input depends on its name and the seed alone. Ids lie within `vocabulary` (input name -> rows of its
     table); masks are full, or with `ragged` a prefix of each row, the first one full.
     """
-    sizes = [(batch if axis == 0 else tokens) for axis in range(8)]
-    feeds = {}
+    feeds, count = {}, 0
     for info in infos:
-        shape = tuple(dim if isinstance(dim, int) else sizes[axis] for axis, dim in enumerate(info.shape))
+        free = (tokens if axis else batch for axis in range(len(info.shape)))
+        shape = tuple(dim if isinstance(dim, int) else size for dim, size in zip(info.shape, free, strict=True))
+        count += math.prod(shape)
+        if count > LARGEST:
+            raise InputError(f"input {info} has {math.prod(shape):,} elements, too many to make up; give inputs")
         rng = np.random.default_rng([seed, zlib.crc32(info.name.encode())])
         feeds[info.name] = _content(info, shape, rng, (vocabulary or {}).get(info.name), ragged)
     return feeds

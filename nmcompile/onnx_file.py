@@ -10,10 +10,9 @@ Wire format: https://protobuf.dev/programming-guides/encoding. External data: on
 
 from __future__ import annotations
 
-import contextlib
 import mmap
 import os
-import secrets
+import stat
 from collections.abc import Iterator, Mapping
 from io import BufferedReader
 from pathlib import Path
@@ -26,12 +25,15 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from nmcompile import graph_tensor as tensors
 from nmcompile.errors import GraphError
+from nmcompile.files import replacing
 from nmcompile.graph_tensor import Array
 
 Span = tuple[int, int]  # start and end of a run of bytes
 
 INLINE_LIMIT = 1_900_000_000  # bytes up to which a model is one file; protobuf ends at 2^31
 ALIGNMENT = 4096  # of a weight in an external file: a page, so that runtimes can map it
+
+FIELDS = 2_000_000  # of one message: nodes, weights and what is known of tensors, at two bytes each or more
 
 # ModelProto.graph, GraphProto.initializer, TensorProto.raw_data
 GRAPH, INITIALIZER, RAW_DATA = 7, 5, 9
@@ -46,6 +48,8 @@ def read(path: Path) -> tuple[onnx.ModelProto, dict[str, Array]]:
     fit.
     """
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode) and not os.path.isdir(path):
+            raise GraphError(f"{path} is not a regular file; give the path of an .onnx file")
         with open(path, "rb") as file:
             model, spans = _read_skeleton(file, path)
             weights: dict[str, Array] = {}
@@ -66,6 +70,8 @@ def read(path: Path) -> tuple[onnx.ModelProto, dict[str, Array]]:
         raise GraphError(f"{path} is a folder; give the .onnx file in it") from None
     except OSError as error:
         raise GraphError(f"{path} cannot be read: {error.strerror or error}") from None
+    except MemoryError:
+        raise GraphError(f"{path} takes more memory than this machine has") from None
     return model, weights
 
 
@@ -116,9 +122,12 @@ def _without_weights(data: mmap.mmap, size: int) -> tuple[bytes, dict[int, Span]
 def _fields(data: mmap.mmap, start: int, end: int) -> Iterator[tuple[int, int, int, int]]:
     """(field number, start of the tag, start and end of the value) of each field of the message
     data[start:end]."""
-    at = start
+    at, count = start, 0
     while at < end:
         first = at
+        count += 1
+        if count > FIELDS:
+            raise ValueError(f"more than {FIELDS:,} fields in one message")
         tag, at = _varint(data, at, end)
         kind = tag & 7
         begin = at
@@ -243,28 +252,18 @@ def write(path: Path, model: onnx.ModelProto, weights: Mapping[str, Array], *, e
     apart = size > INLINE_LIMIT if external is None else external
     if not apart and size > INLINE_LIMIT:
         raise GraphError(f"{path}: {size} bytes of weights do not fit into one file; leave external=False out")
-    try:
-        with contextlib.ExitStack() as partial:
-            data = _partial(partial, path.with_name(path.name + ".data")) if apart else None
-            main = _partial(partial, path)
-            if data is not None:
-                with open(data, "xb") as file:
-                    for name, values in weights.items():
-                        model.graph.initializer.append(_write_external(file, name, values, path.name + ".data"))
+    with replacing(path, GraphError) as main:
+        if not apart:
             with open(main, "xb") as file:
-                _write_message(file, model, {} if apart else weights)
-            if data is not None:
-                os.replace(data, path.with_name(path.name + ".data"))
-            os.replace(main, path)
-    except OSError as error:
-        raise GraphError(f"{path} cannot be written: {error.strerror or error}") from None
-
-
-def _partial(cleanups: contextlib.ExitStack, path: Path) -> Path:
-    """A temporary name beside `path`, removed at the end if it still exists."""
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
-    cleanups.callback(partial.unlink, missing_ok=True)
-    return partial
+                _write_message(file, model, weights)
+            return
+        beside = path.with_name(path.name + ".data")
+        with replacing(beside, GraphError) as data:
+            with open(data, "xb") as file:
+                for name, values in weights.items():
+                    model.graph.initializer.append(_write_external(file, name, values, beside.name))
+            with open(main, "xb") as file:
+                _write_message(file, model, {})
 
 
 def _write_external(file: BinaryIO, name: str, values: Array, location: str) -> onnx.TensorProto:

@@ -51,7 +51,7 @@ def _gemm(
     weight = g.constant(node.inputs[1])
     bias = g.constant(node.inputs[2]) if len(node.inputs) > 2 and not node.inputs[2].is_empty() else np.zeros(0)
     alpha, beta = float(node.attrs.get("alpha", 1.0)), float(node.attrs.get("beta", 1.0))
-    if weight is None or bias is None or node.attrs.get("transA", 0):
+    if weight is None or bias is None or weight.ndim != 2 or node.attrs.get("transA", 0):
         maker = g.producer(node.inputs[1])
         if maker is None or maker.op != "DequantizeLinear":
             notes.append(f"{node.name}: Gemm kept, its weight or bias is not constant or A is transposed")

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
+import onnx
 import onnx_graphsurgeon as gs
 
 from nmcompile import graph as g
@@ -16,6 +17,16 @@ from nmcompile.masks import LOWEST, Mask
 from nmcompile.pipeline import Pass, Report
 
 MICROSOFT = "com.microsoft"
+# Inputs that each operator needs; onnx knows nothing of onnxruntime's, so nobody has checked them.
+NEEDED = {"FusedMatMul": 2, "FusedGemm": 2, "BiasGelu": 2, "Gelu": 1, "FastGelu": 1, "QuickGelu": 1,
+          "SkipLayerNormalization": 3, "SkipSimplifiedLayerNormalization": 3, "EmbedLayerNormalization": 1,
+          "Attention": 2, "MultiHeadAttention": 1}  # fmt: skip
+TYPES: dict[str, type | tuple[type, ...]] = {
+    "num_heads": int, "q_num_heads": int, "kv_num_heads": int, "unidirectional": int, "is_causal": int,
+    "do_rotary": int, "transA": int, "transB": int, "transBatchA": int, "transBatchB": int, "qkv_hidden_sizes": list,
+    "epsilon": (int, float), "scale": (int, float), "alpha": (int, float), "beta": (int, float),
+    "softcap": (int, float), "activation": str,
+}  # fmt: skip
 
 
 class Keep(Exception):
@@ -43,6 +54,7 @@ class ExpandFused(Pass):
                 continue
             count = len(graph.nodes)
             try:
+                _check(node)
                 outputs = expand(Builder(graph, node.name), node)
             except Keep as reason:
                 _undo(graph, count)
@@ -55,6 +67,19 @@ class ExpandFused(Pass):
         if changed:
             g.cleanup(graph)
         return Report(changed=changed, notes=tuple(notes))
+
+
+def _check(node: gs.Node) -> None:
+    """Keep, unless the node has the inputs that its operator needs, and attributes of the types that it knows."""
+    for index in range(NEEDED[node.op]):
+        if _input(node, index) is None:
+            raise Keep(f"its input {index} is missing")
+    for name, value in node.attrs.items():
+        known = TYPES.get(name, object)
+        if name in TYPES and (not isinstance(value, known) or isinstance(value, onnx.AttributeProto)):
+            raise Keep(f"its attribute {name} is of the wrong type")
+        if (name.endswith("num_heads") and value < 1) or (name == "qkv_hidden_sizes" and min(value, default=0) < 1):
+            raise Keep(f"its attribute {name} is {value}")
 
 
 def _undo(graph: gs.Graph, count: int) -> None:
@@ -96,7 +121,7 @@ def _transpose_last(b: Builder, x: gs.Tensor) -> gs.Tensor:
 def _fused_matmul(b: Builder, node: gs.Node) -> list[gs.Tensor | None]:
     if node.attrs.get("transBatchA", 0) or node.attrs.get("transBatchB", 0):
         raise Keep("it transposes batches")
-    a, w = node.inputs
+    a, w = node.inputs[:2]
     a = _transpose_last(b, a) if node.attrs.get("transA", 0) else a
     w = _transpose_last(b, w) if node.attrs.get("transB", 0) else w
     y = b("MatMul", a, w, **_like(a))
@@ -184,7 +209,13 @@ def _microsoft_attention(b: Builder, node: gs.Node) -> list[gs.Tensor | None]:
     offsets = g.constant(bias) if bias is not None else None
     if weight is None or (bias is not None and offsets is None):
         raise Keep("its weights are not constant")
+    heads = _heads(node, "num_heads")
+    if weight.ndim != 2:
+        raise Keep(f"its weight has {weight.ndim} dimensions")
     sizes = list(node.attrs.get("qkv_hidden_sizes", [])) or [weight.shape[1] // 3] * 3
+    if len(sizes) != 3 or sum(sizes) != weight.shape[1] or any(size % heads or not size for size in sizes) or (
+            offsets is not None and offsets.shape != (sum(sizes),)):  # fmt: skip
+        raise Keep(f"its sizes {sizes}, {heads} heads and weight {list(weight.shape)} do not fit")
     parts, start = [], 0
     for size in sizes:
         y = b("MatMul", x, b.constant(np.ascontiguousarray(weight[:, start : start + size]), "weight"), **_like(x))
@@ -192,7 +223,6 @@ def _microsoft_attention(b: Builder, node: gs.Node) -> list[gs.Tensor | None]:
             y = b("Add", y, b.constant(offsets[start : start + size], "bias"), **_like(x))
         parts.append(y)
         start += size
-    heads = int(node.attrs["num_heads"])
     scale = float(node.attrs.get("scale", 0) or (sizes[0] // heads) ** -0.5)
     causal = bool(node.attrs.get("unidirectional", 0))
     return [_attend(b, parts, [heads] * 3, sizes, scale, _padding(node, mask), causal, _input(node, 5))]
@@ -206,19 +236,29 @@ def _multi_head(b: Builder, node: gs.Node) -> list[gs.Tensor | None]:
     if q is None or k is None or v is None or any(len(t.shape or []) != 3 for t in (q, k, v)):
         raise Keep("its inputs are packed")
     parts = [q, k, v]
+    heads = _heads(node, "num_heads")
+    if any(not isinstance(t.shape[-1], int) or t.shape[-1] % heads or not t.shape[-1] for t in parts):
+        raise Keep(f"its inputs do not divide into {heads} heads")
     sizes = [int(t.shape[-1]) for t in parts]
     bias = _input(node, 3)
     offsets = g.constant(bias) if bias is not None else None
     if offsets is not None:
+        if offsets.shape != (sum(sizes),):
+            raise Keep(f"its bias of shape {list(offsets.shape)} does not fit")
         bounds = np.cumsum([0, *sizes])
         parts = [b("Add", t, b.constant(offsets[s:e], "bias"), shape=t.shape)
                  for t, s, e in zip(parts, bounds[:-1], bounds[1:], strict=True)]  # fmt: skip
     elif bias is not None:
         raise Keep("its bias is not constant")
-    heads = int(node.attrs["num_heads"])
     scale = float(node.attrs.get("scale", 0) or (sizes[0] // heads) ** -0.5)
     causal = bool(node.attrs.get("unidirectional", 0))
     return [_attend(b, parts, [heads] * 3, sizes, scale, _padding(node, _input(node, 4)), causal, _input(node, 5))]
+
+
+def _heads(node: gs.Node, name: str) -> int:
+    if name not in node.attrs:
+        raise Keep(f"its attribute {name} is missing")
+    return int(node.attrs[name])
 
 
 def _padding(node: gs.Node, mask: gs.Tensor | None) -> Mask:
@@ -240,17 +280,24 @@ def _padding(node: gs.Node, mask: gs.Tensor | None) -> Mask:
 
 def _onnx_attention(b: Builder, node: gs.Node) -> list[gs.Tensor | None]:
     _unused(b, node, 1)
+    if any(_input(node, i) is None for i in range(3)):
+        raise Keep("one of its queries, keys and values is missing")
     if any(_input(node, i) is not None for i in (4, 5, 6)) or float(node.attrs.get("softcap", 0.0)):
         raise Keep("it uses past keys or a soft cap")
     q, k, v = node.inputs[:3]
     rank = len(q.shape) if q.shape is not None else 0
     if rank not in (3, 4) or any(t.shape is None or not isinstance(t.shape[-1], int) for t in (q, k, v)):
         raise Keep("the shapes of its inputs are not known")
+    if any(len(t.shape) != rank for t in (q, k, v)) or (rank == 3 and "q_num_heads" not in node.attrs) or (
+            rank == 4 and not all(isinstance(t.shape[1], int) and t.shape[1] > 0 for t in (q, k, v))):  # fmt: skip
+        raise Keep("its heads are not known")
     heads = int(node.attrs.get("q_num_heads", 0) or q.shape[1])
     shared = int(node.attrs.get("kv_num_heads", 0) or k.shape[1])
     if heads != shared:
         raise Keep("groups of heads share their keys")
     sizes = [int(t.shape[-1]) * (heads if rank == 4 else 1) for t in (q, k, v)]
+    if any(size % heads or not size for size in sizes):
+        raise Keep(f"its inputs do not divide into {heads} heads")
     scale = float(node.attrs.get("scale", 0) or (sizes[0] // heads) ** -0.5)
     bias = _input(node, 3)
     if bias is not None and bias.dtype == bool:

@@ -84,6 +84,10 @@ def fit(
             progress("fitting layers", index, len(cascade.stages))
         batches = list(cascade.batches(index))
         saved = kept.load(index) if kept is not None else None
+        if saved is not None and not _whole(saved, stage, how):
+            saved = None  # damaged, or of another stage: its layers are fitted again
+            if progress is not None:
+                progress("leaving out a damaged checkpoint", index, len(cascade.stages))
         if saved is None:
             saved = _solve(stage, batches, pattern, sparsity, how)
             if kept is not None:
@@ -99,6 +103,19 @@ def fit(
     if progress is not None:
         progress("fitting layers", len(cascade.stages), len(cascade.stages))
     return found
+
+
+def _whole(saved: Mapping[str, np.ndarray], stage: Stage, how: Fit) -> bool:
+    """Whether a stage's arrays are all there and of its layers' sizes."""
+    sizes = {name: saved[name].shape for name in saved if saved[name].dtype.kind == "f"}
+    scaled = bool(how.sequential and how.norms and stage.normalised)
+    ends = [("gain" in sizes) == ("shift" in sizes) == scaled, sizes.get("gain") == sizes.get("shift")]
+    for i, layer in enumerate(stage.layers):
+        outputs, inputs = layer.weight.shape
+        ends += [sizes.get(f"weight{i}") == (outputs, inputs), sizes.get(f"facts{i}") == (3,),
+                 sizes.get(f"bias{i}", (outputs,)) == (outputs,),
+                 sizes.get("gain", (inputs,)) == (inputs,)]  # fmt: skip
+    return all(ends)
 
 
 def _solve(

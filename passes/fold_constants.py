@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -26,6 +27,7 @@ class FoldConstants(Pass):
 
     preserves: ClassVar[bool] = True
     max_bytes: int = 1 << 24  # a result larger than its inputs and than this stays a node (Expand, Tile)
+    max_growth: int = 1 << 26  # bytes by which all results together may be larger than their inputs
 
     def run(self, graph: gs.Graph) -> Report:
         g.infer_shapes(graph)
@@ -43,6 +45,7 @@ class FoldConstants(Pass):
         if not wanted:
             return Report()
         values, notes = _values(graph, [y.name for y in wanted])
+        notes += self._drop(values, wanted)
         for y in wanted:
             if y.name not in values:
                 continue
@@ -55,6 +58,21 @@ class FoldConstants(Pass):
         if values:
             g.cleanup(graph)
         return Report(changed=len(values), notes=notes)
+
+    def _drop(self, values: dict[str, np.ndarray], wanted: list[gs.Tensor]) -> tuple[str, ...]:
+        """Take back what would make the model much larger; a note for each."""
+        notes, growth = [], 0
+        for y in wanted:
+            value = values.get(y.name)
+            if value is None or not isinstance(value, np.ndarray):
+                continue
+            grown = value.nbytes - sum(_size(x) or 0 for node in y.inputs for x in node.inputs)
+            if grown > self.max_bytes or growth + max(grown, 0) > self.max_growth:
+                notes.append(f"{y.name}: not folded, its value takes {value.nbytes / 1e6:,.1f} MB")
+                del values[y.name]
+            else:
+                growth += max(grown, 0)
+        return tuple(notes)
 
     def _folds(self, node: gs.Node, known: set[str]) -> bool:
         if node.op in KEPT or node.domain not in (None, "", "ai.onnx") or list(node.subgraphs()):
@@ -95,4 +113,4 @@ def _size(tensor: gs.Tensor) -> int | None:
         item = np.dtype(tensor.dtype).itemsize
     except TypeError:
         item = 4
-    return int(np.prod(tensor.shape, dtype=np.int64)) * int(item)
+    return math.prod(int(dim) for dim in tensor.shape) * int(item)

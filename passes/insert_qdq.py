@@ -102,6 +102,8 @@ class InsertQdq(CalibratedPass):
             layers.append(layer)
             _site(sites, layer.x, layer.x, activations).readers.append((layer.node, 0))
         for found in attentions(graph) if self.attention == "int8" else []:
+            if any(map(_double, found.operands)):
+                continue
             # Right before the products: there onnxruntime and TensorRT find the pairs that they fuse.
             kinds: tuple[q8.QuantType, ...] = (activations, "int8", "int8")
             parts = zip(found.operands, (found.q, found.k, found.v), found.readers, kinds, strict=True)
@@ -117,6 +119,8 @@ class InsertQdq(CalibratedPass):
     def _reason(self, graph: gs.Graph, layer: g.Linear) -> str:
         if layer.quantized:
             return "already quantized, its scales are kept"
+        if _double(layer.x) or layer.weight.dtype == np.float64:
+            return "computed in float64, which is not quantized"
         if any(fnmatchcase(layer.name, glob) for glob in self.exclude):
             return "excluded by name"
         if self.include:
@@ -181,3 +185,8 @@ def _quantize_weight(graph: gs.Graph, layer: g.Linear, done: dict[str, gs.Tensor
         graph.nodes.append(gs.Node("DequantizeLinear", name, {"axis": 1}, tensors, [wide]))
         done[stored.name] = wide
     layer.node.inputs[1] = done[stored.name]
+
+
+def _double(tensor: gs.Tensor) -> bool:
+    """Of float64, which QuantizeLinear does not take."""
+    return tensor.dtype is not None and bool(tensor.dtype == np.float64)

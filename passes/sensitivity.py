@@ -15,7 +15,7 @@ from nmcompile import sparsity as sp
 from nmcompile.calibrate.cascade import Cascade, stages
 from nmcompile.calibrate.collect import without_padding
 from nmcompile.calibrate.data import Data
-from nmcompile.compare import real_tokens
+from nmcompile.compare import powers, real_tokens
 
 LADDER = (0.0, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # shares of zeros that a unit may get
 REFERENCE = 0.5  # share of zeros at which a unit's effect on the outputs is measured
@@ -115,8 +115,8 @@ def _effects(
         lost = power = 0.0
         for feed, before in zip(feeds, reference, strict=True):
             for a, b in zip(before, _values(run, feed), strict=True):
-                lost += float(np.sum((a - b) ** 2, dtype=np.float64))
-                power += float(np.sum(a**2, dtype=np.float64))
+                whole, error = powers(a, b)
+                lost, power = lost + error, power + whole
         found.append(lost / max(power, 1e-300))
     return found
 

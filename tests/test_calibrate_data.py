@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from nmcompile.calibrate import open_data
+from nmcompile.calibrate import open_data, split
 from nmcompile.errors import CalibrationError
 from nmcompile.tensorinfo import TensorInfo
 
@@ -239,3 +240,94 @@ def test_no_source_gives_made_up_data_that_say_so() -> None:
         assert batch["input_ids"].shape == batch["attention_mask"].shape
         assert batch["pixel_values"].shape == (4, 3, 4, 4)
     np.testing.assert_array_equal(batches[0]["input_ids"], next(iter(data))["input_ids"])
+
+
+# ---- what strangers give ----------------------------------------------------------------------------------------
+
+
+def test_hostile_lines_of_json_are_refused_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nmcompile.calibrate.sources.LINE", 100_000)
+    wrong = {
+        "[" * 40_000 + "]" * 40_000: "nested too deep",
+        '{"input_ids": ' + "[" * 200 + "1" + "]" * 200 + "}": "ragged, or no array|is object",
+        '{"input_ids": [1, [2, 3]]}': "is ragged",
+        '{"input_ids": [99999999999999999999999]}': "input_ids",
+        '{"input_ids": [1.5]}': "is float64, the model takes int64",
+        '{"input_ids": {"a": 1}}': "is object",
+        '{"input_ids": ["a"]}': "the model takes int64",
+        '{"input_ids": [' + "1, " * 50_000 + "1]}": "longer than",
+    }
+    for number, (text, match) in enumerate(wrong.items()):
+        path = tmp_path / f"{number}.jsonl"
+        path.write_text(text)
+        with pytest.raises(CalibrationError, match=match) as caught:
+            open_data(path, [IDS])
+        assert "\n" not in str(caught.value)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    for name in ("a.npz", "a.jsonl", "folder/a.npy"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        os.mkfifo(tmp_path / name)
+        with pytest.raises(CalibrationError, match="not a regular file"):
+            open_data(tmp_path / name if "folder" not in name else tmp_path / "folder", [IDS])
+    with pytest.raises(CalibrationError, match=r"not a readable tokenizer\.json: it is not a regular file"):
+        pytest.importorskip("tokenizers", reason="text needs the extra hf")
+        open_data([{"text": "a"}], [IDS], tokenizer=tmp_path / "a.jsonl")
+
+
+def test_text_that_is_no_unicode_is_refused(tokenizer: Path, tmp_path: Path) -> None:
+    (tmp_path / "t.jsonl").write_text('{"text": "\\ud800"}')
+    with pytest.raises(CalibrationError, match="cannot be tokenized"):
+        open_data(tmp_path / "t.jsonl", [IDS], tokenizer=tokenizer)
+
+
+def test_a_row_that_the_model_fixes_is_shared_by_the_samples() -> None:
+    """position_ids [1, s] beside input_ids [b, s]: given once, or once per sample."""
+    row = info("position_ids", "int64", 1, "seq")
+    ids, positions = np.arange(60).reshape(10, 6), np.arange(6)[None] + 3
+    for given in (positions, np.tile(positions, (10, 1))):
+        feeds = list(open_data([{"input_ids": ids, "position_ids": given}], [IDS, row], batch=4))
+        assert [len(feed["input_ids"]) for feed in feeds] == [4, 4, 2]
+        assert all(feed["position_ids"].tolist() == positions.tolist() for feed in feeds)
+    different = np.arange(60).reshape(10, 6) % 7
+    feeds = list(open_data([{"input_ids": ids, "position_ids": different}], [IDS, row], batch=4))
+    assert len(feeds) == 10 and feeds[3]["position_ids"].tolist() == [different[3].tolist()]
+    np.testing.assert_array_equal(np.concatenate([feed["input_ids"] for feed in feeds]), ids)
+
+
+def test_a_batch_of_one_alone_stays_one() -> None:
+    one = [info("input_ids", "int64", 1, "seq"), info("attention_mask", "int64", 1, "seq")]
+    feeds = list(open_data([{"input_ids": np.ones((5, 6), int)}], one, batch=4))
+    assert [feed["input_ids"].shape for feed in feeds] == [(1, 6)] * 5
+
+
+@pytest.mark.parametrize("samples, seen, held", [(8, 8, 8), (12, 8, 8), (16, 8, 8), (32, 24, 8), (64, 56, 8),
+                                                 (128, 112, 16)])  # fmt: skip
+def test_both_parts_fill_the_batches_that_the_model_fixes(samples: int, seen: int, held: int) -> None:
+    fixed = [info("x", "float32", 8, "seq", 4)]
+    parts = split(open_data([{"x": np.ones((samples, 3, 4), np.float32)}], fixed))
+    assert [part.samples for part in parts] == [seen, held]
+    assert all(feed["x"].shape == (8, 3, 4) for part in parts for feed in part)
+    if samples >= 16:
+        assert not set(map(id, parts[0].rows)) & set(map(id, parts[1].rows))
+
+
+def test_empty_sizes_strings_and_no_inputs() -> None:
+    empty = info("e", "float32", "batch", 0)
+    feed = next(iter(open_data([{"e": np.zeros((3, 0), np.float32), "input_ids": np.ones((3, 4), int)}], [empty, IDS])))
+    assert feed["e"].shape == (3, 0)
+    words = TensorInfo("words", np.dtype(object), ("batch",))
+    feed = next(iter(open_data([{"words": np.array(["a", "b"], object)}], [words])))
+    assert feed["words"].tolist() == ["a", "b"]
+    with pytest.raises(CalibrationError, match="takes no samples"):
+        open_data([{}], [info("x", "float32", 0, 4)])
+    with pytest.raises(CalibrationError, match="no inputs"):
+        open_data([{}], [])
+
+
+def test_made_up_images_that_are_large_come_in_small_batches_and_few() -> None:
+    feeds = list(open_data(None, [info("pixels", "float32", "batch", 3, 1024, 1024)], batch=8))
+    assert feeds[0]["pixels"].shape == (5, 3, 1024, 1024) and len(feeds) == 2
+    feeds = list(open_data(None, [info("pixels", "float32", "batch", 3, 32, 32)], batch=8))
+    assert [feed["pixels"].shape[0] for feed in feeds] == [8] * 8

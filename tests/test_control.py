@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import onnx
 import pytest
+from onnx_text import parse_model
 
 import nmcompile
+from nmcompile import graph as g
+from nmcompile.compare import powers
 from nmcompile.control import Noise, hold, worst_first
 from nmcompile.errors import InputError, NmcompileError, UnsupportedError
 from nmcompile.metrics import Limit, cosine, disagreement, divergence, parse_limit
@@ -159,3 +164,33 @@ def test_wrong_sizes(options: dict[str, object], message: str, tmp_path: Path) -
     with pytest.raises(NmcompileError, match=message):
         nmcompile.compile(BERT, tmp_path / "m.plan", calibration=list(samples(8)), **options)  # type: ignore[arg-type]
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("strange", ["a bias of -inf", "a weight of 1e30"])
+@pytest.mark.parametrize("options", [{}, {"sparsity": 0.5, "pattern": "2x4"}, {"max_drop": "cosine=0.5"}], ids=str)
+def test_infinities_and_huge_weights_give_no_warning(strange: str, options: dict[str, Any], tmp_path: Path) -> None:
+    """A unit that is switched off by its bias; a sum of squares that single precision does not hold."""
+    text = """(float[b,s,16] x) => (float[b,s,16] y) <float[16,32] w, float[32] a, float[32,16] v, float[16,16] u> {
+        p = MatMul(x, w)  q = Add(p, a)  r = Relu(q)  h = MatMul(r, v)  k = Relu(h)  y = MatMul(k, u) }"""
+    model = parse_model(text)
+    for tensor in model.graph.initializer:
+        values = onnx.numpy_helper.to_array(tensor).copy()
+        if strange == "a bias of -inf" and tensor.name == "a":
+            values[0] = -np.inf
+        elif strange != "a bias of -inf" and tensor.name == "w":
+            values[0, 0] = 1e30
+        tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
+    x = np.random.default_rng(0).standard_normal((16, 4, 16)).astype(np.float32)
+    nmcompile.compile(model, tmp_path / "m.plan", calibration=[{"x": x}], tuning="off", **options)
+    runs = (nmcompile.load(tmp_path / "m.plan").run, g.runner(g.load(model)))
+    found, wanted = (run({"x": x[:2]})["y"] for run in runs)
+    if strange == "a bias of -inf" and "sparsity" not in options:
+        np.testing.assert_allclose(found, wanted, atol=0.05 * np.abs(wanted).max())
+    assert np.isfinite(found).all()
+
+
+def test_powers_are_those_of_finite_values() -> None:
+    x, y = np.array([3, -np.inf, 1e30, 2], np.float32), np.array([1, -np.inf, 1e30, np.nan], np.float32)
+    assert powers(x[:1], y[:1]) == (9.0, 4.0)
+    np.testing.assert_allclose(powers(x, y), (1e60, 4.0), rtol=1e-5)

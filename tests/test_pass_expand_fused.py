@@ -10,6 +10,7 @@ import pytest
 from onnx_text import apply, assert_same_outputs, parse
 
 from nmcompile import graph as g
+from nmcompile.errors import NmcompileError
 from nmcompile.passes import ExpandFused
 from nmcompile.pipeline import Report
 
@@ -195,3 +196,40 @@ def test_a_fused_node_in_a_branch_is_left_there() -> None:
         else_branch = b () => (float[N,4] q) { q = Neg(x) }> }""")
     after, report = apply(ExpandFused(), graph)
     assert report == Report() and g.to_text(after) == g.to_text(graph)
+
+
+MALFORMED = {
+    "attention without weights": ("com.microsoft.Attention <num_heads = 2> (x)", "its input 1 is missing"),
+    "attention of no heads": ("com.microsoft.Attention <num_heads = 0> (x, w, b)", "num_heads is 0"),
+    "attention without heads": ("com.microsoft.Attention (x, w, b)", "num_heads is missing"),
+    "heads that do not divide": ("com.microsoft.Attention <num_heads = 3> (x, w, b)", "do not fit"),
+    "a bias of another size": ("com.microsoft.Attention <num_heads = 2> (x, w, g)", "do not fit"),
+    "a weight of one dimension": ("com.microsoft.Attention <num_heads = 2> (x, b, b)", "has 1 dimensions"),
+    "sizes that do not add up": ("com.microsoft.Attention <num_heads = 2, qkv_hidden_sizes = [8, 8, 16]> (x, w, b)",
+                                 "do not fit"),
+    "sizes of another type": ("com.microsoft.Attention <num_heads = 2, qkv_hidden_sizes = \"8\"> (x, w, b)",
+                              "qkv_hidden_sizes is of the wrong type"),
+    "a number that is a text": ("com.microsoft.SkipLayerNormalization <epsilon = \"a\"> (x, x, g, g)", "wrong type"),
+    "a norm without its scale": ("com.microsoft.SkipLayerNormalization (x, x)", "its input 2 is missing"),
+    "an activation without bias": ("com.microsoft.BiasGelu (x)", "its input 1 is missing"),
+    "a product of one": ("com.microsoft.FusedMatMul (x)", "its input 1 is missing"),
+    "heads of a text": ("com.microsoft.MultiHeadAttention <num_heads = \"2\"> (x, x, x)", "wrong type"),
+    "many heads that do not divide": ("com.microsoft.MultiHeadAttention <num_heads = 3> (x, x, x)", "do not divide"),
+    "a table that is missing": ("com.microsoft.EmbedLayerNormalization (i)", "an embedding table is missing"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("call, reason", MALFORMED.values(), ids=MALFORMED)
+def test_malformed_nodes_are_kept_with_a_reason(call: str, reason: str) -> None:
+    """Nothing has checked them, as onnx knows nothing of onnxruntime's operators; that refuses them when they run."""
+    weights = "<float[8,24] w, float[24] b, float[8] g>"
+    text = f"(float[B,S,8] x, int32[B,S] i) => (float[B,S,8] y) {weights} {{ y = {call} }}"
+    _, report = apply(ExpandFused(), parse(text))
+    assert report.changed == 0 and reason in report.notes[0]
+
+
+def test_attention_without_its_values_is_refused_when_loaded() -> None:
+    with pytest.raises(NmcompileError, match="has 2 inputs, the operator takes 3 to 6"):
+        parse("(float[B,S,8] q) => (float[B,S,8] y) { y = Attention <q_num_heads = 2, kv_num_heads = 2> (q, q) }", 23)
+    with pytest.raises(NmcompileError, match=r"lacks its input 2 \(V\)"):
+        parse("(float[B,S,8] q) => (float[B,S,8] y) { y = Attention <q_num_heads=2, kv_num_heads=2> (q, q, , q) }", 23)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import nmcompile
 from nmcompile import graph as g
 from nmcompile.errors import NmcompileError
 from nmcompile.files import replacing
+from nmcompile.npz_file import FileError, load_npz
 
 Arrays = dict[str, np.ndarray]
 
@@ -39,9 +39,8 @@ class Checkpoints:
     def load(self, stage: int) -> Arrays | None:
         """What `save` was given for a stage; None where it was not reached or the file is damaged."""
         try:
-            with np.load(self._path(stage), allow_pickle=False) as archive:
-                return {name: archive[name] for name in archive.files}
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+            return load_npz(self._path(stage))
+        except FileError:
             return None
 
     def save(self, stage: int, arrays: Arrays) -> None:

@@ -15,9 +15,11 @@ from nmcompile import graph as graphs
 from nmcompile.calibrate.data import Data
 from nmcompile.calibrate.statistics import Statistics
 from nmcompile.compare import real_tokens
-from nmcompile.errors import CalibrationError, GraphError, NmcompileError
+from nmcompile.errors import CalibrationError, EndlessError, GraphError, NmcompileError
 
 Array = npt.NDArray[Any]
+
+SHORT = 8  # tokens that every model is taken to read
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ def longest(graph: gs.Graph, length: int) -> int:
     infos = graphs.inputs(graph)
     if not any(len(info.shape) > 1 and isinstance(info.shape[1], str) for info in infos):
         return length
-    while length > 8:
+    while length > SHORT:
         dims = {dim: length for info in infos for dim in info.shape[1:] if isinstance(dim, str)}
         feeds = graphs.random_feeds(infos, dims=dims)
         for name, values in feeds.items():
@@ -109,6 +111,8 @@ def longest(graph: gs.Graph, length: int) -> int:
         try:
             graphs.run(graph, feeds)
             return length
+        except EndlessError:
+            raise
         except NmcompileError:
             length //= 2
     return length

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ Feed = dict[str, Array]  # input name -> values, with or without the batch axis 
 
 _SYNTHETIC_BATCHES = 8
 _SYNTHETIC_TOKENS = 64
+_SYNTHETIC_BYTES = 1 << 27
 
 
 @dataclass(frozen=True)
@@ -42,21 +44,26 @@ class Data:
     def samples(self) -> int:
         if self.synthetic:
             return sum(_batch_of(feed, self.inputs) for feed in self.rows)
-        return sum(map(len, self._groups()))
+        return sum(map(len, self.groups()))
 
     def __iter__(self) -> Iterator[Feed]:
         if self.synthetic:
             return iter(self.rows)
-        return (_stack(group, self.inputs, self.pad_token) for group in self._groups())
+        return (_stack(group, self.inputs, self.pad_token) for group in self.groups())
 
-    def _groups(self) -> Iterator[Sequence[Feed]]:
+    @property
+    def fixed(self) -> int | None:
+        """The batch size that the model fixes; an input of one row beside free ones is shared by their rows."""
+        sizes = [info.shape[0] for info in self.inputs if info.shape and info.name not in shared(self.inputs)]
+        return next((size for size in sizes if isinstance(size, int)), None)
+
+    def groups(self) -> Iterator[Sequence[Feed]]:
         """Neighbours that make a batch; too few for a fixed batch size are dropped."""
-        sizes = (info.shape[0] for info in self.inputs if info.shape)
-        fixed = next((size for size in sizes if isinstance(size, int)), None)
+        fixed, one = self.fixed, shared(self.inputs)
         size = fixed or self.batch
         # A model without a mask would read padding as tokens, so there a batch has one shape.
         runs = [self.rows] if _mask_input(self.inputs) else _equal_shapes(self.rows)
-        for run in runs:
+        for run in itertools.chain.from_iterable(_equal_values(run, one) for run in runs):
             for start in range(0, len(run), size):
                 group = run[start : start + size]
                 if fixed is None or len(group) == fixed:
@@ -90,6 +97,11 @@ def open_data(
     if batch < 1 or limit < 1 or max_length < 1:
         raise CalibrationError("batch, limit and max_length of the calibration data must be at least 1")
     infos = tuple(inputs)
+    for info in infos:
+        if info.shape and info.shape[0] == 0:
+            raise CalibrationError(f"input {info} takes no samples, its first size is 0; export the model again")
+    if not infos:
+        raise CalibrationError("the model has no inputs, so there is nothing to calibrate or to run")
     if source is None:
         return Data(infos, tuple(_synthetic(infos, max_length, batch, limit)), batch, synthetic=True)
     length = _token_limit(infos, max_length)
@@ -112,12 +124,26 @@ def open_data(
 
 
 def split(data: Data) -> tuple[Data, Data]:
-    """(for calibration, for measuring the loss): every eighth sample is held out, all serve both when there are few."""
+    """(for calibration, for measuring the loss): every eighth sample is held out, all serve both when there are few.
+
+    Where the model fixes the batch size, every eighth batch is, or the last: both parts fill whole batches.
+    """
     rows = data.rows
     if data.synthetic or len(rows) < 8:
         return data, data
+    if data.fixed is not None and data.fixed > 1:
+        return _split_batches(data)
     held = tuple(row for i, row in enumerate(rows) if i % 8 == 7)
     return replace(data, rows=tuple(row for i, row in enumerate(rows) if i % 8 != 7)), replace(data, rows=held)
+
+
+def _split_batches(data: Data) -> tuple[Data, Data]:
+    batches = list(data.groups())
+    if len(batches) < 2:
+        return data, data
+    held = [i for i in range(len(batches)) if i % 8 == 7] or [len(batches) - 1]
+    seen = tuple(row for i, batch in enumerate(batches) if i not in held for row in batch)
+    return replace(data, rows=seen), replace(data, rows=tuple(row for i in held for row in batches[i]))
 
 
 def _name(source: object) -> str:
@@ -149,9 +175,9 @@ def _feed(record: Record, infos: tuple[TensorInfo, ...], length: int, where: str
         value = record[info.name]
         try:
             array = np.asarray(value)
-        except ValueError as error:
+        except Exception as error:  # lists of unequal length, numbers of a hundred digits, objects of any kind
             raise CalibrationError(
-                f"{where}: input '{info.name}' is ragged; give one sample per record"
+                f"{where}: input '{info.name}' is ragged, or no array of numbers; give one sample per record"
             ) from error
         cut = isinstance(value, list) and array.ndim == 1 and len(info.shape) == 2
         feed[info.name] = _cast(array[:length] if cut else array, info, where)
@@ -161,14 +187,14 @@ def _feed(record: Record, infos: tuple[TensorInfo, ...], length: int, where: str
 def _cast(array: Array, info: TensorInfo, where: str) -> Array:
     """The array in the input's type, where no value changes its meaning."""
     floats = info.dtype.kind == "f" or info.dtype.name == "bfloat16"
-    if array.size == 0:
+    if array.size == 0 and 0 not in info.shape:
         raise CalibrationError(f"{where}: input '{info.name}' is empty")
     fits = array.dtype == info.dtype or array.dtype.kind in ("biuf" if floats else "biu")
     if not fits and not (array.dtype.name == "bfloat16" and floats):
         raise CalibrationError(
             f"{where}: input '{info.name}' is {array.dtype}, the model takes {info.dtype.name}"
         )
-    if info.dtype.kind in "iu" and array.dtype.kind in "iu":
+    if info.dtype.kind in "iu" and array.dtype.kind in "iu" and array.size:
         bounds = np.iinfo(info.dtype)
         if int(array.min()) < bounds.min or int(array.max()) > bounds.max:
             raise CalibrationError(
@@ -195,7 +221,7 @@ def _complete(feed: Feed, infos: tuple[TensorInfo, ...], where: str, has: Sequen
             continue
         low = info.name.lower()
         known = is_mask(low) or any(word in low for word in ("token_type", "segment", "position_ids"))
-        if shape is None or len(info.shape) != 2 or not known:
+        if not shape or len(info.shape) != 2 or not known:
             raise CalibrationError(
                 f"{where}: input '{info.name}' is missing (the data have: {', '.join(map(str, has))}); "
                 "name the arrays like the model's inputs"
@@ -226,13 +252,19 @@ def _rows(feed: Feed, infos: tuple[TensorInfo, ...], where: str) -> Iterator[Fee
         _check_shape(feed, infos, where)
         yield feed
         return
-    counts = {feed[name].shape[0] for name in extra}
+    alone = {name for name in shared(infos) if extra[name] == 0 and feed[name].shape[0] == 1}
+    counts = {feed[name].shape[0] for name in extra if name not in alone} or {1}
     if len(counts) > 1:
         sizes = ", ".join(f"{name} {feed[name].shape[0]}" for name in extra)
         raise CalibrationError(f"{where}: the inputs have different numbers of samples: {sizes}")
     for index in range(counts.pop()):
-        part = {name: array[index] if name in extra else array for name, array in feed.items()}
+        part = {name: array if name not in extra else _row(array, 0 if name in alone else index)
+                for name, array in feed.items()}  # fmt: skip
         yield from _rows(part, infos, where)
+
+
+def _row(array: Array, index: int) -> Array:
+    return np.asarray(array[index], array.dtype)  # of objects the element itself is no array
 
 
 def _check_shape(sample: Feed, infos: tuple[TensorInfo, ...], where: str) -> None:
@@ -250,10 +282,17 @@ def _check_shape(sample: Feed, infos: tuple[TensorInfo, ...], where: str) -> Non
 # From samples to batches.
 
 
+def shared(infos: Sequence[TensorInfo]) -> frozenset[str]:
+    """Inputs of one row, fixed in the model, beside others of any number of rows: all rows of a batch share it."""
+    free = any(info.shape and not isinstance(info.shape[0], int) for info in infos)
+    return frozenset(info.name for info in infos if free and info.shape and info.shape[0] == 1)
+
+
 def _stack(rows: Sequence[Feed], infos: tuple[TensorInfo, ...], pad_token: int) -> Feed:
-    ids = _ids_input(infos)
+    ids, one = _ids_input(infos), shared(infos)
     return {
-        info.name: _pad([row[info.name] for row in rows], info, pad_token if info is ids else 0)
+        info.name: _pad([row[info.name] for row in (rows[:1] if info.name in one else rows)], info,
+                        pad_token if info is ids else 0)
         if info.shape
         else rows[0][info.name]
         for info in infos
@@ -286,8 +325,18 @@ def _synthetic(infos: tuple[TensorInfo, ...], max_length: int, batch: int, limit
             dims[info.shape[0]] = min(batch, limit)
         if len(info.shape) == 2 and info.dtype.kind in "iu" and isinstance(info.shape[1], str):
             dims[info.shape[1]] = min(max_length, _SYNTHETIC_TOKENS)
+    sample = sum(math.prod(dim if isinstance(dim, int) else dims.get(str(dim), 8) for dim in info.shape[1:])
+                 for info in infos)  # fmt: skip
+    for info in infos:  # large images come in smaller batches
+        if info.shape and isinstance(info.shape[0], str):
+            dims[info.shape[0]] = max(1, min(dims[info.shape[0]], graphs.LARGEST // max(sample, 1)))
+    room = _SYNTHETIC_BYTES
     for seed in range(min(_SYNTHETIC_BATCHES, -(-limit // batch))):
-        yield graphs.random_feeds(infos, seed=seed, dims=dims)
+        feed = graphs.random_feeds(infos, seed=seed, dims=dims)
+        room -= sum(array.nbytes for array in feed.values())
+        if room < 0 < seed:
+            return
+        yield feed
 
 
 def _batch_of(feed: Feed, infos: tuple[TensorInfo, ...]) -> int:
@@ -330,3 +379,9 @@ def _token_limit(infos: tuple[TensorInfo, ...], max_length: int) -> int:
 def _equal_shapes(rows: Sequence[Feed]) -> list[Sequence[Feed]]:
     runs = itertools.groupby(rows, key=lambda row: [value.shape for value in row.values()])
     return [tuple(run) for _, run in runs]
+
+
+def _equal_values(rows: Sequence[Feed], names: Collection[str]) -> list[Sequence[Feed]]:
+    """Neighbours that agree in the values of some inputs."""
+    runs = itertools.groupby(rows, key=lambda row: [(row[name].shape, row[name].tobytes()) for name in names])
+    return [tuple(run) for _, run in runs] if names else [rows]

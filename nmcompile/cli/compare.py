@@ -95,7 +95,7 @@ def open_model(path: Path) -> Model:
         return Model(session.inputs, session.outputs, session.run)
     from nmcompile import graph as g
 
-    graph = g.load(path)
+    graph = g.admit(path)
     outputs = g.outputs(graph)
     return Model(g.inputs(graph), outputs, g.runner(graph, [info.name for info in outputs]))
 

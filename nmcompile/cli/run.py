@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from pathlib import Path
 
 import click
@@ -11,6 +10,7 @@ import numpy as np
 from nmcompile.cli import terminal
 from nmcompile.errors import InputError
 from nmcompile.files import replacing
+from nmcompile.npz_file import FileError, load_npz
 
 HELP = """Run a plan on inputs from a .npz file, one array per input of the model.
 
@@ -48,15 +48,10 @@ def command(plan: Path, source: Path, output: Path | None, threads: int | None) 
 def read_npz(path: Path) -> dict[str, np.ndarray]:
     """The arrays of a .npz file; InputError when it is none."""
     try:
-        archive = np.load(path, allow_pickle=False)
-        if not isinstance(archive, np.lib.npyio.NpzFile):
-            raise InputError(f"{path} is not a .npz archive; write one with numpy.savez(path, input_ids=ids, ...)")
-        with archive:
-            return {name: archive[name] for name in archive.files}
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror or error}") from None
-    except (ValueError, EOFError, zipfile.BadZipFile):
-        raise InputError(f"{path} does not hold plain arrays; write them with numpy.savez(path, name=array)") from None
+        return load_npz(path)
+    except FileError as error:
+        raise InputError(f"cannot read {path}: {error}; write plain arrays with numpy.savez(path, input_ids=ids, ...)"
+                         ) from None  # fmt: skip
 
 
 def write_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:

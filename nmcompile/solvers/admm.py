@@ -10,6 +10,7 @@ from nmcompile.solvers.refit import refit
 STEPS = 300
 EVERY = 3  # steps between changes of the penalty
 WIDE, RARER = 2048, 3  # inputs above which inverting costs the most: the penalty changes less often, by as much in all
+LARGEST = 1e15  # of what is squared in single precision
 FIRST = 0.1  # penalty, in units of the Hessian's diagonal
 # share of the kept weights that moved since the last change -> how much faster the penalty may grow
 GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))
@@ -25,7 +26,9 @@ def admm(weight: np.ndarray, hessian: np.ndarray, pattern: sp.Pattern, sparsity:
     """
     scale = np.sqrt(np.diag(hessian))
     matrix = (hessian / np.outer(scale, scale)).astype(np.float32)
-    goal = (weight * scale).astype(np.float32)
+    goal = weight * scale
+    largest = float(np.abs(goal).max(initial=0.0))
+    goal = (goal / largest if largest > LARGEST else goal).astype(np.float32)  # masks do not depend on the unit
     pull = goal @ matrix
     mask = sp.keep_mask(goal**2, pattern, sparsity)
     near, drift = goal * mask, np.zeros_like(goal)  # D, and U times the penalty
