@@ -1,7 +1,8 @@
 """Reads, writes, checks and edits models: the only place that knows GraphSurgeon's quirks. Import its names from here.
 
 onnx_file reads and writes files; graph_model, graph_proto and graph_tensor turn messages into graphs and back;
-graph_edit walks and rewires, graph_linear finds linear layers, graph_run runs, graph_text prints, graph_verify checks.
+graph_edit walks and rewires, graph_linear finds linear layers, graph_integer has 8-bit products computed alike on every
+CPU, graph_run runs, graph_text prints, graph_verify checks.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from nmcompile.graph_edit import (
     sort,
     unused,
 )
+from nmcompile.graph_integer import unshared, unsigned_operands
 from nmcompile.graph_linear import Linear, dequantized, linear_layers, set_bias, set_weight
 from nmcompile.graph_model import DOMAINS, export_model, import_model, weightless
 from nmcompile.graph_proto import Dim, Export, annotate
@@ -67,6 +69,8 @@ __all__ = [
     "set_weight",
     "to_model",
     "to_text",
+    "unshared",
+    "unsigned_operands",
     "unused",
     "verify",
     "weightless",

@@ -14,8 +14,10 @@ import onnxruntime as ort
 
 from nmcompile.errors import GraphError
 from nmcompile.graph_edit import extract
+from nmcompile.graph_integer import unshared, unsigned_operands, unsigned_weights
 from nmcompile.graph_model import weightless
 from nmcompile.graph_tensor import element_type
+from nmcompile.ort_options import session_options
 from nmcompile.tensorinfo import TensorInfo
 
 LARGEST = 1 << 30  # elements of a made-up input
@@ -67,8 +69,13 @@ def runner(
 
 
 def _session(graph: gs.Graph, optimise: bool) -> tuple[Any, list[Any]]:
-    """A session on the graph and the values that it must be outlived by."""
-    options = ort.SessionOptions()
+    """A session on the graph, which it may edit, and the values that it must be outlived by."""
+    if optimise:
+        unshared(graph)
+        unsigned_operands(graph)
+    else:
+        unsigned_weights(graph)
+    options = session_options()
     options.log_severity_level = 4
     level = ort.GraphOptimizationLevel
     options.graph_optimization_level = level.ORT_ENABLE_ALL if optimise else level.ORT_DISABLE_ALL

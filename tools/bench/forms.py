@@ -10,6 +10,8 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 from numpy.typing import NDArray
+
+from nmcompile.ort_options import session_options
 from onnx import TensorProto, helper, numpy_helper
 
 Array = NDArray[Any]
@@ -20,7 +22,7 @@ def run_float(
     model: onnx.ModelProto | str, feeds: Mapping[str, Array], names: Sequence[str] | None = None
 ) -> list[Array]:
     """Outputs of the model in onnxruntime."""
-    options = ort.SessionOptions()
+    options = session_options()
     options.log_severity_level = 3
     source = model if isinstance(model, str) else model.SerializeToString()
     session = ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])

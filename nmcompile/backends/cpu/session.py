@@ -14,6 +14,7 @@ import numpy as np
 from nmcompile import _native
 from nmcompile.errors import InputError, PlanError
 from nmcompile.made_up import limits
+from nmcompile.ort_options import session_options
 from nmcompile.plan import Plan
 from nmcompile.tensorinfo import check_feeds, chosen_outputs, read_info
 
@@ -284,7 +285,7 @@ class OrtSegment:
     def _start(self) -> Any:
         import onnxruntime as ort
 
-        options = ort.SessionOptions()
+        options = session_options()
         options.intra_op_num_threads = self.threads
         options.log_severity_level = 3
         self._held = [ort.OrtValue.ortvalue_from_numpy(values) for values in self.weights.values()]  # the plan's memory
