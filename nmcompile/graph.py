@@ -33,7 +33,7 @@ from nmcompile.graph_edit import (
     sort,
     unused,
 )
-from nmcompile.graph_integer import unshared, unsigned_operands
+from nmcompile.graph_integer import exact_products, may_saturate
 from nmcompile.graph_linear import Linear, dequantized, linear_layers, set_bias, set_weight
 from nmcompile.graph_model import DOMAINS, export_model, import_model, weightless
 from nmcompile.graph_proto import Dim, Export, annotate
@@ -50,6 +50,7 @@ __all__ = [
     "consumers",
     "copy",
     "dequantized",
+    "exact_products",
     "extract",
     "fresh",
     "infer_shapes",
@@ -57,6 +58,7 @@ __all__ = [
     "is_output",
     "linear_layers",
     "load",
+    "may_saturate",
     "names",
     "outputs",
     "producer",
@@ -69,8 +71,6 @@ __all__ = [
     "set_weight",
     "to_model",
     "to_text",
-    "unshared",
-    "unsigned_operands",
     "unused",
     "verify",
     "weightless",

@@ -1,13 +1,14 @@
 """Products of 8-bit integers in a form that onnxruntime computes alike on every CPU.
 
 Without VNNI onnxruntime adds pairs of u8 x s8 products in saturating 16-bit words; u8 x u8 and s8 x s8 are exact. It
-mends that itself for weights (ort_options.EXACT), but only when it optimises, and it refuses to open a model in which two
-nodes read one weight or one zero point ("Attempt to replace the existing tensor", 1.32). What stands here changes no
-value: x - z is the same in u8 as in s8 when 128 is added to both.
+mends that itself for weights (ort_options.EXACT), but only when it optimises, and then it refuses to open a model in
+which two nodes read one weight or one zero point ("Attempt to replace the existing tensor", 1.32). What stands here
+changes no value: x - z is the same in u8 as in s8 when 128 is added to both.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,15 +43,30 @@ PLACES = {
     (MICROSOFT, "QGemm"): Places(3, 5, 2),
 }
 DEQUANTIZE = Places(0, 2, None)
+# onnxruntime converts the weights of opset 10's only (1.32), and canonical graphs are of opset 23
+MISSED = (("", "QLinearMatMul"),)
 
 
-def unsigned_weights(graph: gs.Graph) -> None:
-    """s8 weights of integer products become u8, in place; for runs without onnxruntime's optimizations.
+def exact_products(graph: gs.Graph, *, optimised: bool) -> None:
+    """Edit a graph in place so that onnxruntime computes the same on every CPU, with its optimizations or without."""
+    unsigned_weights(graph, MISSED if optimised else PLACES)
+    if optimised:
+        unshared(graph)
+        unsigned_operands(graph)
+
+
+def may_saturate(graph: gs.Graph) -> bool:
+    """Whether some weight is so large that onnxruntime, as it opens a model by itself, may saturate without VNNI."""
+    return any(_saturates(node, places) for node in _nodes(graph) if (places := _places(node)) is not None)
+
+
+def unsigned_weights(graph: gs.Graph, kinds: Collection[tuple[str, str]] = PLACES) -> None:
+    """s8 weights of integer products become u8, in place.
 
     MatMulInteger(x_u8, W, zx, z)  ->  MatMulInteger(x_u8, W + 128, zx, z + 128)
     """
     for node in _nodes(graph):
-        places = PLACES.get(_kind(node))
+        places = PLACES.get(_kind(node)) if _kind(node) in kinds else None
         if places is not None and _saturates(node, places) and not _is_s8(node, places.other):
             zero = _input(node, places.zero)
             shift = np.zeros((), np.int8) if zero is None else np.asarray(zero.values)
@@ -68,7 +84,7 @@ def unshared(graph: gs.Graph) -> None:
         if _saturates(node, DEQUANTIZE):
             _split(graph, node)
     for node in _nodes(graph):
-        places = DEQUANTIZE if _kind(node) == ("", "DequantizeLinear") else PLACES.get(_kind(node))
+        places = _places(node)
         if places is not None and _saturates(node, places):
             for place in (places.weight, places.zero):
                 shared = _input(node, place)
@@ -118,6 +134,10 @@ def _kind(node: gs.Node) -> tuple[str, str]:
     return ("" if node.domain in (None, "", "ai.onnx") else node.domain, node.op)
 
 
+def _places(node: gs.Node) -> Places | None:
+    return DEQUANTIZE if _kind(node) == ("", "DequantizeLinear") else PLACES.get(_kind(node))
+
+
 def _input(node: gs.Node, place: int) -> gs.Constant | None:
     """The constant that the node reads there."""
     found = node.inputs[place] if place < len(node.inputs) else None
@@ -134,9 +154,11 @@ def _saturates(node: gs.Node, places: Places) -> bool:
     weight = _input(node, places.weight)
     if weight is None or weight.dtype != np.int8:
         return False
+    zero = node.inputs[places.zero] if places.zero < len(node.inputs) else None
+    if zero is not None and zero.name and not isinstance(zero, gs.Constant):
+        return False  # onnxruntime leaves these as they are, and so do we
     values = np.asarray(weight.values)
-    known = places.zero >= len(node.inputs) or not node.inputs[places.zero].name or _input(node, places.zero) is not None
-    return known and values.size > 0 and (int(values.min()) < -WITHIN or int(values.max()) > WITHIN)
+    return values.size > 0 and (int(values.min()) < -WITHIN or int(values.max()) > WITHIN)
 
 
 def _shifted(values: Array) -> Array:

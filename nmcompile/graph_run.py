@@ -14,7 +14,7 @@ import onnxruntime as ort
 
 from nmcompile.errors import GraphError
 from nmcompile.graph_edit import extract
-from nmcompile.graph_integer import unshared, unsigned_operands, unsigned_weights
+from nmcompile.graph_integer import exact_products
 from nmcompile.graph_model import weightless
 from nmcompile.graph_tensor import element_type
 from nmcompile.ort_options import session_options
@@ -70,11 +70,7 @@ def runner(
 
 def _session(graph: gs.Graph, optimise: bool) -> tuple[Any, list[Any]]:
     """A session on the graph, which it may edit, and the values that it must be outlived by."""
-    if optimise:
-        unshared(graph)
-        unsigned_operands(graph)
-    else:
-        unsigned_weights(graph)
+    exact_products(graph, optimised=optimise)
     options = session_options()
     options.log_severity_level = 4
     level = ort.GraphOptimizationLevel

@@ -95,7 +95,7 @@ def onnxruntime_products() -> str:
             return "saturates, with session.x64quantprecision too; update onnxruntime"
     except Exception as error:  # an installation that is broken in any way is what doctor is for
         return f"not known, onnxruntime does not run ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
-    return ("saturates on this CPU (no VNNI), but not in nmcompile's own sessions, which set session.x64quantprecision; "
+    return ("saturates on this CPU (no VNNI), but not in nmcompile's sessions, which set session.x64quantprecision; "
             "set it where models from --emit-onnx run, or compile them with --reduce-range")  # fmt: skip
 
 

@@ -68,8 +68,7 @@ def _onnx_segment(
 ) -> Json:
     """Part of the graph as ONNX; its large weights are arrays of the plan, mapped like all others."""
     part = g.extract(graph, segment.outputs, segment.inputs)
-    g.unshared(part)
-    g.unsigned_operands(part)
+    g.exact_products(part, optimised=True)
     model, weights = g.weightless(part)
     if any(values.dtype.name not in DTYPES for values in weights.values()):  # bfloat16, which .npy does not know
         model, weights = g.to_model(part), {}
