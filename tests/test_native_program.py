@@ -121,8 +121,6 @@ def test_a_child_forked_in_the_middle_of_another_run_is_not_stuck() -> None:
     code = """
 import os, signal, threading, time, numpy as np
 from nmcompile import _native
-
-pytestmark = pytest.mark.emulated
 p = _native.Program(threads=1)
 x = p.buffer(4, "f32")
 p.enter(y=x, slot=0)
