@@ -10,9 +10,9 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
 
 from nmcompile.ort_options import session_options
-from onnx import TensorProto, helper, numpy_helper
 
 Array = NDArray[Any]
 Ranges = dict[str, tuple[float, float]]
