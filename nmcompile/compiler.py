@@ -34,7 +34,7 @@ from nmcompile.files import write
 from nmcompile.job import Job
 from nmcompile.metrics import Limit, parse_limit
 from nmcompile.pipeline import Observer, Pass, Report
-from nmcompile.recipes import PRESETS, Preset, pruning_passes
+from nmcompile.recipes import PRESETS, Preset, pruning_passes, reduced
 from nmcompile.spec import parse_spec
 from nmcompile.targets import CpuTarget, Run, TensorrtTarget
 
@@ -124,6 +124,7 @@ def compile(
     tokenizer: str | Path | None = None,
     max_length: int = 128,
     attention: str | None = None,
+    reduce_range: bool = False,
     engine: EngineOptions | None = None,
     tuning: str | os.PathLike[str] | None = None,
     emit_onnx: str | os.PathLike[str] | None = None,
@@ -143,7 +144,8 @@ def compile(
     form and quantization. solver: magnitude, wanda, obs or admm; None is the preset's for real samples and magnitude
     for made-up ones. size: of the plan, as a share of the model's file ("0.25x"), instead of `sparsity`. calibration:
     .npz, folder, .jsonl, iterable of feeds, or a Data; without it ranges come from made-up samples. attention "float":
-    queries, keys, values and softmax stay float (the default for TensorRT), or "int8". engine: how an engine is made,
+    queries, keys, values and softmax stay float (the default for TensorRT), or "int8". reduce_range: weights of 7 bits,
+    for what `emit_onnx` writes on CPUs without VNNI; a plan needs none. engine: how an engine is made,
     for target tensorrt. tuning: each layer runs on the kernel that is fastest by times measured on this machine, kept
     for the next compile (None), by a table that is read from a file, or measured and written to it where it does not
     exist, or by the shipped cost model ("off"), which chooses alike on every machine.
@@ -155,6 +157,7 @@ def compile(
     """
     start = time.perf_counter()
     chosen = _check_options(target, preset, require, engine)
+    chosen = reduced(chosen, target) if reduce_range else chosen
     options = engine or EngineOptions()
     table = DEFAULT_TUNING if tuning is None else tuning
     for path in (output, emit_onnx, report, None if table == "off" else table):
@@ -231,7 +234,7 @@ def compile(
         if emit_onnx is not None:
             g.save(made.graph if isinstance(made, TensorrtTarget) else job.graph, Path(emit_onnx))
             sizes["qdq_onnx"] = Path(emit_onnx).stat().st_size
-        notes = [NO_DATA] * data.synthetic + job.notes
+        notes = [NO_DATA] * data.synthetic + (made.emitted(job.graph) if emit_onnx is not None else []) + job.notes
         if isinstance(made, CpuTarget) and made.tuner is not None:
             notes += keep(made.tuner, table)
         if scratch is not None and scratch.exists():

@@ -1,7 +1,8 @@
 """Reads, writes, checks and edits models: the only place that knows GraphSurgeon's quirks. Import its names from here.
 
 onnx_file reads and writes files; graph_model, graph_proto and graph_tensor turn messages into graphs and back;
-graph_edit walks and rewires, graph_linear finds linear layers, graph_run runs, graph_text prints, graph_verify checks.
+graph_edit walks and rewires, graph_linear finds linear layers, graph_integer has 8-bit products computed alike on every
+CPU, graph_run runs, graph_text prints, graph_verify checks.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from nmcompile.graph_edit import (
 )
 from nmcompile.graph_entry import check_types, compute_constant_outputs, part_dims
 from nmcompile.graph_forecast import RANK_ONE, by_name, forecast
+from nmcompile.graph_integer import exact_products, may_saturate
 from nmcompile.graph_linear import Linear, dequantized, linear_layers, per_feature, set_bias, set_weight
 from nmcompile.graph_model import DOMAINS, export_model, import_model, weightless
 from nmcompile.graph_pairs import Pair, read_pair
@@ -56,6 +58,7 @@ __all__ = [
     "consumers",
     "copy",
     "dequantized",
+    "exact_products",
     "extract",
     "fresh",
     "infer_shapes",
@@ -63,6 +66,7 @@ __all__ = [
     "is_output",
     "linear_layers",
     "load",
+    "may_saturate",
     "names",
     "outputs",
     "per_feature",

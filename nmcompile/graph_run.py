@@ -20,8 +20,10 @@ import onnxruntime as ort
 from nmcompile.errors import BudgetError, EndlessError, GraphError, NmcompileError
 from nmcompile.graph_edit import extract
 from nmcompile.graph_forecast import forecast, needed
+from nmcompile.graph_integer import exact_products
 from nmcompile.graph_model import weightless
 from nmcompile.graph_tensor import element_type
+from nmcompile.ort_options import session_options
 from nmcompile.tensorinfo import TensorInfo
 
 LARGEST = 1 << 24  # elements of all made-up inputs together
@@ -74,10 +76,11 @@ def runner(
 
 
 class _Session:
-    """An onnxruntime session on a graph, whose runs are forecast."""
+    """An onnxruntime session on a graph, which it may edit, whose runs are forecast."""
 
     def __init__(self, graph: gs.Graph, names: Sequence[str], optimise: bool) -> None:
-        options = ort.SessionOptions()
+        exact_products(graph, optimised=optimise)
+        options = session_options()
         options.log_severity_level = 4
         level = ort.GraphOptimizationLevel
         options.graph_optimization_level = level.ORT_ENABLE_ALL if optimise else level.ORT_DISABLE_ALL

@@ -17,6 +17,10 @@ from nmcompile.errors import InputError
 Array = npt.NDArray[Any]
 QuantType = Literal["uint8", "int8"]
 
+# By bits, the largest |level| of a weight. 7 bits are onnxruntime's reduce_range: a pair of products u8 x s8 is at most
+# 2 * 255 * 64 < 2**15, which the saturating 16-bit sums of CPUs without VNNI hold.
+WEIGHT_LEVELS = {8: 127, 7: 64}
+
 _TINY = float(np.finfo(np.float32).tiny)  # a smaller scale is flushed to zero by some processors
 
 
@@ -29,8 +33,8 @@ class QuantParams:
     dtype: QuantType
 
 
-def weight_scales(weight: Array) -> npt.NDArray[np.float32]:
-    """Symmetric scales, float32 [N], of weight [N outputs, K inputs]: the largest |w| of a row is 127; a zero
+def weight_scales(weight: Array, levels: int = WEIGHT_LEVELS[8]) -> npt.NDArray[np.float32]:
+    """Symmetric scales, float32 [N], of weight [N outputs, K inputs]: the largest |w| of a row is `levels`; a zero
     row has 1.
 
     InputError when a weight is NaN or infinite.
@@ -41,16 +45,18 @@ def weight_scales(weight: Array) -> npt.NDArray[np.float32]:
         raise InputError(
             f"the weights of output {row} hold NaN or Inf; mend the model before it is quantized"
         )
-    scales = np.maximum(largest / np.float32(127), np.float32(_TINY))
+    scales = np.maximum(largest / np.float32(levels), np.float32(_TINY))
     return np.where(largest > 0, scales, np.float32(1))
 
 
-def quantize_weight(weight: Array, least: float = 0.0) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:
-    """(int8 [N, K] within +-127, scales float32 [N], none below `least`) of weight [N outputs, K inputs]; zeros stay
+def quantize_weight(
+    weight: Array, least: float = 0.0, levels: int = WEIGHT_LEVELS[8]
+) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:
+    """(int8 [N, K] within +-levels, scales float32 [N], none below `least`) of weight [N outputs, K inputs]; zeros stay
     zeros."""
-    scales = np.maximum(weight_scales(weight), np.float32(least))
+    scales = np.maximum(weight_scales(weight, levels), np.float32(least))
     rounded = np.rint(weight.astype(np.float32) / scales[:, None])
-    return np.clip(rounded, -127, 127).astype(np.int8), scales
+    return np.clip(rounded, -levels, levels).astype(np.int8), scales
 
 
 def activation_params(lo: float, hi: float, dtype: QuantType) -> QuantParams:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from nmcompile import sparsity as sp
 from nmcompile.backends.tensorrt.profiles import Profile
-from nmcompile.errors import PassError
+from nmcompile.errors import PassError, UnsupportedError
 from nmcompile.passes import (
     BlockPrune,
     CanonicaliseEmbeddings,
@@ -52,12 +52,20 @@ class Preset:
     smooth: bool = True  # outlier channels move into the weights
     alpha: float = 0.6  # how far; 0 chooses it for each normalisation
     bias: bool = False  # biases take on the mean error of rounding
+    weight_bits: int = 8  # 7: the emitted graph is right in onnxruntime on CPUs without VNNI too
 
 
 PRESETS: Mapping[str, Preset] = {
     "default": Preset("admm", "output", 256, 128, alpha=0.0, bias=True),
     "fast": Preset("obs", "min-max", 128, 32, {"damping": 0.05, "norms": False, "ranking": "uniform"}),
 }
+
+
+def reduced(preset: Preset, target: str) -> Preset:
+    """The preset with weights of 7 bits. UnsupportedError for TensorRT, which saturates nowhere."""
+    if target != "cpu":
+        raise UnsupportedError(f"reduce_range is for CPUs without VNNI; leave it out for target {target}")
+    return replace(preset, weight_bits=7)
 
 
 def canonical_passes() -> list[Pass]:
@@ -114,7 +122,8 @@ def quantizing_passes(preset: Preset, attention: str, exclude: Sequence[str] = (
     # of the pruned model: what is left of the weights takes the outliers
     smooth: list[Pass] = [SmoothActivations(alpha=preset.alpha)] if preset.smooth else []
     # last: ranges are those of the smoothed model
-    return [*smooth, InsertQdq(clip=preset.clip, bias=preset.bias, attention=attention, exclude=tuple(exclude))]
+    return [*smooth, InsertQdq(clip=preset.clip, bias=preset.bias, attention=attention, exclude=tuple(exclude),
+                               weight_bits=preset.weight_bits)]  # fmt: skip
 
 
 def tensorrt_passes(preset: Preset, attention: str, outputs: str, exclude: Sequence[str] = ()) -> list[Pass]:

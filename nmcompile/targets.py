@@ -24,6 +24,8 @@ from nmcompile.session import load
 
 Arrays = Mapping[str, np.ndarray]
 Run = Callable[[Arrays], Arrays]
+SATURATES = ("the emitted ONNX multiplies u8 by s8, which saturates in onnxruntime on CPUs without VNNI; set its "
+             "session entry session.x64quantprecision to 1 there, or compile with --reduce-range")  # fmt: skip
 
 
 class Target(ABC):
@@ -49,6 +51,10 @@ class Target(ABC):
     def opened(self, scratch: Path, header: Mapping[str, Any]) -> Run:
         """What the target computes, as near to the target as this machine gets; it may write to `scratch`."""
 
+    def emitted(self, graph: gs.Graph) -> list[str]:
+        """What to know of the graph where it is written as ONNX."""
+        return []
+
     layers: Sequence[Mapping[str, Any]] = ()
     segments: Sequence[Mapping[str, Any]] = ()
     notes: Sequence[str] = ()
@@ -69,6 +75,9 @@ class CpuTarget(Target):
         g.infer_shapes(graph)
         self.lowered: Lowered = lower(graph, self.tuner or by_cost_model)
         self.layers, self.segments, self.notes = self.lowered.layers, self.lowered.segments, self.lowered.notes
+
+    def emitted(self, graph: gs.Graph) -> list[str]:
+        return [SATURATES] if g.may_saturate(graph) else []
 
     def opened(self, scratch: Path, header: Mapping[str, Any]) -> Run:
         """The plan itself, written to `scratch`."""

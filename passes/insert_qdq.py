@@ -52,11 +52,12 @@ class InsertQdq(CalibratedPass):
     MatMul(x, W)                 ->  MatMul(DQ(Q(x)), DQ(W_int8))     q, k and v share the Q of x
     attention(q, k, v)           ->  attention(DQ(Q(q)), DQ(Q(k)), DQ(Q(v)))
 
-    Weights are symmetric int8 in [-127, 127]. Activations are `activations`: uint8 with a zero point for the CPU (VNNI
-    multiplies u8 by s8), int8 with zero point 0 for TensorRT. Keys and values are always int8 with zero point 0: they
-    are the s8 operand. Ranges come from calibration by `clip`: min-max, percentile, entropy or mse; output takes, of
-    what these propose, the range with the least error of the layers' outputs (mse for attention's operands). bias:
-    biases take on what rounding adds on average.
+    Weights are symmetric int8 in [-127, 127], or in [-64, 64] with weight_bits=7 (onnxruntime's reduce_range), whose
+    products no CPU saturates. Activations are `activations`: uint8 with a zero point for the CPU (VNNI multiplies u8 by
+    s8), int8 with zero point 0 for TensorRT. Keys and values are always int8 with zero point 0: they are the s8
+    operand. Ranges come from calibration by `clip`: min-max, percentile, entropy or mse; output takes, of what these
+    propose, the range with the least error of the layers' outputs (mse for attention's operands). bias: biases take on
+    what rounding adds on average.
     """
 
     activations: str = "uint8"
@@ -65,6 +66,7 @@ class InsertQdq(CalibratedPass):
     bias: bool = False
     least_scale: float = 0.0  # of weights; of queries' before their scores' factor moves into them
     attention: str = "int8"  # or float: q, k and v keep their floats, and with them the products and the softmax
+    weight_bits: int = 8
     softmax: bool = False  # with attention int8: quantize the softmax's shares too
     heads: bool = False  # quantize heads and poolers too
     include: tuple[str, ...] = ()
@@ -87,6 +89,8 @@ class InsertQdq(CalibratedPass):
             raise PassError(f"clip={self.clip} is not known; choose one of {', '.join(methods)}")
         if self.attention not in ("int8", "float"):
             raise PassError(f"attention={self.attention} is not known; choose int8 or float")
+        if self.weight_bits not in q8.WEIGHT_LEVELS:
+            raise PassError(f"weight_bits={self.weight_bits} is not known; choose 8, or 7 for CPUs without VNNI")
         activations = cast("q8.QuantType", self.activations)
         sites: dict[tuple[str, str], Site] = {}
         layers, kept = [], {}
@@ -129,7 +133,7 @@ class InsertQdq(CalibratedPass):
         return f"{kind}s stay float by default" if kind and not self.heads else ""
 
     def run(self, graph: gs.Graph, statistics: Statistics | None = None) -> Report:
-        placement = self.place(graph)
+        placement, levels = self.place(graph), q8.WEIGHT_LEVELS[self.weight_bits]
         if placement.sites and statistics is None:
             raise PassError("insert-qdq needs calibration data for its ranges; give the pipeline calibration=...")
         ranges: dict[str, str] = {}
@@ -139,7 +143,7 @@ class InsertQdq(CalibratedPass):
             low, high = self._range(statistics, site, readers)
             params = q8.activation_params(low, high, site.dtype)
             for layer in readers if self.bias else ():
-                correct_bias(graph, layer, statistics.sample(layer.x.name), params)
+                correct_bias(graph, layer, statistics.sample(layer.x.name), params, levels)
             wide = quantized(graph, site.tensor, params)
             for node, index in site.readers:
                 node.inputs[index] = wide
@@ -148,7 +152,7 @@ class InsertQdq(CalibratedPass):
         factors = {found.q.name: abs(found.scale) for found in attentions(graph)}
         for layer in placement.layers:
             least = self.least_scale / min(factors.get(layer.y.name, 1.0) or 1.0, 1.0)
-            _quantize_weight(graph, layer, done, least)
+            _quantize_weight(graph, layer, done, least, levels)
         g.cleanup(graph)
         notes = tuple(f"{name}: kept as it is, {reason}" for name, reason in placement.kept.items())
         changed = len(placement.sites) + len(placement.layers)
@@ -161,7 +165,7 @@ class InsertQdq(CalibratedPass):
             return 0.0, 1.0
         name = site.measured.name
         if self.clip == "output" and readers:
-            return best_range(statistics, name, readers, site.dtype)
+            return best_range(statistics, name, readers, site.dtype, q8.WEIGHT_LEVELS[self.weight_bits])
         method = "mse" if self.clip == "output" else cast("Method", self.clip)
         return statistics.clip(name, method, self.percentile, site.dtype)
 
@@ -170,10 +174,12 @@ def _site(sites: dict[tuple[str, str], Site], tensor: gs.Tensor, measured: gs.Te
     return sites.setdefault((tensor.name, dtype), Site(tensor, measured, dtype))
 
 
-def _quantize_weight(graph: gs.Graph, layer: g.Linear, done: dict[str, gs.Tensor], least: float) -> None:
+def _quantize_weight(
+    graph: gs.Graph, layer: g.Linear, done: dict[str, gs.Tensor], least: float, levels: int
+) -> None:
     stored = layer.node.inputs[1]
     if stored.name not in done:
-        small, scale = q8.quantize_weight(layer.weight, least)
+        small, scale = q8.quantize_weight(layer.weight, least, levels)
         stem = stored.name
         tensors = [
             gs.Constant(g.fresh(graph, f"{stem}/int8"), np.ascontiguousarray(small.T)),  # [K, N]

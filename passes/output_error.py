@@ -20,12 +20,12 @@ CANDIDATES: tuple[tuple[Method, float], ...] = (("mse", 0.0), ("min-max", 0.0), 
 
 
 def best_range(
-    statistics: Statistics, name: str, layers: Sequence[g.Linear], dtype: q8.QuantType
+    statistics: Statistics, name: str, layers: Sequence[g.Linear], dtype: q8.QuantType, levels: int
 ) -> tuple[float, float]:
     """The range of a tensor, of those that the clipping methods propose, with the least
-    |Q(x) Q(W)^T - x W^T|^2 / |x W^T|^2 over the layers that read it."""
+    |Q(x) Q(W)^T - x W^T|^2 / |x W^T|^2 over the layers that read it; weights are within +-levels."""
     x = statistics.sample(name)
-    weights = [(layer.weight, _rounded(layer.weight)) for layer in layers]
+    weights = [(layer.weight, _rounded(layer.weight, levels)) for layer in layers]
     exact = [x @ weight.T for weight, _ in weights]
 
     def error(ends: tuple[float, float]) -> float:
@@ -36,14 +36,14 @@ def best_range(
     return min((statistics.clip(name, method, share, dtype) for method, share in CANDIDATES), key=error)
 
 
-def correct_bias(graph: gs.Graph, layer: g.Linear, x: np.ndarray, params: q8.QuantParams) -> None:
+def correct_bias(graph: gs.Graph, layer: g.Linear, x: np.ndarray, params: q8.QuantParams, levels: int) -> None:
     """Let the layer's bias take on what rounding adds to its outputs on average (Nagel et al. 2019, arXiv 1906.04721),
     for x [T, K] as it comes in; a layer without a bias stays as it is."""
     if layer.bias is not None:
-        lost = (x @ layer.weight.T - q8.rounded(x, params) @ _rounded(layer.weight).T).mean(axis=0)
+        lost = (x @ layer.weight.T - q8.rounded(x, params) @ _rounded(layer.weight, levels).T).mean(axis=0)
         g.set_bias(graph, layer, layer.bias + lost.astype(np.float32))
 
 
-def _rounded(weight: np.ndarray) -> np.ndarray:
-    levels, steps = q8.quantize_weight(weight)
-    return np.asarray(levels * steps[:, None])
+def _rounded(weight: np.ndarray, levels: int) -> np.ndarray:
+    small, steps = q8.quantize_weight(weight, levels=levels)
+    return np.asarray(small * steps[:, None])

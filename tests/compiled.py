@@ -20,6 +20,11 @@ MODELS = Path(__file__).resolve().parent.parent / "models"
 NAMES = sorted(path.stem for path in MODELS.glob("*.onnx"))
 # Architectures that the engine runs whole.
 NATIVE = [name for name in NAMES if name.split("-")[0] in ("bert", "distilbert", "electra", "gpt2", "roberta", "vit")]
+# One of each family, small: what the job for emulated CPUs compiles.
+FAMILIES = (
+    "bert-torchscript", "cnn", "control-flow", "distilbert-torchscript", "electra-torchscript", "gpt2-torchscript",
+    "lstm", "roberta-torchscript", "t5-torchscript", "vit-torchscript",
+)  # fmt: skip
 SHAPES = ((1, 1), (1, 16), (2, 17), (3, 33), (5, 7), (8, 24))  # batch x tokens
 
 

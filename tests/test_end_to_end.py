@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 import pytest
-from compiled import MODELS, NAMES, NATIVE, compiled, feeds
+from compiled import FAMILIES, MODELS, NAMES, NATIVE, compiled, feeds
 
 import nmcompile
 from nmcompile import _native
@@ -24,7 +25,12 @@ LEAST_SQNR = 25.0  # dB
 ISAS = _native.available_isas()
 
 
-@pytest.mark.parametrize("name", NAMES)
+def marked(names: list[str]) -> list[Any]:
+    """Names as parameters, those of the job for emulated CPUs marked so."""
+    return [pytest.param(name, marks=pytest.mark.emulated if name in FAMILIES else ()) for name in names]
+
+
+@pytest.mark.parametrize("name", marked(NAMES))
 def test_plan_agrees_with_its_qdq_graph(name: str) -> None:
     made = compiled(name)
     graph = g.load(made.qdq)
@@ -44,7 +50,7 @@ def test_known_architectures_are_one_native_segment(name: str) -> None:
     assert compiled(name).result.native, compiled(name).result.notes
 
 
-@pytest.mark.parametrize("name", NATIVE)
+@pytest.mark.parametrize("name", marked(NATIVE))
 def test_bits_do_not_depend_on_threads_or_isa(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     made = compiled(name)
     expected: list[dict[str, np.ndarray]] | None = None
@@ -79,8 +85,10 @@ def test_the_qdq_graph_is_valid_onnx(name: str) -> None:
     onnx.checker.check_model(str(compiled(name).qdq), full_check=True)
 
 
-@pytest.mark.parametrize("target", ["cpu", "tensorrt"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "target"), [
+    *(pytest.param(*item.values, "cpu", marks=item.marks) for item in marked(NAMES)),
+    *(pytest.param(name, "tensorrt", marks=pytest.mark.emulated if name == FAMILIES[0] else ()) for name in NAMES),
+])  # fmt: skip
 def test_onnxruntime_runs_the_qdq_graph_with_all_its_optimizations(name: str, target: str, tmp_path: Path) -> None:
     made = compiled(name)
     path = made.qdq

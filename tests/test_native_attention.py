@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from native_reference import ISAS, Net, attention, dense_weight, quantize, ragged_mask
 
+pytestmark = pytest.mark.emulated
+
 Q, K, V = (0.0213, 131), (0.0257, 0), (0.0307, 0)  # of inputs in steps of 0.03: no ties
 
 

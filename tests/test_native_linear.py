@@ -18,6 +18,8 @@ from native_reference import (
     sparse,
 )
 
+pytestmark = pytest.mark.emulated
+
 
 def linear(
     x: np.ndarray,

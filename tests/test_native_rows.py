@@ -8,6 +8,8 @@ from native_reference import ACTIVATIONS, ISAS, Net, dense_weight, quantize, rag
 
 from nmcompile import _native
 
+pytestmark = pytest.mark.emulated
+
 LENGTHS = [1, 15, 16, 17, 63, 64, 65, 128, 200]
 
 

@@ -414,9 +414,9 @@ def test_zip_bomb_is_refused_at_once(tmp_path: Path) -> None:
     path = tmp_path / "a.plan"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as bomb:
         bomb.writestr("plan.json", b" " * (64 << 20))
-    start = time.perf_counter()
+    start = time.process_time()
     assert_refused(path)
-    assert time.perf_counter() - start < 0.1
+    assert time.process_time() - start < 0.1
 
 
 def test_25_mb_load_in_milliseconds(tmp_path: Path) -> None:
@@ -424,9 +424,9 @@ def test_25_mb_load_in_milliseconds(tmp_path: Path) -> None:
     write_plan(tmp_path / "a.plan", HEADER, weights, {})
 
     def seconds() -> float:
-        start = time.perf_counter()
+        start = time.process_time()
         read_plan(tmp_path / "a.plan")
-        return time.perf_counter() - start
+        return time.process_time() - start
 
     assert min(seconds() for _ in range(5)) < 0.1  # 10 ms measured; the limit allows for a slow zlib
 

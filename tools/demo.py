@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 import nmcompile
+from nmcompile.ort_options import session_options
 from nmcompile.session import load_cpu
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -70,7 +71,7 @@ def _run(console: Console, work: Path, folder: Path | None, sentences: int) -> N
         model = ROOT / "models" / "bert-torchscript.onnx"
         batches = list(_random(sentences))
         given = {"calibration": batches}
-    options = ort.SessionOptions()
+    options = session_options()
     options.intra_op_num_threads = 2
     reference = ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
     runs: dict[str, Callable[[Feeds], np.ndarray]] = {

@@ -36,9 +36,19 @@ struct Words64 {
   const int* pairs;
 };
 NM_INLINE Words64 wtable(const int16_t*, const uint32_t* pairs) { return {reinterpret_cast<const int*>(pairs)}; }
+// table[index]. Not by the intrinsic, so that the index never lies in register 4: QEMU 7.2 takes that for "no index" and
+// reads table[0] for every lane.
+NM_INLINE Vi gather64(const int* table, Vi index) {
+  Vi found = _mm256_setzero_si256(), lanes = _mm256_set1_epi32(-1);
+  __asm__("vpgatherdd %[lanes], (%[table], %[index], 4), %[found]"
+          : [found] "+&x"(found), [lanes] "+&x"(lanes)
+          : [table] "r"(table), [index] "x"(index), "m"(*reinterpret_cast<const int(*)[64]>(table))
+          : "xmm4");
+  return found;
+}
 NM_INLINE void wlookup(const Words64& first, const Words64&, Vi index, Vi& a, Vi& b) {
-  const Vi even = _mm256_i32gather_epi32(first.pairs, _mm256_and_si256(index, _mm256_set1_epi32(0xffff)), 4);
-  const Vi odd = _mm256_i32gather_epi32(first.pairs, _mm256_srli_epi32(index, 16), 4);
+  const Vi even = gather64(first.pairs, _mm256_and_si256(index, _mm256_set1_epi32(0xffff)));
+  const Vi odd = gather64(first.pairs, _mm256_srli_epi32(index, 16));
   a = _mm256_blend_epi16(even, _mm256_slli_epi32(odd, 16), 0xaa);
   b = _mm256_blend_epi16(_mm256_srli_epi32(even, 16), odd, 0xaa);
 }

@@ -12,7 +12,7 @@ from nmcompile.errors import NmcompileError
 
 KEPT = frozenset({
     "target", "preset", "passes", "sparsity", "pattern", "solver", "calibration", "tokenizer", "max_length",
-    "attention", "tuning", "require",
+    "attention", "reduce_range", "tuning", "require",
 })  # fmt: skip
 ENGINE = {"trt_version": "version", "int8_outputs": "outputs", "weights": "weights"}  # of an engine's graph
 

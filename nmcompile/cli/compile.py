@@ -76,6 +76,8 @@ A recipe holds these options by their long names:
 @click.option("--max-length", type=int, default=128, show_default=True, metavar="N", help="Tokens of a sample at most.")
 @click.option("--attention", type=click.Choice(["int8", "float"]),
               help="Whether queries, keys and values are quantized. Default: int8, for TensorRT float.")  # fmt: skip
+@click.option("--reduce-range", is_flag=True,
+              help="Weights of 7 bits: onnxruntime runs the ONNX of --emit-onnx right on CPUs without VNNI too.")
 @click.option("--tuning", type=click.Path(path_type=Path), metavar="FILE",
               help="Kernel times to choose by, of any machine; measured and written if there is none.")  # fmt: skip
 @click.option("--no-tune", is_flag=True, help="Time nothing; choose kernels by the shipped cost model.")

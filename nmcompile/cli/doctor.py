@@ -16,7 +16,8 @@ from nmcompile.errors import NmcompileError
 PACKAGES = ("numpy", "onnx", "onnxruntime", "onnx-graphsurgeon", "ml_dtypes", "tokenizers")
 
 HELP = """Show what nmcompile finds on this machine: versions, what the CPU can do, which kernels are chosen, and
-whether TensorRT is there. It fails when the engine cannot run; put its output into bug reports.
+whether onnxruntime's 8-bit products saturate on it, and whether TensorRT is there. It fails when the engine cannot run;
+put its output into bug reports.
 
 \b
   nmcompile doctor
@@ -35,6 +36,7 @@ def command(as_json: bool) -> None:
         "cpu": _cpu(),
     }
     problem = _engine(facts)
+    facts["onnxruntime INT8"] = onnxruntime_products()
     facts["tensorrt"] = tensorrt()
     if as_json:
         terminal.say_json(facts)
@@ -80,6 +82,21 @@ def _engine(facts: dict[str, object]) -> str | None:
     if "NMCOMPILE_ISA" in os.environ:
         facts["kernels chosen"] = f"{facts['kernels chosen']} (by NMCOMPILE_ISA)"
     return None
+
+
+def onnxruntime_products() -> str:
+    """Whether onnxruntime computes u8 x s8 products right on this CPU, and what to do where it does not."""
+    try:
+        from nmcompile.saturation import saturates
+
+        if not saturates():
+            return "exact"
+        if saturates(exact=True):
+            return "saturates, with session.x64quantprecision too; update onnxruntime"
+    except Exception as error:  # an installation that is broken in any way is what doctor is for
+        return f"not known, onnxruntime does not run ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+    return ("saturates on this CPU (no VNNI), but not in nmcompile's sessions, which set session.x64quantprecision; "
+            "set it where models from --emit-onnx run, or compile them with --reduce-range")  # fmt: skip
 
 
 def tensorrt() -> str:

@@ -59,6 +59,7 @@ def blocks(pattern: str, sparsity: float, **options: object) -> dict[str, Any]:
 
 PATTERNS = (
     Recipe("dense INT8", {}),
+    Recipe("dense INT8, --reduce-range", {"reduce_range": True}),
     Recipe("2:4", {"pattern": "2:4"}, graph=True),
     *(Recipe(f"{pattern}, 50 %", blocks(pattern, 0.5)) for pattern in ("1x4", "4x1", "2x4", "4x4")),
     Recipe("1x4, 60 %", blocks("1x4", 0.6)),

@@ -12,6 +12,8 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from nmcompile.ort_options import session_options
+
 Array = NDArray[Any]
 Ranges = dict[str, tuple[float, float]]
 
@@ -20,7 +22,7 @@ def run_float(
     model: onnx.ModelProto | str, feeds: Mapping[str, Array], names: Sequence[str] | None = None
 ) -> list[Array]:
     """Outputs of the model in onnxruntime."""
-    options = ort.SessionOptions()
+    options = session_options()
     options.log_severity_level = 3
     source = model if isinstance(model, str) else model.SerializeToString()
     session = ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])

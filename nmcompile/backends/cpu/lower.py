@@ -73,14 +73,15 @@ def _onnx_segment(
 ) -> Json:
     """Part of the graph as ONNX; its large weights are arrays of the plan, mapped like all others."""
     part = g.extract(graph, segment.outputs, segment.inputs)
+    g.exact_products(part, optimised=True)
     model, weights = g.weightless(part)
     if any(values.dtype.name not in DTYPES for values in weights.values()):  # bfloat16, which .npy does not know
         model, weights = g.to_model(part), {}
     blobs[name] = model.SerializeToString(deterministic=True)
-    stored: Json = {}
-    for index, (tensor, values) in enumerate(weights.items()):
-        arrays[f"{name}/{index:04d}.weight"] = values
-        stored[tensor] = {"array": f"{name}/{index:04d}.weight"}
+    places: dict[int, str] = {}  # two names may stand for one array
+    for values in weights.values():
+        arrays[places.setdefault(id(values), f"{name}/{len(places):04d}.weight")] = values
+    stored: Json = {tensor: {"array": places[id(values)]} for tensor, values in weights.items()}
     return {
         "kind": "onnxruntime",
         "model": name,

@@ -18,6 +18,7 @@ from nmcompile.errors import InputError, PlanError
 from nmcompile.guards import check as check_guards
 from nmcompile.guards import read_guards
 from nmcompile.made_up import limits
+from nmcompile.ort_options import session_options
 from nmcompile.plan import Plan
 from nmcompile.tensorinfo import check_feeds, chosen_outputs, read_infos
 
@@ -333,7 +334,7 @@ class OrtSegment:
     def _start(self) -> Any:
         import onnxruntime as ort
 
-        options = ort.SessionOptions()
+        options = session_options()
         options.intra_op_num_threads = self.threads
         options.log_severity_level = 3
         options.add_session_config_entry("session.load_model_format", "ONNX")
