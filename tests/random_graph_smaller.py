@@ -116,4 +116,6 @@ def _whole(recipe: Recipe) -> bool:
     embeds = recipe.positions is not None and recipe.positions.kind in ("range", "given") and not recipe.positions.first
     if recipe.style.embed and not (embeds and recipe.ids.dtype == "int32" and recipe.style.fused):
         return False
+    if recipe.style.fused == "onnx" and recipe.style.opset < 23:
+        return False
     return bool(recipe.masks) and read <= names and (hides or not needs) and (recipe.static > 0 or "s" not in letters)
