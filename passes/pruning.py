@@ -49,7 +49,7 @@ def select(graph: gs.Graph, include: Sequence[str], exclude: Sequence[str]) -> S
             kept[layer.name] = f"{default}s are kept dense by default"
         else:
             layers.append(layer)
-    if include and not layers:
+    if include and not layers and "excluded by name" not in kept.values():
         names = ", ".join(layer.name for layer in g.linear_layers(graph)[:4])
         raise PassError(f"include={'|'.join(include)} matches no linear layer; the graph has {names or 'none'}, ...")
     return Selection(tuple(layers), kept)
