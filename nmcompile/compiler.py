@@ -39,6 +39,7 @@ from nmcompile.request import (
     check_options,
     check_paths,
     passes_for,
+    pruning_note,
     without_effect,
 )
 from nmcompile.result import Result
@@ -127,6 +128,7 @@ def compile(
               Calibration(parts.seen, tell, None if checkpoints is None else Path(checkpoints)), verify,
               tuple(observers), tell, fingerprint(source))  # fmt: skip
     job.prepare()
+    notes += [*pruning_note(given, job.changed, job.notes), *attention_note(attention, job.log)]
     with staged() as files:
         plan = None if output is None else real_path(output)
         scratch = None if plan is None else files.folder(plan.parent) / ".plan"
@@ -155,7 +157,7 @@ def compile(
             passes=job.log,
             layers=tuple(made.layers),
             segments=found.segments or tuple(made.segments),
-            notes=tuple(dict.fromkeys([*notes, *attention_note(attention, job.log), *found.notes, *job.notes])),
+            notes=tuple(dict.fromkeys([*notes, *found.notes, *job.notes])),
             loss=found.loss,
             synthetic=data.synthetic,
             held_out=parts.held_out,

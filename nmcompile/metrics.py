@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from nmcompile.compare import real_tokens
+from nmcompile.compare import cosines, is_float, parts, real_tokens
 from nmcompile.errors import InputError, NmcompileError
 
 Arrays = Mapping[str, np.ndarray]
@@ -105,31 +105,9 @@ def gather(dense: Run, other: Run, samples: Iterable[Arrays]) -> dict[str, Held]
             held, b = found.setdefault(name, Held()), second[name]
             if a.shape != b.shape:
                 raise InputError(f"output {name!r} has shape {list(a.shape)} in one and {list(b.shape)} in the other")
-            if not a.size or not (is_float(a) or a.dtype.kind in "iub"):
-                continue
-            for kind, one, two in _pairs(a, b, real):
-                getattr(held, kind).append((one.astype(np.float64), two.astype(np.float64)))
+            for part in parts(a, b, real) if is_float(a) or a.dtype.kind in "iub" else ():
+                getattr(held, part.kind).append((part.one, part.two))
     return found
-
-
-def _pairs(a: np.ndarray, b: np.ndarray, real: np.ndarray | None) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    padded = real is not None and a.shape[:2] == real.shape
-    if not is_float(a):
-        yield "labels", (a[real] if padded else a).ravel(), (b[real] if padded else b).ravel()
-    elif padded and a.ndim == 2:  # a logit for each token: a vector over the tokens of each sequence
-        assert real is not None
-        for one, two, keep in zip(a, b, real, strict=True):
-            yield ("vectors" if keep.sum() > 1 else "scores"), one[keep][None], two[keep][None]
-    else:
-        one, two = (x[real] if padded else x for x in (a, b))
-        if a.ndim > 1 and a.shape[-1] > 1:
-            yield "vectors", one.reshape(-1, a.shape[-1]), two.reshape(-1, a.shape[-1])
-        else:  # [batch] or [batch, 1]: a vector of width 1 has no direction
-            yield "scores", one.ravel(), two.ravel()
-
-
-def is_float(array: np.ndarray) -> bool:
-    return array.dtype.kind == "f" or array.dtype.name == "bfloat16"
 
 
 def _all(pairs: Sequence[Pair]) -> Pair:
@@ -168,13 +146,6 @@ def disagreement(dense: Run, other: Run, samples: Iterable[Arrays]) -> float:
     drops = [float(np.mean(np.concatenate(found)))] if found else []
     labels = [_all(item.labels) for item in held.values() if item.kind == "labels"]
     return _most("top1", drops + [float(np.mean(a != b)) for a, b in labels], held)
-
-
-def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Of each row; 1 for two rows of zeros."""
-    norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
-    found = np.sum(a * b, axis=1) / np.maximum(norms, 1e-300)
-    return np.asarray(np.where(norms > 0, found, (a == b).all(axis=1)))
 
 
 def _most(name: str, drops: Sequence[float], held: Mapping[str, Held]) -> float:

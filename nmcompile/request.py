@@ -158,6 +158,14 @@ def _texts(source: object) -> bool | None:
         return b'"text"' in stream.readline()
 
 
+def pruning_note(passes: Iterable[Pass], changed: Sequence[str], told: Iterable[str]) -> list[str]:
+    """What to say where pruning was asked for and has changed no layer, unless the passes have told so."""
+    asked = any(isinstance(pass_, PruningPass) for pass_ in passes)
+    if not asked or changed or any(note.startswith("nothing was pruned") for note in told):
+        return []
+    return ["nothing was pruned: every linear layer is kept dense, for the reasons that are told"]
+
+
 def attention_note(asked: str | None, log: Iterable[tuple[str, Report, float]]) -> list[str]:
     """What to say where a form of attention was asked for and none was found, from the passes that ran."""
     found = [str(report.detail.get("matched", "")) for name, report, _ in log if name.startswith("fuse-attention")]
