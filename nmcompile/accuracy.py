@@ -61,8 +61,12 @@ def look_beyond(
     return look(reference(source), run, parts.measured, lengths_of(data), g.outputs(source), loss)
 
 
-def quantize_within(job: Job, limit: Limit, scratch: Path, data: Data) -> dict[str, Any]:
-    """Quantize so that what runs stays within the limit; what it took. `scratch`: where plans may be tried."""
+def quantize_within(job: Job, limit: Limit, apart: Limit | None, scratch: Path, data: Data) -> dict[str, Any]:
+    """Quantize so that what runs stays within the limit on `data`; what it took.
+
+    apart: the same limit on samples that the search does not choose by, on which the outcome is measured too.
+    `scratch`: where plans may be tried.
+    """
     model = reference(job.source)
 
     def attempt(dense: Sequence[str], floating: Sequence[str]) -> float:
@@ -75,5 +79,14 @@ def quantize_within(job: Job, limit: Limit, scratch: Path, data: Data) -> dict[s
         return worst_first(noise, job.changed), worst_first(noise, quantized)
 
     found = hold(limit, attempt, candidates, job.tell)
-    return {"metric": limit.name, "limit": limit.value, "drop": found.drop,
+    other = {} if apart is None else {"drop_apart": apart.score(model, job.target.opened(scratch, job.header))}
+    return {"metric": limit.name, "limit": limit.value, "drop": found.drop, **other,
             "dense": job.closed(found.dense), "float": list(found.floating)}  # fmt: skip
+
+
+def held_note(held: Mapping[str, Any]) -> list[str]:
+    """What to say where a limit does not hold on samples that the search did not choose by."""
+    if not held or held.get("drop_apart", 0.0) <= held["limit"]:
+        return []
+    return [f"{held['metric']} drops by {held['drop_apart']:.4g} on samples that the search did not choose by, "
+            f"{held['limit']:g} is allowed; give more samples, or a smaller limit"]  # fmt: skip

@@ -23,7 +23,7 @@ PRODUCTS = ("MatMul", "Gemm", "Conv", "MatMulInteger", "ConvInteger", "QLinearMa
 
 @dataclass(frozen=True)
 class Coverage:
-    """Linear layers, and multiply-adds of a run on one batch of samples; those that native segments compute.
+    """Linear layers, and multiply-adds of a run on one sample; those that native segments compute.
 
     multiply_adds 0: the model could not be run for its sizes.
     """
@@ -44,11 +44,14 @@ class Coverage:
 
 
 def coverage(graph: gs.Graph, blobs: Mapping[str, bytes], feeds: Arrays | None) -> Coverage:
-    """Of a Q/DQ graph whose parts in `blobs` (ONNX) run in onnxruntime; sizes are those of a run on `feeds`."""
+    """Of a Q/DQ graph whose parts in `blobs` (ONNX) run in onnxruntime; sizes are those of a run on the first sample of
+    `feeds`, as every tensor of it is held at once."""
     elsewhere = {node.name for blob in blobs.values() for node in onnx.load_from_string(blob).graph.node}
     layers = [layer.node.name for layer in g.linear_layers(graph)]
     native = sum(name not in elsewhere for name in layers)
-    work = {} if feeds is None else _multiply_adds(graph, feeds)
+    free = {info.name for info in g.inputs(graph) if info.shape and not isinstance(info.shape[0], int)}
+    first = {name: array[:1] if name in free else array for name, array in (feeds or {}).items()}
+    work = _multiply_adds(graph, first) if first else {}
     return Coverage(len(layers), native, sum(work.values()),
                     sum(count for name, count in work.items() if name not in elsewhere))  # fmt: skip
 

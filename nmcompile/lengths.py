@@ -19,7 +19,8 @@ Run = Callable[[Mapping[str, np.ndarray]], Mapping[str, np.ndarray]]
 
 FAR = 512  # tokens, where position tables allow: beyond the windows and buckets of today's models
 ROWS = 2  # samples of each length
-TRIES = 8  # to find the longest that a model takes
+MOST_VALUES = 50_000_000  # of all outputs together, in a run that is looked at
+TRIES = 12  # to find the longest that a model takes
 # An output is out of line where it loses this many times what it loses at the samples' own lengths, and so much more.
 TIMES, MORE = 3.0, 0.01
 DECIBEL = 12.0  # likewise of outputs that have no cosine
@@ -242,13 +243,16 @@ def _longer(
     reference: Run, feeds: Callable[[int], Arrays | None], most: int
 ) -> Iterator[tuple[int, Mapping[str, np.ndarray], Arrays]]:
     """Twice the longest sample, and far beyond; the longest that the model takes where these are too long."""
-    good, bad = most, 0
-    for length in dict.fromkeys((2 * most, max(FAR, 4 * most))):
+    good, bad, values = most, 0, 0
+    for length in dict.fromkeys((2 * most, max(FAR, 2 * most))):
+        if values * length > MOST_VALUES * good:
+            return
         found = list(_each(reference, feeds, [length]))
         yield from found
         good, bad = (length, 0) if found else (good, length)
         if bad:
             break
+        values = sum(np.asarray(value).size for value in found[0][1].values())
     found = []
     for _ in range(TRIES if bad > good + 1 else 0):  # its table of positions ends between the two
         middle = (good + bad) // 2
@@ -265,10 +269,10 @@ def out_of_line(found: Mapping[str, Difference], usual: Mapping[str, Difference]
         before = usual.get(name)
         if before is None:
             continue
-        if np.isfinite(before.cosine):
+        if np.isfinite(before.cosine) and not np.isnan(item.cosine):
             if not 1 - item.cosine <= max(TIMES * (1 - before.cosine), 1 - before.cosine + MORE):
                 yield name, f"cosine {item.cosine:.4f}, {before.cosine:.4f} on samples as they are"
-        elif np.isfinite(before.top1):
+        elif np.isfinite(before.top1) and not np.isnan(item.top1):
             if not item.top1 >= before.top1 - LABELS:
                 yield name, f"{item.top1:.1%} of its values alike, {before.top1:.1%} on samples as they are"
         elif not item.sqnr >= min(before.sqnr, 40.0) - DECIBEL:

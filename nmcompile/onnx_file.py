@@ -10,10 +10,8 @@ Wire format: https://protobuf.dev/programming-guides/encoding. External data: on
 
 from __future__ import annotations
 
-import contextlib
 import mmap
 import os
-import secrets
 from collections.abc import Iterator, Mapping
 from io import BufferedReader
 from pathlib import Path
@@ -26,6 +24,7 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from nmcompile import graph_tensor as tensors
 from nmcompile.errors import GraphError
+from nmcompile.files import replacing
 from nmcompile.graph_tensor import Array
 
 Span = tuple[int, int]  # start and end of a run of bytes
@@ -243,28 +242,18 @@ def write(path: Path, model: onnx.ModelProto, weights: Mapping[str, Array], *, e
     apart = size > INLINE_LIMIT if external is None else external
     if not apart and size > INLINE_LIMIT:
         raise GraphError(f"{path}: {size} bytes of weights do not fit into one file; leave external=False out")
-    try:
-        with contextlib.ExitStack() as partial:
-            data = _partial(partial, path.with_name(path.name + ".data")) if apart else None
-            main = _partial(partial, path)
-            if data is not None:
-                with open(data, "xb") as file:
-                    for name, values in weights.items():
-                        model.graph.initializer.append(_write_external(file, name, values, path.name + ".data"))
+    with replacing(path, GraphError) as main:
+        if not apart:
             with open(main, "xb") as file:
-                _write_message(file, model, {} if apart else weights)
-            if data is not None:
-                os.replace(data, path.with_name(path.name + ".data"))
-            os.replace(main, path)
-    except OSError as error:
-        raise GraphError(f"{path} cannot be written: {error.strerror or error}") from None
-
-
-def _partial(cleanups: contextlib.ExitStack, path: Path) -> Path:
-    """A temporary name beside `path`, removed at the end if it still exists."""
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
-    cleanups.callback(partial.unlink, missing_ok=True)
-    return partial
+                _write_message(file, model, weights)
+            return
+        beside = path.with_name(path.name + ".data")
+        with replacing(beside, GraphError) as data:
+            with open(data, "xb") as file:
+                for name, values in weights.items():
+                    model.graph.initializer.append(_write_external(file, name, values, beside.name))
+            with open(main, "xb") as file:
+                _write_message(file, model, {})
 
 
 def _write_external(file: BinaryIO, name: str, values: Array, location: str) -> onnx.TensorProto:
