@@ -14,7 +14,6 @@ import hashlib
 import mmap
 import os
 import re
-import secrets
 import struct
 import zlib
 from collections.abc import Iterable, Mapping
@@ -22,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nmcompile.errors import PlanError
+from nmcompile.files import replacing
 
 MAGIC = b"PK\x03\x04"  # of a zip file that is not empty
 ALIGNMENT = 64  # bytes: a cache line, a vector register
@@ -100,35 +100,27 @@ def write_archive(path: Path, contents: Mapping[str, tuple[bytes | memoryview, .
     The file appears under `path` when it is complete or not at all. PlanError when it cannot be written.
     """
     digest = hashlib.sha256()
-    temporary = path.with_name(f".{path.name[:100]}.{secrets.token_hex(8)}.tmp")
-    try:
-        try:
-            with temporary.open("xb") as file:
+    with replacing(path, PlanError) as temporary, temporary.open("xb") as file:
 
-                def put(data: bytes | memoryview) -> None:
-                    digest.update(data)
-                    file.write(data)
+        def put(data: bytes | memoryview) -> None:
+            digest.update(data)
+            file.write(data)
 
-                members = []
-                end = 0
-                for name, parts in contents.items():
-                    crc = 0
-                    for part in parts:
-                        crc = zlib.crc32(part, crc)
-                    member = Member(name, crc, sum(map(len, parts)), end)
-                    put(member.local())
-                    for part in parts:
-                        put(part)
-                    members.append(member)
-                    end = member.start + member.size
-                put(_directory(members, end))
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)  # it is gone when all went well
-    except OSError as error:
-        raise PlanError(f"{path}: cannot be written: {error.strerror or error}") from error
+        members = []
+        end = 0
+        for name, parts in contents.items():
+            crc = 0
+            for part in parts:
+                crc = zlib.crc32(part, crc)
+            member = Member(name, crc, sum(map(len, parts)), end)
+            put(member.local())
+            for part in parts:
+                put(part)
+            members.append(member)
+            end = member.start + member.size
+        put(_directory(members, end))
+        file.flush()
+        os.fsync(file.fileno())
     return digest.hexdigest()
 
 

@@ -253,10 +253,12 @@ def _tensorrt(
 
 def _emit(files: Outputs, made: CpuTarget | TensorrtTarget, job: Job, path: Path) -> int:
     """Write the quantized graph as ONNX, a large one's weights beside it; its size."""
-    data = path.with_name(f"{path.name}.data")
-    files.move(files.folder(path.parent) / data.name, data)
-    place = files.place(path)
+    folder = files.folder(path.parent)
+    place = folder / path.name
     g.save(made.graph if isinstance(made, TensorrtTarget) else job.graph, place)
+    for name in (f"{path.name}.data", path.name):  # the file that names the other one last
+        if name in os.listdir(folder):
+            files.move(folder / name, path.with_name(name))
     return place.stat().st_size
 
 

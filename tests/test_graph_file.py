@@ -246,9 +246,9 @@ def test_a_failed_save_leaves_the_old_file_and_nothing_else(
 
 
 def test_saving_where_it_cannot_be_written(tmp_path: Path) -> None:
-    with pytest.raises(GraphError, match="cannot be written: No such file or directory"):
+    with pytest.raises(GraphError, match=r"cannot write .*: No such file or directory"):
         g.save(parse(TEXT), tmp_path / "no" / "m.onnx")
-    with pytest.raises(GraphError, match="cannot be written"):
+    with pytest.raises(GraphError, match="cannot write"):
         g.save(parse(TEXT), tmp_path)
 
 

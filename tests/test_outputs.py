@@ -49,7 +49,7 @@ def test_what_is_not_published_is_gone(tmp_path: Path) -> None:
 def test_where_one_cannot_be_moved_all_is_as_before(tmp_path: Path) -> None:
     (tmp_path / "old").write_text("before")
     (tmp_path / "folder").mkdir()
-    with pytest.raises(NmcompileError, match="cannot write .*folder"), staged() as files:
+    with pytest.raises(NmcompileError, match=r"cannot write .*folder"), staged() as files:
         for name in ("old", "new", "folder"):
             files.place(tmp_path / name).write_text("made")
         files.publish()
