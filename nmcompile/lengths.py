@@ -82,7 +82,7 @@ def _along(array: np.ndarray, axis: int, size: int, info: TensorInfo) -> np.ndar
     if size <= now:
         return np.asarray(np.take(array, np.arange(size), axis=axis))
     steps = np.diff(array, axis=axis)
-    if info.dtype.kind in "iu" and not is_mask(info.name) and now > 1 and (steps == 1).all():  # 0, 1, 2, ...
+    if info.dtype.kind in "iu" and "pos" in info.name.lower() and now > 1 and (steps == 1).all():  # 0, 1, 2, ...
         more = np.arange(1, size - now + 1, dtype=array.dtype)
         last = np.take(array, [now - 1], axis=axis)
         shape = [1] * array.ndim
