@@ -234,7 +234,7 @@ def said(**options: Any) -> list[str]:
 
 
 def test_a_pattern_without_zeros_takes_no_share() -> None:
-    with pytest.raises(PassError, match=r"pattern dense has no zeros, sparsity 0\.8 is asked for; leave --sparsity out"):
+    with pytest.raises(PassError, match=r"pattern dense has no zeros, sparsity 0\.8 is asked for; leave --sparsity"):
         said(pattern="dense", sparsity=0.8)
     with pytest.raises(PassError, match="pattern dense always has the same size"):
         said(pattern="dense", size="0.3x")

@@ -122,13 +122,20 @@ def command(model: Path, output: Path | None, emit_onnx: Path | None, report: Pa
 
 
 def check_model(model: Path) -> None:
-    if not model.exists():
+    if not _exists(model):
         near = nearest_command(str(model))
         hint = f"; for the command: nmcompile {near}" if near else "; see nmcompile --help"
         raise NmcompileError(f"there is no model {model}{hint}")
     if model.is_file() and model.open("rb").read(2) == b"PK":
         raise NmcompileError(f"{model} is a plan or another zip archive, not an ONNX model; "
                              f"to look into a plan: nmcompile inspect {model}")  # fmt: skip
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a name longer than any file's
+        return False
 
 
 def summary(model: Path, result: Result) -> Iterator[str]:
