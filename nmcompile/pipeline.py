@@ -114,7 +114,8 @@ class Pipeline:
         graph = g.copy(graph)
         reports: list[Report] = []
         done: list[str] = []
-        check = _Check(getattr(self.calibration, "data", None)) if self.verify else None
+        data = getattr(self.calibration, "data", None)
+        check = _Check(data if isinstance(data, Data) else None) if self.verify else None
         for pass_ in self.passes:
             try:
                 start = time.perf_counter()

@@ -19,6 +19,7 @@ from nmcompile.sizes import wanted_size
 from nmcompile.spec import parse_spec
 
 TARGETS = ("cpu", "tensorrt")
+SEARCHED = 1 << 20  # bytes of a file of samples
 MAX_LENGTH = 128  # tokens of a sample, unless it is given
 
 
@@ -155,7 +156,7 @@ def _texts(source: object) -> bool | None:
     if not isinstance(source, (str, os.PathLike)):
         return any("text" in item for item in source if isinstance(item, Mapping)) if isinstance(source, list) else None
     with Path(source).open("rb") as stream:
-        return b'"text"' in stream.readline()
+        return b'"text"' in stream.read(SEARCHED)
 
 
 def pruning_note(passes: Iterable[Pass], changed: Sequence[str], told: Iterable[str]) -> list[str]:

@@ -234,7 +234,8 @@ def _lengths(look: Look) -> list[str]:
     if look.skipped:
         return [f"at no others than calibration's: {look.skipped}"]
     if look.notes:
-        return list(look.notes)
+        more = [f"... and {len(look.notes) - NOTES} more; --report writes all of them"]
+        return [*look.notes[:NOTES], *(more if len(look.notes) > NOTES else [])]
     at = ", ".join(str(item.length) for item in look.seen)
     least, most = look.calibrated
     usual = least if least == most else f"{least} to {most}"
