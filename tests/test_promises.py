@@ -377,3 +377,13 @@ def test_check_holds_the_limit_of_a_recipe(tmp_path: Path) -> None:
     facts = json.loads((tmp_path / "base" / BERT.stem / "facts.json").read_text())
     assert any(layer["density"] > 0.9 for layer in facts["layers"].values())  # some went back
     assert any("solver=obs" in name and "norms=false" in name and "0.05" in name for name in facts["passes"])
+
+
+def test_check_records_nothing_that_agrees_with_anything(tmp_path: Path) -> None:
+    text = "(float[B,S,16] x) => (float[B,S,16] y) <float[16,16] w> { h = MatMul(x, w)  l = Log(h)  y = Add(l, h) }"
+    (tmp_path / "m.onnx").write_bytes(parse_model(text, opset=17).SerializeToString())
+    np.savez(tmp_path / "c.npz", x=np.stack([row["x"] for row in rows(8)]))
+    words = ["check", tmp_path / "m.onnx", "--baseline", tmp_path / "base", "--calibration", tmp_path / "c.npz"]
+    result = CliRunner().invoke(cli, [str(word) for word in words])
+    assert result.exit_code == 1 and "nothing can be measured of output 'y'" in result.output, result.output
+    assert not (tmp_path / "base").exists()
