@@ -44,7 +44,7 @@ from nmcompile.request import (
 )
 from nmcompile.result import Result
 from nmcompile.session import load_cpu
-from nmcompile.sizes import Model, model_bytes, size_note, zeros_for
+from nmcompile.sizes import Model, external_files, model_bytes, size_note, zeros_for
 from nmcompile.targets import CpuTarget, TensorrtTarget
 
 __all__ = ["DEFAULT_TUNING", "NO_DATA", "Model", "Progress", "Result", "compile", "fingerprint", "model_bytes"]
@@ -105,7 +105,7 @@ def compile(
     table = DEFAULT_TUNING if tuning is None else tuning
     kept = None if table == "off" else table
     check_paths({"-o": output, "--emit-onnx": emit_onnx, "--report": report, "--tuning": kept},
-                {"the model": model, "--calibration": calibration, "--tokenizer": tokenizer},
+                {"the model": model, **external_files(model), "--calibration": calibration, "--tokenizer": tokenizer},
                 engine=target == "tensorrt")  # fmt: skip
     wanted = Wanted(passes, sparsity, pattern, solver, size)
     made = CpuTarget(open_tuner(table)) if target == "cpu" else TensorrtTarget(
@@ -184,7 +184,7 @@ def _data(
     max_length: int | None,
 ) -> Data:  # fmt: skip
     """The samples, made up where there are none."""
-    length = max_length or MAX_LENGTH
+    length = MAX_LENGTH if max_length is None else max_length
     if isinstance(calibration, Data):
         return calibration
     if calibration is not None:
@@ -230,7 +230,8 @@ def _cpu(job: Job, made: CpuTarget, scratch: Path | None, parts: Holdout, data: 
         return _Found(coverage=covered)
     session = load_cpu(scratch)
     loss = measured_loss(job.source, session.run, parts.measured, job.tell)
-    segments = timed(made.segments, session, feeds) if feeds is not None else ()
+    mixed = any(segment["kind"] != "native" for segment in made.segments)
+    segments = timed(made.segments, session, feeds) if feeds is not None and mixed else ()
     return _Found(loss, segments, covered, look_beyond(job.source, session.run, data, parts, loss, job.tell))
 
 

@@ -12,6 +12,7 @@ from nmcompile.calibrate import Data
 from nmcompile.engine import derived
 from nmcompile.errors import NmcompileError, PassError, UnsupportedError
 from nmcompile.files import check_outputs
+from nmcompile.outputs import real_path
 from nmcompile.passes.pruning import MASKS, PruningPass
 from nmcompile.pipeline import Pass, Report
 from nmcompile.recipes import PRESETS, Preset, pruning_passes
@@ -89,6 +90,12 @@ def check_paths(
     outputs = {name: Path(path) for name, path in written.items() if path is not None}
     sources = {name: Path(path) for name, path in read.items() if isinstance(path, (str, os.PathLike))}
     check_outputs(outputs, sources)
+    if "--emit-onnx" in outputs:
+        emitted = outputs["--emit-onnx"]
+        beside = real_path(emitted).with_name(f"{real_path(emitted).name}.data")
+        for name, path in (*outputs.items(), *sources.items()):
+            if real_path(path).absolute() == beside.absolute():
+                raise NmcompileError(f"{name} is {path}, where the weights of {emitted} go; give another name")
     if engine and "-o" in outputs:
         plan = outputs.pop("-o")
         _check_derived(plan, *outputs.values(), *sources.values())

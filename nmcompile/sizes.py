@@ -22,6 +22,7 @@ Model: TypeAlias = "str | os.PathLike[str] | onnx.ModelProto | gs.Graph"
 
 TRIED = (0.5, 0.9)  # shares of zeros that a size is interpolated between
 MOST = 0.99  # share of zeros that a size may ask for
+INSIDE = 100_000_000  # bytes of a model's file that holds its weights itself
 CLOSE = 0.02  # of the size asked for: nearer is met
 
 
@@ -72,10 +73,20 @@ def model_bytes(model: Model) -> int:
                 if isinstance(t, gs.Constant)}  # fmt: skip
         return sum(seen.values())
     path = Path(model)
-    total: int = path.stat().st_size
-    if total > 100_000_000:  # weights are inside
-        return total
-    graph = onnx.load(str(path), load_external_data=False).graph
-    files = {entry.value for tensor in graph.initializer if uses_external_data(tensor)
-             for entry in tensor.external_data if entry.key == "location"}  # fmt: skip
-    return total + sum((path.parent / name).stat().st_size for name in map(str, files))
+    return int(path.stat().st_size) + sum(file.stat().st_size for file in external_files(path).values())
+
+
+def external_files(model: object) -> dict[str, Path]:
+    """The files of weights beside a model's file, each by what it is; none where it is no file or cannot be read."""
+    if not isinstance(model, (str, os.PathLike)):
+        return {}
+    path = Path(model)
+    try:
+        if not path.is_file() or path.stat().st_size > INSIDE:
+            return {}
+        graph = onnx.load(str(path), load_external_data=False).graph
+    except Exception:  # what is wrong with it is told where it is read
+        return {}
+    names = sorted({str(entry.value) for tensor in graph.initializer if uses_external_data(tensor)
+                    for entry in tensor.external_data if entry.key == "location"})  # fmt: skip
+    return {f"the model's weights {name}": path.parent / name for name in names if (path.parent / name).is_file()}

@@ -140,6 +140,7 @@ def test_a_large_graph_keeps_its_weights_beside_it(tmp_path: Path, monkeypatch: 
         ({"emit_onnx": "m.plan"}, "are the same file"),
         ({"emit_onnx": "x", "report": "x"}, "are the same file"),
         ({"tuning": "m.plan"}, "are the same file"),
+        ({"emit_onnx": "q.onnx", "report": "q.onnx.data"}, "where the weights of .*q.onnx go"),
         ({"report": "r" * 256}, "is too long"),
         ({"output": "r" * 252 + ".plan"}, "is too long"),
     ],
@@ -152,6 +153,14 @@ def test_names_that_cannot_be_are_refused_at_once(
     with pytest.raises(NmcompileError, match=said):
         nmcompile.compile(BERT, **made)  # type: ignore[arg-type]
     assert not list(tmp_path.iterdir())
+
+
+def test_the_models_weights_are_not_written_over(tmp_path: Path) -> None:
+    g.save(g.load(BERT), tmp_path / "m.onnx", external=True)
+    before = (tmp_path / "m.onnx.data").read_bytes()
+    with pytest.raises(NmcompileError, match=r"-o and the model's weights m.onnx.data are the same file"):
+        nmcompile.compile(tmp_path / "m.onnx", tmp_path / "m.onnx.data", preset="fast")
+    assert (tmp_path / "m.onnx.data").read_bytes() == before
 
 
 def test_names_of_the_longest_length_are_taken(tmp_path: Path) -> None:

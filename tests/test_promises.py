@@ -315,7 +315,7 @@ def test_the_share_that_runs_native_and_the_times_of_segments(tmp_path: Path) ->
     assert f"native    33 of 33 linear layers, {share} of the multiply-adds of a sample" in text
     others = [segment for segment in written["segments"] if segment["kind"] == "onnxruntime"]
     assert others and all(segment["milliseconds"] > 0 for segment in others)
-    assert text.count(" ms, ") == len(others)
+    assert text.count(" ms for a batch of samples, ") == len(others)
     assert "lengths   at 1, " in text
     assert not any("milliseconds" in segment for segment in read_plan(tmp_path / "m.plan").header["segments"])
 

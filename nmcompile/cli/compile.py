@@ -74,7 +74,7 @@ A recipe holds these options by their long names:
               help="Keep finished stages of pruning here; run again, it goes on from them.")  # fmt: skip
 @click.option("--calibration", type=click.Path(path_type=Path), metavar="DATA", help="Samples: .npz, .jsonl, folder.")
 @click.option("--tokenizer", type=click.Path(path_type=Path), metavar="PATH", help="tokenizer.json, for texts.")
-@click.option("--max-length", type=click.IntRange(min=1), metavar="N",
+@click.option("--max-length", type=int, metavar="N",
               help="Tokens of a sample at most; arrays are not cut.  [default: 128]")  # fmt: skip
 @click.option("--attention", type=click.Choice(["int8", "float"]),
               help="Whether queries, keys and values are quantized. Default: int8, for TensorRT float.")  # fmt: skip
@@ -84,7 +84,7 @@ A recipe holds these options by their long names:
 @click.option("--recipe", "recipe_", type=click.Path(path_type=Path), metavar="FILE", is_eager=True,
               callback=recipe.as_defaults, help="Options from a .toml file; the command line wins.")  # fmt: skip
 @click.option("--emit-onnx", type=click.Path(path_type=Path), metavar="OUT", help="Write the quantized model as ONNX.")
-@click.option("--verify", is_flag=True, help="Run the model before and after each pass that must not change it.")
+@click.option("--verify", is_flag=True, help="Run the model before and after each pass that must not change it, at many lengths.")
 @click.option("--require", type=click.Choice(["native"]), help="Fail unless all of the model runs on the engine.")
 @click.option("--report", type=click.Path(path_type=Path), metavar="OUT", help="Write everything known as JSON.")
 @click.option("--dump-text", type=click.Path(path_type=Path), metavar="DIR", help="Write the graph as text by pass.")
@@ -249,6 +249,6 @@ def _segments(result: Result) -> list[str]:
     lines = [", ".join(f"{count} {kind}" for kind, count in kinds.items()) or "none"]
     for segment in result.segments:
         if segment["kind"] != "native":
-            time = f"{segment['milliseconds']:.3g} ms, " if "milliseconds" in segment else ""
+            time = f"{segment['milliseconds']:.3g} ms for a batch of samples, " if "milliseconds" in segment else ""
             lines.append(f"onnxruntime: {time}{segment['nodes']} nodes ({', '.join(segment['operators'])})")
     return [*lines[: NOTES + 1], *([f"... and {len(lines) - NOTES - 1} more"] if len(lines) > NOTES + 1 else [])]
