@@ -61,12 +61,28 @@ def look_beyond(
     return look(reference(source), run, parts.measured, lengths_of(data), g.outputs(source), loss)
 
 
-def quantize_within(job: Job, limit: Limit, apart: Limit | None, scratch: Path, data: Data) -> dict[str, Any]:
-    """Quantize so that what runs stays within the limit on `data`; what it took.
+def hold_limit(
+    job: Job, limit: Limit, asked: str | Limit, parts: Holdout, scratch: Path
+) -> tuple[dict[str, Any], Holdout, list[str]]:
+    """Quantize so that what runs stays within the limit: (what it took, the samples that it was held by, notes).
 
-    apart: the same limit on samples that the search does not choose by, on which the outcome is measured too.
-    `scratch`: where plans may be tried.
+    The outcome is measured on samples that the search did not choose by as well; where it does not hold there, the
+    search begins again on all of them. `scratch`: where plans may be tried.
     """
+    held = _search(job, limit, parts.chosen, scratch)
+    if not parts.apart or not isinstance(asked, str) or limit.name not in METRICS:
+        return held, parts, []
+    apart = parse_limit(asked, list(parts.measured))
+    drop = apart.score(reference(job.source), job.target.opened(scratch, job.header))
+    if drop <= limit.value:
+        return {**held, "drop_apart": drop}, parts, []
+    every = parts.together()
+    note = (f"{limit.name} dropped by {drop:.4g} on samples that the search had not chosen by: the limit is held by "
+            "all held-out samples, and none was left to measure on")  # fmt: skip
+    return _search(job, parse_limit(asked, list(every.chosen)), every.chosen, scratch), every, [note]
+
+
+def _search(job: Job, limit: Limit, data: Data, scratch: Path) -> dict[str, Any]:
     model = reference(job.source)
 
     def attempt(dense: Sequence[str], floating: Sequence[str]) -> float:
@@ -79,14 +95,5 @@ def quantize_within(job: Job, limit: Limit, apart: Limit | None, scratch: Path, 
         return worst_first(noise, job.changed), worst_first(noise, quantized)
 
     found = hold(limit, attempt, candidates, job.tell)
-    other = {} if apart is None else {"drop_apart": apart.score(model, job.target.opened(scratch, job.header))}
-    return {"metric": limit.name, "limit": limit.value, "drop": found.drop, **other,
+    return {"metric": limit.name, "limit": limit.value, "drop": found.drop,
             "dense": job.closed(found.dense), "float": list(found.floating)}  # fmt: skip
-
-
-def held_note(held: Mapping[str, Any]) -> list[str]:
-    """What to say where a limit does not hold on samples that the search did not choose by."""
-    if not held or held.get("drop_apart", 0.0) <= held["limit"]:
-        return []
-    return [f"{held['metric']} drops by {held['drop_apart']:.4g} on samples that the search did not choose by, "
-            f"{held['limit']:g} is allowed; give more samples, or a smaller limit"]  # fmt: skip

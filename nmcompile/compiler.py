@@ -14,7 +14,7 @@ from typing import Any
 import onnx_graphsurgeon as gs
 
 from nmcompile import graph as g
-from nmcompile.accuracy import Progress, held_note, limit_for, look_beyond, measured_loss, quantize_within
+from nmcompile.accuracy import Progress, hold_limit, limit_for, look_beyond, measured_loss
 from nmcompile.backends.cpu.tuning import Tuner, keep, open_tuner
 from nmcompile.backends.tensorrt.recipe import EngineOptions
 from nmcompile.backends.tensorrt.shapes import parse_shapes
@@ -119,7 +119,6 @@ def compile(
     check_ids(source, data)
     parts = hold_out(data, limited=max_drop is not None)
     limit = limit_for(max_drop, source, parts.chosen, can_run=output is not None or target == "tensorrt")
-    apart = limit_for(max_drop, source, parts.measured, True) if parts.apart and isinstance(max_drop, str) else None
     zeros = sparsity if size is None else zeros_for(size, pattern, model_bytes(model), _trial(model, pattern))
     given = passes_for(wanted, chosen, zeros, target, made.multiple, data.synthetic)
     notes = [NO_DATA] * data.synthetic + without_effect(
@@ -134,11 +133,11 @@ def compile(
         plan = None if output is None else real_path(output)
         scratch = None if plan is None else files.folder(plan.parent) / ".plan"
         held: Mapping[str, Any] = {}
-        if limit is None:
+        if limit is None or max_drop is None:
             job.quantize()
         else:
-            held = quantize_within(job, limit, apart, scratch or Path(), parts.chosen)
-            notes += held_note(held)
+            held, parts, told = hold_limit(job, limit, max_drop, parts, scratch or Path())
+            notes += told
         if require == "native":
             _require_native(job)
         if isinstance(made, CpuTarget):

@@ -29,6 +29,12 @@ class Holdout:
     apart: bool
 
 
+    def together(self) -> Holdout:
+        """A limit held by all that was held out, on which the loss is then measured too."""
+        every = replace(self.chosen, rows=(*self.chosen.rows, *self.measured.rows))
+        return replace(self, chosen=every, measured=every, apart=False)
+
+
 def hold_out(data: Data, limited: bool) -> Holdout:
     """Every eighth sample is held out, of a model of a fixed batch size every eighth batch; where there are too few,
     all serve for everything. limited: of those held out, a limit is held by one half and the loss measured on the

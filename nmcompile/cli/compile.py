@@ -84,7 +84,7 @@ A recipe holds these options by their long names:
 @click.option("--recipe", "recipe_", type=click.Path(path_type=Path), metavar="FILE", is_eager=True,
               callback=recipe.as_defaults, help="Options from a .toml file; the command line wins.")  # fmt: skip
 @click.option("--emit-onnx", type=click.Path(path_type=Path), metavar="OUT", help="Write the quantized model as ONNX.")
-@click.option("--verify", is_flag=True, help="Run the model before and after each pass that must not change it, at many lengths.")
+@click.option("--verify", is_flag=True, help="Run the model before and after each pass that must not change it.")
 @click.option("--require", type=click.Choice(["native"]), help="Fail unless all of the model runs on the engine.")
 @click.option("--report", type=click.Path(path_type=Path), metavar="OUT", help="Write everything known as JSON.")
 @click.option("--dump-text", type=click.Path(path_type=Path), metavar="DIR", help="Write the graph as text by pass.")
