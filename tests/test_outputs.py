@@ -104,7 +104,7 @@ def fails(where: str, at: int = 1) -> Step:
 
 @pytest.mark.parametrize("where", [
     "nmcompile.compiler.measured_loss", "nmcompile.compiler.look_beyond", "nmcompile.compiler.layer_noise",
-    "nmcompile.compiler.timed", "nmcompile.graph.save", "nmcompile.compiler.keep", "nmcompile.compiler.model_bytes",
+    "nmcompile.compiler.coverage", "nmcompile.graph.save", "nmcompile.compiler.keep", "nmcompile.compiler.model_bytes",
 ])  # fmt: skip
 @pytest.mark.parametrize("before", [False, True])
 def test_a_compile_that_fails_leaves_no_file(
