@@ -1,112 +1,57 @@
-"""The compiler: one function per target that lists its passes top to bottom, and `compile`, which runs them."""
+"""`compile`: from a model to a plan, top to bottom."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-import re
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any, TypeAlias
+from typing import Any
 
-import numpy as np
-import onnx
 import onnx_graphsurgeon as gs
-from onnx.external_data_helper import uses_external_data
 
 from nmcompile import graph as g
-from nmcompile import sparsity as sp
-from nmcompile.backends.cpu.tuning import keep, open_tuner
+from nmcompile.accuracy import Progress, hold_limit, limit_for, look_beyond, measured_loss
+from nmcompile.backends.cpu.tuning import Tuner, keep, open_tuner
 from nmcompile.backends.tensorrt.recipe import EngineOptions
 from nmcompile.backends.tensorrt.shapes import parse_shapes
-from nmcompile.calibrate import Calibration, Data, check_ids, longest, open_data, split
+from nmcompile.calibrate import Calibration, Data, check_ids, longest, open_data
 from nmcompile.calibrate.sources import Source
-from nmcompile.compare import Comparison, Difference, real_tokens
-from nmcompile.control import Noise, hold, layer_noise, worst_first
-from nmcompile.engine import Engine, choose_profile, derived, lacking, make, to_json
-from nmcompile.errors import CalibrationError, NmcompileError, PassError, UnsupportedError
-from nmcompile.files import write
+from nmcompile.compare import Difference
+from nmcompile.control import layer_noise
+from nmcompile.coverage import Coverage, coverage, timed
+from nmcompile.engine import Engine, Loss, choose_profile, lacking, make
+from nmcompile.errors import CalibrationError, UnsupportedError
+from nmcompile.holdout import Holdout, hold_out
 from nmcompile.job import Job
-from nmcompile.metrics import Limit, parse_limit
-from nmcompile.pipeline import Observer, Pass, Report
-from nmcompile.recipes import PRESETS, Preset, pruning_passes, reduced
-from nmcompile.spec import parse_spec
-from nmcompile.targets import CpuTarget, Run, TensorrtTarget
+from nmcompile.lengths import Look
+from nmcompile.metrics import Limit
+from nmcompile.outputs import Outputs, real_path, staged
+from nmcompile.pipeline import Observer, Pass
+from nmcompile.recipes import Preset, reduced
+from nmcompile.request import (
+    MAX_LENGTH,
+    Wanted,
+    attention_note,
+    check_options,
+    check_paths,
+    passes_for,
+    pruning_note,
+    without_effect,
+)
+from nmcompile.result import Result
+from nmcompile.session import load_cpu
+from nmcompile.sizes import Model, external_files, model_bytes, size_note, zeros_for
+from nmcompile.targets import CpuTarget, TensorrtTarget
 
-Model: TypeAlias = "str | os.PathLike[str] | onnx.ModelProto | gs.Graph"
-Progress = Callable[[str, int, int], None]  # (what, done, total)
+__all__ = ["DEFAULT_TUNING", "NO_DATA", "Model", "Progress", "Result", "compile", "fingerprint", "model_bytes"]
 
-
-TARGETS = ("cpu", "tensorrt")
 NO_DATA = ("no calibration data: activation ranges come from made-up inputs and are not to be trusted; "
            "give samples of the model's real inputs with --calibration")  # fmt: skip
 DEFAULT_TUNING: str | None = None  # what compile(tuning=None) means; a test run sets "off" and never times
-
-
-# ---- compile ----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Result:
-    """What `compile` did: the plan's path, each pass with its report and seconds, the layers, and what was lost.
-
-    `loss` compares the plan with the model it came from in onnxruntime, output by output, on samples that calibration
-    did not see (where there were enough to hold some out); empty when there was no plan. `synthetic` says that these
-    samples were made up. `noise` is that of each layer's output against the dense model. `held` says how a limit on
-    the loss was held: metric, limit, drop, and the layers that went back to dense or float. `engine`: what became of a
-    TensorRT engine. `findings`: every rule of TensorRT's that its graph breaks, node by node.
-    """
-
-    plan: Path | None
-    passes: tuple[tuple[str, Report, float], ...]
-    layers: tuple[Mapping[str, Any], ...]
-    segments: tuple[Mapping[str, Any], ...]
-    notes: tuple[str, ...]
-    loss: Mapping[str, Difference]
-    synthetic: bool
-    held_out: bool
-    seconds: float
-    sizes: Mapping[str, int] = field(default_factory=dict)
-    noise: Mapping[str, Noise] = field(default_factory=dict)
-    held: Mapping[str, Any] = field(default_factory=dict)
-    engine: Engine | None = None
-    findings: tuple[str, ...] = ()
-
-    @property
-    def measured_on(self) -> str:
-        """What samples the loss was measured on."""
-        if self.synthetic:
-            return "synthetic samples"
-        return "held-out samples" if self.held_out else "the calibration samples, too few to hold any out"
-
-    @property
-    def native(self) -> bool:
-        """One native segment and nothing else."""
-        return len(self.segments) == 1 and self.segments[0]["kind"] == "native"
-
-    def to_json(self) -> dict[str, Any]:
-        """Everything as JSON: the content of `--report`."""
-        return {
-            "plan": None if self.plan is None else str(self.plan),
-            "seconds": round(self.seconds, 3),
-            "passes": [{"pass": name, "changed": report.changed, "seconds": round(seconds, 3), "detail": report.detail,
-                        "notes": list(report.notes)} for name, report, seconds in self.passes],
-            "segments": list(self.segments),
-            "layers": list(self.layers),
-            "notes": list(self.notes),
-            "loss": {name: difference.to_json() for name, difference in self.loss.items()},
-            "loss_on": self.measured_on,
-            "held": dict(self.held),
-            "sqnr_db": {name: round(noise.sqnr, 2) for name, noise in self.noise.items()},
-            "sizes": dict(self.sizes),
-            **({} if self.engine is None else {"engine": to_json(self.engine)}),
-            **({"findings": list(self.findings)} if self.findings else {}),
-        }  # fmt: skip
 
 
 def compile(
@@ -122,7 +67,7 @@ def compile(
     size: str | None = None,
     calibration: Source | Data | None = None,
     tokenizer: str | Path | None = None,
-    max_length: int = 128,
+    max_length: int | None = None,
     attention: str | None = None,
     reduce_range: bool = False,
     engine: EngineOptions | None = None,
@@ -149,119 +94,184 @@ def compile(
     for target tensorrt. tuning: each layer runs on the kernel that is fastest by times measured on this machine, kept
     for the next compile (None), by a table that is read from a file, or measured and written to it where it does not
     exist, or by the shipped cost model ("off"), which chooses alike on every machine.
-    require "native": an error unless the whole model runs on the engine. measure: run the plan on held-out samples
-    against the model. max_drop: "cosine=0.01" and the like (nmcompile.metrics): layers go back to dense and to float,
-    worst first, until it holds on held-out samples. checkpoints: a folder from which an interrupted pruning goes on.
-    Raises NmcompileError; a failed compile leaves no file behind, but for the graphs and the recipe of an engine that
-    TensorRT refuses to build.
+    require "native": an error unless the whole model runs on the engine. measure: run the plan against the model on
+    held-out samples, and at lengths that calibration had not. max_drop: "cosine=0.01" and the like (nmcompile.metrics):
+    layers go back to dense and to float, worst first, until it holds on held-out samples. checkpoints: a folder from
+    which an interrupted pruning goes on. Raises NmcompileError; all files appear together at the end, and a
+    failed compile leaves none, but for the graphs and the recipe of an engine that TensorRT refuses to build. An option
+    without effect is a note of the result.
     """
     start = time.perf_counter()
-    chosen = _check_options(target, preset, require, engine)
+    chosen = check_options(target, preset, require, engine)
     chosen = reduced(chosen, target) if reduce_range else chosen
     options = engine or EngineOptions()
     table = DEFAULT_TUNING if tuning is None else tuning
-    for path in (output, emit_onnx, report, None if table == "off" else table):
-        _check_path(path, model)
+    kept = None if table == "off" else table
+    check_paths({"-o": output, "--emit-onnx": emit_onnx, "--report": report, "--tuning": kept},
+                {"the model": model, **external_files(model), "--calibration": calibration, "--tokenizer": tokenizer},
+                engine=target == "tensorrt")  # fmt: skip
+    wanted = Wanted(passes, sparsity, pattern, solver, size)
     made = CpuTarget(open_tuner(table)) if target == "cpu" else TensorrtTarget(
         choose_profile(options), options.outputs, options.weights)  # fmt: skip
-    without = ""
-    if isinstance(made, TensorrtTarget) and output is not None:
-        _check_derived(Path(output), model, calibration, tokenizer, emit_onnx, report)
-        without = lacking(options, made.profile)
+    without = lacking(options, made.profile) if isinstance(made, TensorrtTarget) and output is not None else ""
     tell = progress or (lambda *_: None)
     tell("reading the model", 0, 1)
     source = g.admit(model)
     shapes = parse_shapes(options.shapes, g.inputs(source)) if target == "tensorrt" and output is not None else {}
-    if calibration is None:
-        if target == "tensorrt":
-            raise CalibrationError("target tensorrt needs calibration data; give samples of the model's real inputs "
-                                   "with --calibration")  # fmt: skip
-        max_length = longest(source, max_length)
-    data = calibration if isinstance(calibration, Data) else open_data(
-        calibration, g.inputs(source), tokenizer=tokenizer, max_length=max_length,
-        limit=chosen.made_up if calibration is None else chosen.limit)  # fmt: skip
+    data = _data(source, calibration, target, chosen, tokenizer, max_length)
     source = source if data.synthetic else g.separate_dims(source, data)
     check_ids(source, data)
-    seen, held_out = split(data)
-    if passes is not None and not (sparsity is None and pattern is None and size is None):
-        raise PassError("give either passes or sparsity, pattern and size, not both")
-    if size is not None and sparsity is not None:
-        raise PassError("give either a size or a sparsity, not both")
-    if size is not None:
-        sparsity = sparsity_for(size, model, pattern)
-    if passes is not None:
-        extra = parse_spec(passes) if isinstance(passes, str) else list(passes)
-    else:
-        by = solver or ("magnitude" if data.synthetic else chosen.solver)
-        pattern = _gpu_pattern(pattern, size) if target == "tensorrt" else pattern
-        extra = pruning_passes(pattern, sparsity, by, chosen.options if solver is None and not data.synthetic else {},
-                               made.multiple)  # fmt: skip
-    limit = parse_limit(max_drop, list(held_out)) if isinstance(max_drop, str) else max_drop
-    if limit is not None and output is None:
-        raise PassError("a limit on the loss needs a plan to measure; give an output")
-    calibration_run = Calibration(seen, tell, None if checkpoints is None else Path(checkpoints))
-    job = Job(source, made, chosen, attention or made.attention, extra, calibration_run, verify, tuple(observers), tell,
-              fingerprint(source))  # fmt: skip
+    parts = hold_out(data, limited=max_drop is not None)
+    limit = limit_for(max_drop, source, parts.chosen, can_run=output is not None or target == "tensorrt")
+    zeros = sparsity if size is None else zeros_for(size, pattern, model_bytes(model), _trial(model, pattern))
+    given = passes_for(wanted, chosen, zeros, target, made.multiple, data.synthetic)
+    notes = [NO_DATA] * data.synthetic + without_effect(
+        wanted, given, data, source=calibration, tokenizer=tokenizer, max_length=max_length, checkpoints=checkpoints,
+        tuning=tuning, target=target)  # fmt: skip
+    job = Job(source, made, chosen, attention or made.attention, given,
+              Calibration(parts.seen, tell, None if checkpoints is None else Path(checkpoints)), verify,
+              tuple(observers), tell, fingerprint(source))  # fmt: skip
     job.prepare()
-    with ExitStack() as unfinished:  # what it holds is removed unless everything was written
-        scratch = None if output is None else Path(output).with_name(f".{Path(output).name}.partial")
-        if scratch is not None:
-            unfinished.callback(scratch.unlink, missing_ok=True)
+    notes += [*pruning_note(given, job.changed, job.notes), *attention_note(attention, job.log)]
+    with staged() as files:
+        plan = None if output is None else real_path(output)
+        scratch = None if plan is None else files.folder(plan.parent) / ".plan"
         held: Mapping[str, Any] = {}
-        if limit is None or scratch is None:
+        if limit is None or max_drop is None:
             job.quantize()
         else:
-            held = _held(job, limit, scratch, held_out)
+            held, parts, told = hold_limit(job, limit, max_drop, parts, scratch or Path())
+            notes += told
         if require == "native":
             _require_native(job)
-
-        def lost() -> Mapping[str, Difference]:
-            if not measure:
-                return {}
-            return _loss(source, made.opened(scratch or Path(), job.header), held_out, tell)
-
-        sizes: dict[str, int] = {}
-        loss: Mapping[str, Difference] = {}
-        built: Engine | None = None
-        if isinstance(made, TensorrtTarget) and output is not None:
-            built = make(job, made, options, Path(output), shapes, held.get("dense", ()), held.get("float", ()), lost,
-                         without)  # fmt: skip
-            loss = built.loss
-        elif isinstance(made, CpuTarget) and scratch is not None and not measure:
-            made.write(scratch, job.header)
-        elif scratch is not None or isinstance(made, TensorrtTarget):
-            loss = lost()  # of the plan, which this writes
-        if emit_onnx is not None:
-            g.save(made.graph if isinstance(made, TensorrtTarget) else job.graph, Path(emit_onnx))
-            sizes["qdq_onnx"] = Path(emit_onnx).stat().st_size
-        notes = [NO_DATA] * data.synthetic + (made.emitted(job.graph) if emit_onnx is not None else []) + job.notes
+        if isinstance(made, CpuTarget):
+            found = _cpu(job, made, scratch, parts, data, measure)
+            if scratch is not None and plan is not None:
+                files.move(scratch, plan)
+        else:
+            found = _tensorrt(job, made, plan, parts, data, measure, lambda lost: make(
+                job, made, options, plan or Path(), shapes, held, lost, without, files))  # fmt: skip
+        sizes = {} if emit_onnx is None else {"qdq_onnx": _emit(files, made, job, real_path(emit_onnx))}
+        notes += made.emitted(job.graph) if emit_onnx is not None else []
         if isinstance(made, CpuTarget) and made.tuner is not None:
-            notes += keep(made.tuner, table)
-        if scratch is not None and scratch.exists():
-            os.replace(scratch, output)  # type: ignore[arg-type]
-        written = None if output is None or (built is not None and not built.built) else Path(output)
-        if written is not None:
-            sizes["plan"] = written.stat().st_size
+            notes += _keep(files, made.tuner, table)
+        if plan is not None and (found.engine is None or found.engine.built):
+            sizes["plan"] = files.size(plan)
+            notes += size_note(size, sizes["plan"], model_bytes(model)) if size is not None else []
         result = Result(
-            plan=written,
+            plan=Path(output) if output is not None and "plan" in sizes else None,
             passes=job.log,
             layers=tuple(made.layers),
-            segments=tuple(made.segments),
-            notes=tuple(notes),
-            loss=loss,
+            segments=found.segments or tuple(made.segments),
+            notes=tuple(dict.fromkeys([*notes, *found.notes, *job.notes])),
+            loss=found.loss,
             synthetic=data.synthetic,
-            held_out=held_out is not seen,
+            held_out=parts.held_out,
+            chosen_by=limit is not None and not parts.apart,
             seconds=time.perf_counter() - start,
             sizes=sizes,
-            noise=layer_noise(job.dense, job.graph, held_out) if measure else {},
+            noise=layer_noise(job.dense, job.graph, parts.measured) if measure else {},
             held=held,
-            engine=built,
+            coverage=found.coverage,
+            lengths=found.look,
+            engine=found.engine,
             findings=tuple(map(str, made.findings)) if isinstance(made, TensorrtTarget) else (),
         )
         if report is not None:
-            write(Path(report), json.dumps(result.to_json(), indent=1) + "\n")
-        unfinished.pop_all()
+            files.place(real_path(report), ".report").write_text(json.dumps(result.to_json(), indent=1) + "\n", "utf-8")
+        files.publish()
     return result
+
+
+def _data(
+    source: gs.Graph, calibration: Source | Data | None, target: str, preset: Preset, tokenizer: str | Path | None,
+    max_length: int | None,
+) -> Data:  # fmt: skip
+    """The samples, made up where there are none."""
+    length = MAX_LENGTH if max_length is None else max_length
+    if isinstance(calibration, Data):
+        return calibration
+    if calibration is not None:
+        return open_data(calibration, g.inputs(source), tokenizer=tokenizer, max_length=length, limit=preset.limit)
+    if target == "tensorrt":
+        raise CalibrationError("target tensorrt needs calibration data; give samples of the model's real inputs "
+                               "with --calibration")  # fmt: skip
+    return open_data(None, g.inputs(source), max_length=longest(source, length), limit=preset.made_up)
+
+
+def _trial(model: Model, pattern: str | None) -> Callable[[Path, float], None]:
+    """What writes a plan with a share of zeros, quickly and at any loss."""
+
+    def trial(plan: Path, share: float) -> None:
+        compile(model, plan, sparsity=share, pattern=pattern, solver="magnitude", preset="fast", tuning="off",
+                measure=False)  # fmt: skip
+
+    return trial
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What was measured on what was made."""
+
+    loss: Mapping[str, Difference] = field(default_factory=dict)
+    segments: tuple[Mapping[str, Any], ...] = ()
+    coverage: Coverage | None = None
+    look: Look | None = None
+    engine: Engine | None = None
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return () if self.look is None else self.look.notes
+
+
+def _cpu(job: Job, made: CpuTarget, scratch: Path | None, parts: Holdout, data: Data, measure: bool) -> _Found:
+    """Write the plan to `scratch`, and measure it."""
+    if scratch is not None:
+        made.write(scratch, job.header)
+    feeds = next(iter(parts.measured), None) if measure else None
+    covered = coverage(job.graph, made.lowered.blobs, feeds)
+    if scratch is None or not measure:
+        return _Found(coverage=covered)
+    session = load_cpu(scratch)
+    loss = measured_loss(job.source, session.run, parts.measured, job.tell)
+    mixed = any(segment["kind"] != "native" for segment in made.segments)
+    segments = timed(made.segments, session, feeds) if feeds is not None and mixed else ()
+    return _Found(loss, segments, covered, look_beyond(job.source, session.run, data, parts, loss, job.tell))
+
+
+def _tensorrt(
+    job: Job, made: TensorrtTarget, plan: Path | None, parts: Holdout, data: Data, measure: bool,
+    build: Callable[[Callable[[], Loss]], Engine],
+) -> _Found:  # fmt: skip
+    """Write graphs and recipe, build the engine where that is possible, and measure the graph in onnxruntime."""
+
+    def lost() -> Loss:
+        run = made.opened(Path(), job.header)
+        return measured_loss(job.source, run, parts.measured, job.tell) if measure else {}
+
+    built = None if plan is None else build(lost)
+    loss = lost() if built is None else built.loss
+    run = made.opened(Path(), job.header)
+    beyond = look_beyond(job.source, run, data, parts, loss, job.tell) if measure else None
+    return _Found(loss, look=beyond, engine=built)
+
+
+def _emit(files: Outputs, made: CpuTarget | TensorrtTarget, job: Job, path: Path) -> int:
+    """Write the quantized graph as ONNX, a large one's weights beside it; its size."""
+    folder = files.folder(path.parent)
+    place = folder / path.name
+    g.save(made.graph if isinstance(made, TensorrtTarget) else job.graph, place)
+    for name in (f"{path.name}.data", path.name):  # the file that names the other one last
+        if name in os.listdir(folder):
+            files.move(folder / name, path.with_name(name))
+    return place.stat().st_size
+
+
+def _keep(files: Outputs, tuner: Tuner, table: str | os.PathLike[str] | None) -> list[str]:
+    """Store the times that were measured, in a file only where one was asked for that there was not."""
+    if table is None or table == "off" or not tuner.measures:
+        return keep(tuner, table)
+    return keep(tuner, files.place(real_path(table), ".table"))
 
 
 def _require_native(job: Job) -> None:
@@ -272,125 +282,6 @@ def _require_native(job: Job) -> None:
         raise UnsupportedError(f"not one native segment: {why[0]}")
 
 
-def _held(job: Job, limit: Limit, scratch: Path, data: Data) -> dict[str, Any]:
-    """Quantize so that what runs stays within the limit; what it took."""
-    names = [info.name for info in g.outputs(job.source)]
-    reference = g.runner(job.source, names, optimise=True)
-
-    def attempt(dense: Sequence[str], floating: Sequence[str]) -> float:
-        job.quantize(dense, floating)
-        return limit.score(reference, job.target.opened(scratch, job.header))
-
-    def candidates() -> tuple[list[str], list[str]]:
-        noise = layer_noise(job.dense, job.graph, data)
-        quantized = [layer.name for layer in g.linear_layers(job.graph) if layer.quantized]
-        return worst_first(noise, job.changed), worst_first(noise, quantized)
-
-    found = hold(limit, attempt, candidates, job.tell)
-    return {"metric": limit.name, "limit": limit.value, "drop": found.drop,
-            "dense": job.closed(found.dense), "float": list(found.floating)}  # fmt: skip
-
-
-def sparsity_for(size: str, model: Model, pattern: str | None) -> float:
-    """The share of zeros at which a plan has a size, "0.25x" of the model's file: two plans are tried, and the size is
-    linear in what is left. PassError when that is no size, or no share of zeros reaches it."""
-    match = re.fullmatch(r"(0?\.[0-9]+|1|1\.0*)x", size.strip())
-    if match is None:
-        raise PassError(f"size {size!r} is not a share of the model's file; write for example 0.25x")
-    if isinstance(sp.parse_pattern(pattern or "2x4"), sp.NM):
-        raise PassError(f"pattern {pattern} always has the same size; leave --size out")
-    wanted, whole, found = float(match[1]), model_bytes(model), {}
-    with TemporaryDirectory() as folder:
-        for share in (0.5, 0.9):
-            plan = Path(folder) / "m.plan"
-            compile(model, plan, sparsity=share, pattern=pattern, solver="magnitude", preset="fast", tuning="off",
-                    measure=False, calibration=None)  # fmt: skip
-            found[share] = plan.stat().st_size / whole
-    slope = (found[0.9] - found[0.5]) / 0.4
-    share = 0.5 + (wanted - found[0.5]) / slope if slope < 0 else 1.0
-    if share >= 0.99:
-        raise PassError(f"size {size}: with 90 % zeros the plan still has {found[0.9]:.3g} of the model's size; "
-                        "take a larger size")  # fmt: skip
-    return max(share, 0.0)
-
-
-def model_bytes(model: Model) -> int:
-    """Size of a model's file with its external data; of its weights where it is no file."""
-    if not isinstance(model, (str, os.PathLike)):
-        graph = g.load(model)
-        seen = {id(t.values): np.asarray(t.values).nbytes for t in graph.tensors().values()
-                if isinstance(t, gs.Constant)}  # fmt: skip
-        return sum(seen.values())
-    path = Path(model)
-    total: int = path.stat().st_size
-    if total > 100_000_000:  # weights are inside
-        return total
-    graph = onnx.load(str(path), load_external_data=False).graph
-    files = {entry.value for tensor in graph.initializer if uses_external_data(tensor)
-             for entry in tensor.external_data if entry.key == "location"}  # fmt: skip
-    return total + sum((path.parent / name).stat().st_size for name in map(str, files))
-
-
-def _check_options(target: str, preset: str | Preset, require: str | None, engine: EngineOptions | None) -> Preset:
-    if target not in TARGETS:
-        raise UnsupportedError(f"target {target!r} is not known; choose one of {', '.join(TARGETS)}")
-    if isinstance(preset, str) and preset not in PRESETS:
-        raise UnsupportedError(f"preset {preset!r} is not known; choose one of {', '.join(PRESETS)}")
-    if require not in (None, "native"):
-        raise UnsupportedError(f"require {require!r} is not known; the only requirement is native")
-    if target == "cpu" and engine:
-        raise UnsupportedError("options of an engine are for target tensorrt; leave them out for the CPU")
-    if require == "native" and target != "cpu":
-        raise UnsupportedError("native is a requirement on plans for the CPU; leave it out for target tensorrt")
-    return PRESETS[preset] if isinstance(preset, str) else preset
-
-
 def fingerprint(graph: gs.Graph) -> str:
     """Short hash of a graph's text: its structure, names and weights."""
     return hashlib.sha256(g.to_text(graph).encode()).hexdigest()[:16]
-
-
-def _loss(source: gs.Graph, run: Run, data: Data, tell: Progress) -> Mapping[str, Difference]:
-    """What runs against the model it came from, on held-out samples."""
-    comparison = Comparison(g.outputs(source))
-    reference = g.runner(source, [info.name for info in g.outputs(source)], optimise=True)
-    done = 0
-    for feeds in data:
-        comparison.add(reference(feeds), run(feeds), real_tokens(feeds))
-        done += len(next(iter(feeds.values())))
-        tell("measuring the loss", done, data.samples)
-    return comparison.differences()
-
-
-def _gpu_pattern(pattern: str | None, size: str | None) -> str:
-    """The zeros that TensorRT has products for, unless none are wanted."""
-    if size is not None or pattern not in (None, "2:4", "dense"):
-        raise UnsupportedError(f"TensorRT runs 2:4 zeros only, not {pattern or f'size {size}'}; leave it out")
-    return pattern or "2:4"
-
-
-def _check_derived(output: Path, *others: object) -> None:
-    """Refuse where a file that lies beside an engine is another one that is read or written."""
-    taken = {Path(other).resolve() for other in others if isinstance(other, (str, os.PathLike))}
-    for path in derived(output):
-        if path.resolve() in taken:
-            raise NmcompileError(f"{path} is written beside {output}; give another name to one of them")
-
-
-def _check_path(path: str | os.PathLike[str] | None, model: Model) -> None:
-    """Refuse early what could not be written at the end."""
-    if path is None:
-        return
-    if isinstance(model, (str, os.PathLike)) and Path(path).resolve() == Path(model).resolve():
-        raise NmcompileError(f"{path} is the model itself; give another name for what is written")
-    folder = Path(path).resolve().parent
-    if Path(path).exists() and not Path(path).is_dir() and not Path(path).is_file():
-        raise NmcompileError(f"{path} is not a regular file; give the name of a file to write")
-    if Path(path).is_dir():
-        raise NmcompileError(f"{path} is a folder; give the name of a file to write")
-    if not folder.is_dir():
-        raise NmcompileError(f"cannot write {path}: there is no folder {folder}; make it first")
-    if not os.access(folder, os.W_OK):
-        raise NmcompileError(f"cannot write {path}: the folder {folder} is not writable; choose another")
-
-

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import re
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from tempfile import mkdtemp
 from typing import Any, cast
 
 import nmcompile
@@ -22,6 +19,7 @@ from nmcompile.backends.tensorrt.shapes import Ranges
 from nmcompile.compare import Difference
 from nmcompile.errors import NmcompileError, NoDeviceError, UnsupportedError
 from nmcompile.job import Job
+from nmcompile.outputs import Outputs
 from nmcompile.targets import TensorrtTarget
 
 Loss = Mapping[str, Difference]
@@ -134,61 +132,62 @@ def make(
     options: EngineOptions,
     plan: Path,
     shapes: Ranges,
-    dense: Sequence[str],
-    floating: Sequence[str],
+    held: Mapping[str, Any],
     loss: Callable[[], Loss],
     without: str,
+    files: Outputs,
 ) -> Engine:
     """Write graphs and recipe, and build the engine unless `without` says what this machine lacks.
 
-    `dense` and `floating`: layers that an accuracy limit has taken back. loss(): what the graph that the target holds
-    loses. The sparse engine is built beside a dense one of the same model, both are timed and the faster stays; layers
-    that were found eligible but ran dense get their dense weights back, which costs no time. All is written in a folder
-    of its own and moved beside the plan when it is whole; where the builder fails, graphs and recipe are kept.
+    held: the layers that an accuracy limit has taken back ("dense", "float"). loss(): what the graph that the target
+    holds loses. The sparse engine is built beside a dense one of the same model, both are timed and the faster stays;
+    layers that were found eligible but ran dense get their dense weights back, which costs no time. All is written
+    where `files` says and moved beside the plan when that publishes; where the builder fails, graphs and recipe are
+    kept.
     """
-    folder = Path(mkdtemp(prefix=f".{plan.name}.", dir=plan.parent))
+    folder = files.folder(plan.parent)
+    dense, floating = held.get("dense", ()), held.get("float", ())
+    variants = Variants(job, target, folder, plan, floating, loss)
+    changed = [name for name in job.changed if name not in job.closed(dense)]
+    if changed:
+        variants.emit("dense", [*dense, *changed])
+        variants.emit("sparse", dense)  # last: what is reported is the sparse one
+    elif any(layer["pattern"] and layer["int8"] for layer in target.layers):  # it came with its zeros
+        variants.emit("sparse", dense)
+        variants.emit("dense", dense, same_as="sparse")
+    else:
+        variants.emit("dense", dense)
+    first = "sparse" if "sparse" in variants.models else "dense"
+    recipe = variants.recipe(shapes, options)
+    if without:
+        return Engine(False, _for_elsewhere(files, folder, plan), without, loss=variants.losses[first])
+    built = folder / plan.name
     try:
-        variants = Variants(job, target, folder, plan, floating, loss)
-        changed = [name for name in job.changed if name not in job.closed(dense)]
-        if changed:
-            variants.emit("dense", [*dense, *changed])
-            variants.emit("sparse", dense)  # last: what is reported is the sparse one
-        elif any(layer["pattern"] and layer["int8"] for layer in target.layers):  # it came with its zeros
-            variants.emit("sparse", dense)
-            variants.emit("dense", dense, same_as="sparse")
-        else:
-            variants.emit("dense", dense)
-        first = "sparse" if "sparse" in variants.models else "dense"
-        recipe = variants.recipe(shapes, options)
-        if without:
-            return Engine(False, _publish(folder, plan), without, loss=variants.losses[first])
-        built = folder / plan.name
-        try:
-            build(recipe, options.python, built, job.tell)
-        except NoDeviceError as error:
-            return Engine(False, _publish(folder, plan), str(error), loss=variants.losses[first])
-        except NmcompileError as error:
-            kept = _publish(folder, plan)
-            raise NmcompileError(f"{error} (the graphs are kept: nmcompile build-engine {kept})") from None
-        idle = _idle(_described(built), changed)
-        if _described(built)["kept"] == "sparse" and idle:
-            variants.emit("mixed", [*dense, *idle])
-            with suppress(NmcompileError):  # the sparse engine is there already
-                build(variants.recipe(shapes, options), options.python, built, job.tell)
-        found = _described(built)
-        variants.settle(str(found["kept"]))
-        os.replace(description_path(built), description_path(plan))
-        os.replace(built, plan)
-        return Engine(True, None, kept=str(found["kept"]), description=found, loss=variants.losses[str(found["kept"])])
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        build(recipe, options.python, built, job.tell)
+    except NoDeviceError as error:
+        return Engine(False, _for_elsewhere(files, folder, plan), str(error), loss=variants.losses[first])
+    except NmcompileError as error:
+        kept = _for_elsewhere(files, folder, plan)
+        files.publish()
+        raise NmcompileError(f"{error} (the graphs are kept: nmcompile build-engine {kept})") from None
+    idle = _idle(_described(built), changed)
+    if _described(built)["kept"] == "sparse" and idle:
+        variants.emit("mixed", [*dense, *idle])
+        with suppress(NmcompileError):  # the sparse engine is there already
+            build(variants.recipe(shapes, options), options.python, built, job.tell)
+    found = _described(built)
+    variants.settle(str(found["kept"]))
+    files.move(description_path(built), description_path(plan))
+    files.move(built, plan)
+    return Engine(True, None, kept=str(found["kept"]), description=found, loss=variants.losses[str(found["kept"])])
 
 
-def _publish(folder: Path, plan: Path) -> Path:
-    """Move graphs and recipe beside the plan, the recipe last: it names the others by their hash."""
-    files = sorted(folder.iterdir(), key=lambda path: path.suffix == ".json")
-    for path in files:
-        os.replace(path, plan.parent / path.name)
+def _for_elsewhere(files: Outputs, folder: Path, plan: Path) -> Path:
+    """Let graphs and recipe be moved beside the plan, the recipe last: it names the others by their hash."""
+    for path in derived(plan):
+        if (folder / path.name).exists() and path != recipe_path(plan):
+            files.move(folder / path.name, path)
+    files.move(folder / recipe_path(plan).name, recipe_path(plan))
     return recipe_path(plan)
 
 

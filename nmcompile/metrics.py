@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from nmcompile.compare import real_tokens
+from nmcompile.compare import cosines, is_float, parts, real_tokens
 from nmcompile.errors import InputError, NmcompileError
 
 Arrays = Mapping[str, np.ndarray]
+Pair = tuple[np.ndarray, np.ndarray]
 Run = Callable[[Arrays], Arrays]
 
 
@@ -28,9 +29,11 @@ class Limit:
 def parse_limit(text: str, samples: Iterable[Arrays]) -> Limit:
     """"cosine=0.01", "kl=0.05", "top1=0.02" or "FILE.py:FUNCTION=0.5"; InputError tells what is wrong.
 
-    cosine: 1 - mean cosine of the outputs' vectors. kl: mean Kullback-Leibler divergence of softmax(outputs), in nats.
-    top1: share of vectors whose largest element is another. A function takes run(feeds) -> outputs and gives a number
-    that is higher for better models; the drop is the dense model's less the compressed one's.
+    cosine: 1 - mean cosine of the outputs' vectors; single scores, one for each sample, are one vector. kl: mean
+    Kullback-Leibler divergence of softmax(outputs), in nats. top1: share of vectors whose largest element is another,
+    and of labels that are others. A function takes run(feeds) -> outputs and gives a number that is higher for better
+    models; the drop is the dense model's less the compressed one's. Measuring raises InputError where outputs hold
+    nothing of the kind.
     """
     name, equals, number = text.rpartition("=")
     try:
@@ -75,40 +78,90 @@ def _number(name: str, value: object) -> float:
     return float(value)
 
 
-def _vectors(dense: Run, other: Run, samples: Iterable[Arrays]) -> Iterable[tuple[np.ndarray, np.ndarray]]:
-    """Pairs of float64 vectors [rows, C] of every float output, padding left out."""
+# ---- what an output holds ----------------------------------------------------------------------------------------
+
+
+@dataclass
+class Held:
+    """Of one output over all samples, in pairs: vectors [rows, C] of its last axis, and values of none (one score for
+    each sample, labels)."""
+
+    vectors: list[Pair] = field(default_factory=list)
+    scores: list[Pair] = field(default_factory=list)
+    labels: list[Pair] = field(default_factory=list)
+
+    @property
+    def kind(self) -> str:
+        return "vectors" if self.vectors else "scores" if self.scores else "labels" if self.labels else "nothing"
+
+
+def gather(dense: Run, other: Run, samples: Iterable[Arrays]) -> dict[str, Held]:
+    """What the outputs hold in all samples, float64, padding left out. InputError for outputs of other shapes."""
+    found: dict[str, Held] = {}
     for feeds in samples:
         real = real_tokens(feeds)
         first, second = dense(feeds), other(feeds)
         for name, a in first.items():
-            b = second[name]
-            if a.dtype.kind != "f" or a.ndim < 2:
-                continue
-            if real is not None and a.shape[:2] == real.shape:
-                a, b = a[real], b[real]
-            yield a.reshape(-1, a.shape[-1]).astype(np.float64), b.reshape(-1, b.shape[-1]).astype(np.float64)
+            held, b = found.setdefault(name, Held()), second[name]
+            if a.shape != b.shape:
+                raise InputError(f"output {name!r} has shape {list(a.shape)} in one and {list(b.shape)} in the other")
+            for part in parts(a, b, real) if is_float(a) or a.dtype.kind in "iub" else ():
+                getattr(held, part.kind).append((part.one, part.two))
+    return found
+
+
+def _all(pairs: Sequence[Pair]) -> Pair:
+    return np.concatenate([a.ravel() for a, _ in pairs]), np.concatenate([b.ravel() for _, b in pairs])
+
+
+# ---- the metrics -------------------------------------------------------------------------------------------------
 
 
 def cosine(dense: Run, other: Run, samples: Iterable[Arrays]) -> float:
-    """1 - mean cosine."""
-    found = [np.sum(a * b, axis=1) / np.maximum(np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1), 1e-300)
-             for a, b in _vectors(dense, other, samples)]  # fmt: skip
-    return 1 - float(np.mean(np.concatenate(found))) if found else 0.0
+    """1 - mean cosine of vectors; of single scores, 1 - the cosine of all of them as one vector. The greatest where a
+    model has both."""
+    held = gather(dense, other, samples)
+    drops = [1 - float(np.mean(np.concatenate([cosines(a, b) for a, b in pairs])))
+             for pairs in [[pair for item in held.values() for pair in item.vectors]] if pairs]  # fmt: skip
+    scores = [_all(item.scores) for item in held.values() if item.kind == "scores"]
+    drops += [1 - float(cosines(a[None], b[None])[0]) for a, b in scores if a.size > 1]
+    return _most("cosine", drops, held)
 
 
 def divergence(dense: Run, other: Run, samples: Iterable[Arrays]) -> float:
     """Mean KL(softmax(dense) | softmax(other)), nats."""
+    held = gather(dense, other, samples)
     found = []
-    for a, b in _vectors(dense, other, samples):
+    for a, b in (pair for item in held.values() for pair in item.vectors):
         p, q = _log_softmax(a), _log_softmax(b)
         found.append(np.sum(np.exp(p) * (p - q), axis=1))
-    return float(np.mean(np.concatenate(found))) if found else 0.0
+    return _most("kl", [float(np.mean(np.concatenate(found)))] if found else [], held)
 
 
 def disagreement(dense: Run, other: Run, samples: Iterable[Arrays]) -> float:
-    """Share of vectors whose largest element is another."""
-    found = [a.argmax(axis=1) != b.argmax(axis=1) for a, b in _vectors(dense, other, samples)]
-    return float(np.mean(np.concatenate(found))) if found else 0.0
+    """Share of vectors whose largest element is another; of labels (whole numbers), share that are others. The greatest
+    where a model has both."""
+    held = gather(dense, other, samples)
+    found = [a.argmax(axis=1) != b.argmax(axis=1) for item in held.values() for a, b in item.vectors]
+    drops = [float(np.mean(np.concatenate(found)))] if found else []
+    labels = [_all(item.labels) for item in held.values() if item.kind == "labels"]
+    return _most("top1", drops + [float(np.mean(a != b)) for a, b in labels], held)
+
+
+def _most(name: str, drops: Sequence[float], held: Mapping[str, Held]) -> float:
+    """The greatest drop, NaN if there is one; InputError where nothing was measured."""
+    if drops:
+        return float(np.max(drops))
+    if not held:
+        raise InputError(f"--max-drop {name} has nothing to measure: no sample fills a batch of the model, or it has "
+                         "no outputs; give more samples")  # fmt: skip
+    kinds = {"scores": "single scores", "labels": "labels (whole numbers)", "nothing": "no numbers"}
+    told = ", ".join(f"{output} holds {kinds[item.kind]}" for output, item in held.items())
+    fits = [metric for metric, kind in (("cosine", "scores"), ("top1", "labels")) if metric != name
+            and any(item.kind == kind for item in held.values())]  # fmt: skip
+    more = ", or give more samples" if name == "cosine" and not fits else ""
+    raise InputError(f"--max-drop {name} has nothing to measure: {told}; "
+                     f"take {' or '.join([*fits, 'FILE.py:FUNCTION'])}{more}")  # fmt: skip
 
 
 def _log_softmax(x: np.ndarray) -> np.ndarray:

@@ -13,8 +13,13 @@ import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
 from nmcompile import graph as g
+from nmcompile import lengths
+from nmcompile.calibrate import Data
+from nmcompile.calibrate.collect import without_padding
+from nmcompile.compare import real_tokens
 from nmcompile.errors import CalibrationError, GraphError, NmcompileError, PassError
 from nmcompile.spec import parse_spec, spec
+from nmcompile.tensorinfo import TensorInfo
 
 __all__ = ["CalibratedPass", "Collector", "DataPass", "Observer", "Pass", "Pipeline", "Report", "parse_spec", "spec"]
 
@@ -109,7 +114,8 @@ class Pipeline:
         graph = g.copy(graph)
         reports: list[Report] = []
         done: list[str] = []
-        check = _Check() if self.verify else None
+        data = getattr(self.calibration, "data", None)
+        check = _Check(data if isinstance(data, Data) else None) if self.verify else None
         for pass_ in self.passes:
             try:
                 start = time.perf_counter()
@@ -161,41 +167,102 @@ def _after(done: Sequence[str]) -> str:
 
 
 class _Check:
-    """Compares what the graph computes on made-up inputs before and after a pass."""
+    """Compares what the graph computes before and after a pass: on made-up inputs of several lengths as far as the
+    graph takes them, and on calibration samples, cut, repeated and with masks of other shapes."""
 
-    def __init__(self) -> None:
+    def __init__(self, data: Data | None) -> None:
+        self._data = data
         self._graph: gs.Graph | None = None  # a copy from before the pass
-        self._values: Values | None = None  # its outputs; kept from pass to pass while passes preserve them
+        self._known: list[tuple[Values, Values]] = []  # inputs and outputs; kept while passes preserve them
 
     def before(self, pass_: Pass, graph: gs.Graph) -> None:
         if not pass_.preserves:
-            self._values = None
+            self._known = []
             return
         self._graph = g.copy(graph)
-        if self._values is None:
-            self._values = g.run(graph, _feeds(graph))
+        self._known = self._known or self._run(graph)
+
+    def _run(self, graph: gs.Graph) -> list[tuple[Values, Values]]:
+        infos, run = g.inputs(graph), g.runner(graph)
+        found: list[tuple[Values, Values]] = []
+        refused: GraphError | None = None
+
+        def runs(feeds: Values) -> bool:
+            nonlocal refused
+            try:
+                found.append((feeds, run(feeds)))
+            except GraphError as error:
+                refused = refused or error
+                return False
+            return True
+
+        tables = _tables(graph)
+        for sizes in lengths.small_sizes(infos):
+            for feeds in lengths.variants(_made_up(infos, sizes, 2, tables)):
+                runs(feeds)
+        for feeds in lengths.of_samples(self._data) if self._data is not None and not self._data.synthetic else ():
+            runs(feeds)
+        any(runs(_made_up(infos, sizes, 1, tables)) for sizes in lengths.far_sizes(infos))
+        if not found and refused is not None:
+            raise PassError(f"cannot be verified, as the graph before it runs on no made-up inputs: {refused}; "
+                            "give samples with --calibration")  # fmt: skip
+        return found
 
     def after(self, pass_: Pass, graph: gs.Graph) -> None:
-        if not pass_.preserves or self._values is None or self._graph is None:
+        if not pass_.preserves or self._graph is None:
             return
         if [i.name for i in g.inputs(graph)] != [i.name for i in g.inputs(self._graph)]:
             raise PassError("changes the graph's inputs, so it does not preserve what the graph computes")
         if [i.name for i in g.outputs(graph)] != [i.name for i in g.outputs(self._graph)]:
             raise PassError("changes the graph's outputs, so it does not preserve what the graph computes")
-        feeds = _feeds(self._graph)
         try:
-            values = g.run(graph, feeds)
+            run = g.runner(graph)
+            for number, (feeds, expected) in enumerate(self._known):
+                problem = _problem(self._graph, graph, feeds, expected, run(feeds))
+                if problem:
+                    where = f", with inputs {_shapes(feeds)}" if number else ""
+                    raise PassError(f"does not preserve what the graph computes: {problem}{where}")
         except GraphError as error:
             raise PassError(f"the graph after it does not run: {error}") from error
-        for name, expected in self._values.items():
-            problem = difference(expected, values[name])
-            if problem:
-                place = _first_difference(self._graph, graph, feeds) or f"output '{name}' {problem}"
-                raise PassError(f"does not preserve what the graph computes: {place}")
 
 
-def _feeds(graph: gs.Graph) -> dict[str, Array]:
-    return g.random_feeds(g.inputs(graph), seed=0)
+def _problem(before: gs.Graph, after: gs.Graph, feeds: Values, expected: Values, found: Values) -> str:
+    """The first difference, "" for none. What stands where the mask has holes is nobody's to read."""
+    real = None if lengths.ends_padded(feeds) else real_tokens(feeds)
+    for name, values in expected.items():
+        problem = difference(*(without_padding(array, real) for array in (values, found[name])))
+        if problem:
+            return (_first_difference(before, after, feeds) if real is None else "") or f"output '{name}' {problem}"
+    return ""
+
+
+def _shapes(feeds: Values) -> str:
+    return ", ".join(f"{name} {list(array.shape)}" for name, array in feeds.items())
+
+
+def _made_up(
+    infos: Sequence[TensorInfo], sizes: Mapping[str, int], batch: int, tables: Mapping[str, int]
+) -> dict[str, Array]:
+    """Seeded inputs, ids over all rows of their tables."""
+    dims = {info.shape[0]: batch for info in infos if info.shape and isinstance(info.shape[0], str)} | dict(sizes)
+    feeds = g.random_feeds(infos, seed=0, dims=dims)
+    rng = np.random.default_rng(1)
+    return {name: rng.integers(0, tables[name], array.shape).astype(array.dtype) if name in tables else array
+            for name, array in feeds.items()}  # fmt: skip
+
+
+def _tables(graph: gs.Graph) -> dict[str, int]:
+    """Rows of the tables that inputs of ids are looked up in."""
+    rows: dict[str, int] = {}
+    for node in graph.nodes:
+        table = g.constant(node.inputs[0]) if node.op == "Gather" and not node.attrs.get("axis") else None
+        if table is not None and table.ndim > 1:
+            ids = node.inputs[1]
+            while (maker := g.producer(ids)) is not None and maker.op in ("Cast", "Identity"):
+                ids = maker.inputs[0]
+            rows[ids.name] = min(len(table), rows.get(ids.name, len(table)))
+    words = ("token_type", "segment", "position")
+    return {name: count for name, count in rows.items() if not any(word in name.lower() for word in words)}
 
 
 def difference(expected: Any, found: Any) -> str:

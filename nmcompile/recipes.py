@@ -90,8 +90,8 @@ def pruning_passes(
     pattern: str | None, sparsity: float | None, solver: str, options: Mapping[str, object] | None = None,
     multiple: int = 1,
 ) -> list[Pass]:
-    """The passes for a pattern ("2x4", "2:4", "unstructured") and a share of zeros; none when neither is given, or for
-    "dense".
+    """The passes for a pattern ("2x4", "2:4", "unstructured") and a share of zeros; none when neither is given, for
+    "dense", and for a share of 0.
 
     Solvers that fit what is left also get the features in a good order first, and zeros where they harm least.
     multiple: of which sizes must be for n:m zeros.
@@ -112,6 +112,8 @@ def pruning_passes(
     share = 0.8 if sparsity is None else sparsity
     if not 0 <= share < 1:
         raise PassError(f"sparsity {share} is not a share of zeros between 0 and 1, for example 0.8")
+    if not share:
+        return []
     if isinstance(kind, sp.Block):
         return [*order, BlockPrune(sparsity=share, block=str(kind), **given)]  # type: ignore[arg-type]
     return [MagnitudePrune(sparsity=share, **given)]  # type: ignore[arg-type]

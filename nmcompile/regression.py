@@ -26,6 +26,7 @@ import onnx_graphsurgeon as gs
 
 import nmcompile
 from nmcompile import graph as g
+from nmcompile.compare import Difference
 from nmcompile.errors import NmcompileError
 from nmcompile.files import write
 from nmcompile.made_up import made_up
@@ -131,6 +132,7 @@ def _compiled(model: str | os.PathLike[str], options: Mapping[str, Any]) -> tupl
             result = nmcompile.compile(model, plan, **given)
             session = nmcompile.load(plan)
             outputs, ran_on = session.run(made_up(session.inputs, *SHAPE, ragged=True)), (session.isa, session.threads)
+        _check_measured(result.loss, outputs)
         digest = hashlib.sha256(plan.read_bytes()).hexdigest()
         facts = Facts(
             passes=[name for name, _, _ in result.passes],
@@ -143,6 +145,14 @@ def _compiled(model: str | os.PathLike[str], options: Mapping[str, Any]) -> tupl
             plan={"sha256": digest, "machine": machine(*ran_on)},
         )  # fmt: skip
     return texts, facts
+
+
+def _check_measured(loss: Mapping[str, Difference], outputs: Mapping[str, np.ndarray]) -> None:
+    """NmcompileError for an output that no figure says anything of: a baseline of it would agree with anything."""
+    for name, values in outputs.items():
+        if values.dtype.kind in "fiub" and (name not in loss or np.isnan(loss[name].sqnr)):
+            why = "it holds values that are not numbers" if name in loss else "no sample fills a batch of the model"
+            raise NmcompileError(f"nothing can be measured of output {name!r}: {why}; give other --calibration")
 
 
 def _sketch(values: np.ndarray) -> Json:

@@ -118,6 +118,33 @@ def _whole(saved: Mapping[str, np.ndarray], stage: Stage, how: Fit) -> bool:
     return all(ends)
 
 
+def restore_norms(graph: gs.Graph, dense: gs.Graph) -> bool:
+    """Give the normalisations of a pruned graph the gain and bias that they have in the dense one; whether any had
+    others."""
+    before = {node.name: node for node in dense.nodes if node.op == "LayerNormalization"}
+    changed = False
+    for node in graph.nodes:
+        old = before.get(node.name)
+        if old is None or node.op != "LayerNormalization":
+            continue
+        for at in range(1, min(len(node.inputs), len(old.inputs))):
+            values, fitted = g.constant(old.inputs[at]), g.constant(node.inputs[at])
+            if values is not None and fitted is not None and not np.array_equal(values, fitted):
+                node.inputs[at] = gs.Constant(g.fresh(graph, f"{node.name}/dense"), values)
+                changed = True
+    return changed
+
+
+def fit_norms(graph: gs.Graph, dense: gs.Graph, data: Data, layers: Sequence[g.Linear]) -> None:
+    """Let each normalisation after the first of the pruned `layers` give every channel the dense model's mean and
+    deviation, in place; what was fitted when more layers were pruned is too much for fewer."""
+    cascade = Cascade(graph, dense, data, stages(graph, layers, norms=True))
+    for index, stage in enumerate(cascade.stages):
+        batches = list(cascade.batches(index))
+        if stage.normalised:
+            cascade.scale(index, *_norm(batches))
+
+
 def _solve(
     stage: Stage, batches: list[Batch], pattern: sp.Pattern, sparsity: Mapping[str, float], how: Fit
 ) -> dict[str, np.ndarray]:

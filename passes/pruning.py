@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from nmcompile.calibrate import Calibration
 
 MASKS = ("magnitude", "wanda")  # solvers that leave the kept weights as they are
+INTEGER_PRODUCTS = ("MatMulInteger", "QLinearMatMul", "MatMulNBits", "QGemm", "DynamicQuantizeMatMul")
 RANKINGS = ("uniform", "global", "sensitivity")
 
 
@@ -49,7 +50,7 @@ def select(graph: gs.Graph, include: Sequence[str], exclude: Sequence[str]) -> S
             kept[layer.name] = f"{default}s are kept dense by default"
         else:
             layers.append(layer)
-    if include and not layers:
+    if include and not layers and "excluded by name" not in kept.values():
         names = ", ".join(layer.name for layer in g.linear_layers(graph)[:4])
         raise PassError(f"include={'|'.join(include)} matches no linear layer; the graph has {names or 'none'}, ...")
     return Selection(tuple(layers), kept)
@@ -101,12 +102,16 @@ class PruningPass(DataPass):
         needed = fitted or self.solver == "wanda" or self.ranking == "sensitivity"
         if needed and calibration is None and selection.layers:
             raise PassError("needs calibration data; give the pipeline calibration=..., or --calibration")
+        if not sparsity or not selection.layers:
+            return Report(detail={"pattern": str(pattern), "density": {}},
+                          notes=(*_nothing(graph, sparsity, selection), *_kept_dense(selection)))  # fmt: skip
         layers = _each_weight_once(selection.layers)
         shares = dict.fromkeys((layer.name for layer in selection.layers), sparsity)
         detail: dict[str, object] = {"pattern": str(pattern)}
         if self.ranking == "sensitivity" and not isinstance(pattern, sp.NM) and layers:
             assert calibration is not None
-            table = sensitivity.measure(graph, calibration.data, layers, pattern, calibration.progress)
+            table = sensitivity.measure(graph, calibration.data, layers, pattern, sensitivity.ladder(sparsity),
+                                        calibration.progress)  # fmt: skip
             shares = sensitivity.densities(table, sparsity)
             detail["table"] = [unit.to_json() for unit in table]
         before = {layer.name: layer.weight for layer in layers}
@@ -125,8 +130,8 @@ class PruningPass(DataPass):
         after = {layer.name: layer.weight for layer in g.linear_layers(graph)}
         n_changed = sum(not np.array_equal(after[name], weight) for name, weight in before.items())
         detail["density"] = {name: round(float(sp.density(after[name])), 4) for name in before}
-        notes = [*few, *_emptied(before, after, pattern),
-                 *(f"{name}: kept dense, {reason}" for name, reason in selection.kept.items())]  # fmt: skip
+        already = [] if n_changed else ["nothing was pruned: the layers have such zeros already"]
+        notes = [*already, *few, *_emptied(before, after, pattern), *_kept_dense(selection)]
         return Report(changed=n_changed, detail=detail, notes=tuple(notes))
 
     def _mask(
@@ -157,6 +162,22 @@ class PruningPass(DataPass):
             pruned = layer.weight * mask
             if np.count_nonzero(pruned) != np.count_nonzero(layer.weight):
                 g.set_weight(graph, layer, pruned)
+
+
+def _nothing(graph: gs.Graph, sparsity: float, selection: Selection) -> list[str]:
+    """Why a pass that prunes has nothing to do, beside the reasons of the layers that it keeps."""
+    if not sparsity:
+        return ["nothing was pruned: the share of zeros that was asked for is 0"]
+    if selection.kept:
+        return []
+    integers = sorted({node.op for node in graph.nodes if node.op in INTEGER_PRODUCTS})
+    has = f"its products are {', '.join(integers)}, quantized already" if integers else (
+        "only products with constant float weights (MatMul, Gemm) are layers")  # fmt: skip
+    return [f"nothing was pruned: the model has no linear layers that could be; {has}"]
+
+
+def _kept_dense(selection: Selection) -> list[str]:
+    return [f"{name}: kept dense, {reason}" for name, reason in selection.kept.items()]
 
 
 def _each_weight_once(layers: Sequence[g.Linear]) -> list[g.Linear]:

@@ -18,6 +18,7 @@ from nmcompile.calibrate.data import Data
 from nmcompile.compare import powers, real_tokens
 
 LADDER = (0.0, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # shares of zeros that a unit may get
+STEPS = (0.25, 0.5, 0.75)  # of what is left beyond a share that the ladder does not exceed
 REFERENCE = 0.5  # share of zeros at which a unit's effect on the outputs is measured
 SAMPLES = 32  # on which that is done
 DAMPING = 1e-2
@@ -45,10 +46,27 @@ class Unit:
                 "errors": {f"{share:g}": round(error, 6) for share, error in self.errors.items()}}  # fmt: skip
 
 
+def ladder(sparsity: float) -> tuple[float, ...]:
+    """The shares of zeros that units may get where all together shall have `sparsity`: some of them more than that, so
+    that others can have less.
+
+    0.8 -> 0, 0.2, ... 0.9;  0.96 -> 0, 0.2, ... 0.9, 0.93, 0.96, 0.97, 0.98, 0.99
+    """
+    if sparsity < LADDER[-1]:
+        return LADDER
+    between = {round((LADDER[-1] + sparsity) / 2, 6), sparsity} - {LADDER[-1]}
+    return (*LADDER, *sorted({*between, *(round(sparsity + step * (1 - sparsity), 6) for step in STEPS)}))
+
+
 def measure(
-    graph: gs.Graph, data: Data, layers: Sequence[g.Linear], pattern: sp.Pattern, progress: Progress | None = None
+    graph: gs.Graph,
+    data: Data,
+    layers: Sequence[g.Linear],
+    pattern: sp.Pattern,
+    shares: Sequence[float] = LADDER,
+    progress: Progress | None = None,
 ) -> list[Unit]:
-    """The table of errors: each unit pruned alone, by a quick solution, at every share of the ladder."""
+    """The table of errors: each unit pruned alone, by a quick solution, at every share of zeros."""
     cascade = Cascade(graph, graph, data, stages(graph, layers))
     tables: list[dict[float, float]] = []
     pruned: list[dict[str, np.ndarray]] = []
@@ -61,11 +79,11 @@ def measure(
             moments.add(batch.x, {})
         assert moments is not None
         matrix = moments.hessian + DAMPING * np.diag(np.diag(moments.hessian) + solvers.LEAST * moments.power_mean)
-        errors: dict[float, list[float]] = {share: [] for share in LADDER}
+        errors: dict[float, list[float]] = {share: [] for share in shares}
         pruned.append({})
         for layer in stage.layers:
             weight = layer.weight.astype(np.float64)
-            for share in LADDER:
+            for share in shares:
                 mask = sp.keep_mask(weight**2 * np.diag(matrix), pattern, share)
                 left = solvers.refit(weight, matrix, mask, exact=False, steps=QUICK) if share else weight
                 errors[share].append(solvers.relative_error(left, weight, matrix))
@@ -80,10 +98,11 @@ def measure(
 
 def densities(units: Sequence[Unit], sparsity: float) -> dict[str, float]:
     """Layer -> share of zeros, all together `sparsity` of the units' weights."""
-    errors = [[unit.weight * unit.errors[share] for share in LADDER] for unit in units]
-    saved = [[int(unit.size * share) for share in LADDER] for unit in units]
+    shares = list(units[0].errors)
+    errors = [[unit.weight * unit.errors[share] for share in shares] for unit in units]
+    saved = [[int(unit.size * share) for share in shares] for unit in units]
     levels = solvers.allocate(errors, saved, int(sparsity * sum(unit.size for unit in units)))
-    return {name: LADDER[level] for unit, level in zip(units, levels, strict=True) for name in unit.layers}
+    return {name: shares[level] for unit, level in zip(units, levels, strict=True) for name in unit.layers}
 
 
 def _effects(

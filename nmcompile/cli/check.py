@@ -11,9 +11,10 @@ from nmcompile.cli import recipe, terminal
 from nmcompile.errors import NmcompileError
 
 KEPT = frozenset({
-    "target", "preset", "passes", "sparsity", "pattern", "solver", "calibration", "tokenizer", "max_length",
-    "attention", "reduce_range", "tuning", "require",
+    "target", "preset", "passes", "sparsity", "pattern", "solver", "size", "calibration", "tokenizer", "max_length",
+    "attention", "reduce_range", "tuning", "require", "verify", "max_drop", "checkpoints",
 })  # fmt: skip
+ELSEWHERE = frozenset({"fast", "no_tune"})  # options that others say
 ENGINE = {"trt_version": "version", "int8_outputs": "outputs", "weights": "weights"}  # of an engine's graph
 
 HELP = """Compile a model and compare everything that comes out of it with a recorded baseline; for CI.
@@ -27,7 +28,8 @@ The baseline is DIR/NAME-OF-MODEL: the graph as text in canonical form, after pr
 facts.json with the passes, each layer's density and kernel, the error of the plan against the model, what the plan
 gives for seeded inputs, and the plan's hash. It holds no timings and no weights. Floats are compared with the
 tolerances that stand in facts.json, so that another machine agrees; the hash is compared only where versions and CPU
-are those of the recording. A recipe holds the options of `nmcompile compile`; those about files to write are ignored.
+are those of the recording. A recipe holds the options of `nmcompile compile`; those about files to write and about
+engines have no effect here, which is said. Kernels are chosen by the cost model, or by the recipe's table.
 For TensorRT the graph is recorded, run in onnxruntime, not an engine.
 """
 
@@ -48,13 +50,7 @@ def command(model: Path, again: bool, baseline: Path, recipe_: Path | None, cali
     check_model(model)
     options: dict[str, Any] = {}
     if recipe_ is not None:
-        given = recipe.read(recipe_, compile_command)
-        options = {key: value for key, value in given.items() if key in KEPT}
-        if options.get("target") == "tensorrt":
-            from nmcompile.backends.tensorrt.recipe import EngineOptions
-
-            engine: dict[str, Any] = {ENGINE[key]: value for key, value in given.items() if key in ENGINE}
-            options["engine"] = EngineOptions(**engine)
+        options = taken(recipe.read(recipe_, compile_command))
     samples = {"calibration": calibration, "tokenizer": tokenizer}
     options |= {key: value for key, value in samples.items() if value is not None}
     with terminal.Progress() as progress:
@@ -76,3 +72,23 @@ def command(model: Path, again: bool, baseline: Path, recipe_: Path | None, cali
         raise NmcompileError(f"{model} differs from {place} in {len(changes)} ways; if that is meant, add --record")
     else:
         click.echo(f"{model} agrees with {place}")
+
+
+def taken(given: dict[str, Any]) -> dict[str, Any]:
+    """The options of `nmcompile.compile` among those of a recipe; the others are named on stderr."""
+    options = {key: value for key, value in given.items() if key in KEPT}
+    if given.get("fast"):
+        options["preset"] = "fast"
+    if given.get("no_tune"):
+        options["tuning"] = "off"
+    if options.get("target") == "tensorrt":
+        from nmcompile.backends.tensorrt.recipe import EngineOptions
+
+        engine: dict[str, Any] = {ENGINE[key]: value for key, value in given.items() if key in ENGINE}
+        options["engine"] = EngineOptions(**engine)
+    used = KEPT | ELSEWHERE | (ENGINE.keys() if "engine" in options else frozenset())
+    said = {key: value for key, value in given.items() if key not in used and value is not (key == "measure")}
+    dropped = [f"--{'no-' if value is False else ''}{key.replace('_', '-')}" for key, value in said.items()]
+    if dropped:
+        click.echo(f"without effect on a baseline: {', '.join(dropped)}", err=True)
+    return options

@@ -29,8 +29,9 @@ onnxruntime, or a plan.
   nmcompile compare yesterday.plan today.plan --json
 
 cosine: mean over vectors (last axis). SQNR: power of A's output over the power of the difference. top-1: share of
-vectors whose largest element is the same. Padding is left out. With --min-cosine or --min-sqnr the command fails
-(exit status 1) when an output is below.
+vectors whose largest element is the same, or of labels (whole numbers) that are. Single values have an SQNR only.
+Padding is left out. With --min-cosine, --min-sqnr or --min-top1 the command fails (exit status 1) when an output is
+below, or when no output has such a figure.
 """
 
 
@@ -50,6 +51,7 @@ class Model:
 @click.option("--tokenizer", type=click.Path(path_type=Path), metavar="PATH", help="tokenizer.json, for texts.")
 @click.option("--max-length", type=int, default=128, show_default=True, metavar="N", help="Tokens per sample at most.")
 @click.option("--min-cosine", type=float, metavar="X", help="Fail when an output's cosine is less.")
+@click.option("--min-top1", type=float, metavar="X", help="Fail when an output's top-1, or share of labels, is less.")
 @click.option("--min-sqnr", type=float, metavar="X", help="Fail when an output's SQNR in dB is less.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(
@@ -60,6 +62,7 @@ def command(
     max_length: int,
     min_cosine: float | None,
     min_sqnr: float | None,
+    min_top1: float | None,
     as_json: bool,
 ) -> None:
     with terminal.Progress() as progress:
@@ -71,7 +74,8 @@ def command(
         raise InputError(f"{a} and {b} have no output in common: {_names(one.outputs)} and {_names(other.outputs)}")
     if data is None:
         terminal.warn("NO DATA: compared on made-up inputs, which say little about real ones; give samples with --data")
-    failures = list(below(found, min_cosine, min_sqnr))
+    silent = unmeasured(found, min_cosine, min_top1)
+    failures = list(below(found, min_cosine, min_sqnr, min_top1))
     if as_json:
         outputs = {name: item.to_json() for name, item in found.items()}
         terminal.say_json({"a": str(a), "b": str(b), "samples": samples, "made_up": data is None,
@@ -82,6 +86,8 @@ def command(
     only = sorted({i.name for i in one.outputs} ^ {i.name for i in other.outputs})
     if only:
         click.echo(f"only one of the two has the outputs {', '.join(only)}", err=True)
+    for line in silent:
+        click.echo(line, err=True)
     if failures:
         raise NmcompileError("; ".join(failures))
 
@@ -150,14 +156,40 @@ def made_up_batches(infos: Sequence[TensorInfo]) -> Iterator[Arrays]:
         yield made_up(infos, batch, tokens, seed=seed, ragged=True)
 
 
-def below(found: Mapping[str, Difference], min_cosine: float | None, min_sqnr: float | None) -> Iterator[str]:
+def unmeasured(found: Mapping[str, Difference], min_cosine: float | None, min_top1: float | None) -> list[str]:
+    """One sentence for each limit and the outputs that it says nothing of; InputError where that is all of them."""
+    lines = []
+    for figure, limit in (("cosine", min_cosine), ("top1", min_top1)):
+        without = [name for name, item in found.items()
+                   if np.isnan(getattr(item, figure)) and not np.isnan(item.sqnr)]  # fmt: skip
+        if limit is None or not without:
+            continue
+        names, instead = ", ".join(without), _instead(figure, [found[name] for name in without])
+        if len(without) == len(found):
+            raise InputError(f"--min-{figure} has nothing to measure: there is no {figure} of {names}; {instead}")
+        lines.append(f"--min-{figure} says nothing of {names}; {instead}")
+    return lines
+
+
+def _instead(figure: str, items: Sequence[Difference]) -> str:
+    """What measures outputs that a figure says nothing of."""
+    if figure == "cosine" and any(not np.isnan(item.top1) for item in items):
+        return "they are labels: give --min-top1, the share that is the same"
+    return "they are single values: give --min-sqnr"
+
+
+def below(
+    found: Mapping[str, Difference], min_cosine: float | None, min_sqnr: float | None, min_top1: float | None = None
+) -> Iterator[str]:
     """One sentence for each output that is worse than asked for; what is not a number is worse than anything."""
     for name, item in found.items():
-        if (min_cosine is not None or min_sqnr is not None) and np.isnan(item.sqnr):
+        if not (min_cosine is min_sqnr is min_top1 is None) and np.isnan(item.sqnr):
             yield f"{name} holds values that are not numbers"
             continue
-        # an output without vectors has no cosine
+        # an output without such a figure is told by `unmeasured`
         if min_cosine is not None and item.cosine < min_cosine:
             yield f"{name}: cosine {terminal.cosine(item.cosine)} is below {min_cosine:g}"
+        if min_top1 is not None and item.top1 < min_top1:
+            yield f"{name}: top-1 {terminal.percent(item.top1)} is below {min_top1:g}"
         if min_sqnr is not None and item.sqnr < min_sqnr:
             yield f"{name}: SQNR {terminal.decibel(item.sqnr)} is below {min_sqnr:g} dB"

@@ -15,6 +15,7 @@ from nmcompile.errors import NmcompileError
 
 if TYPE_CHECKING:
     from nmcompile.compiler import Result
+    from nmcompile.lengths import Look
 
 NOTES = 10  # that the summary shows
 KINDS = {
@@ -73,7 +74,8 @@ A recipe holds these options by their long names:
               help="Keep finished stages of pruning here; run again, it goes on from them.")  # fmt: skip
 @click.option("--calibration", type=click.Path(path_type=Path), metavar="DATA", help="Samples: .npz, .jsonl, folder.")
 @click.option("--tokenizer", type=click.Path(path_type=Path), metavar="PATH", help="tokenizer.json, for texts.")
-@click.option("--max-length", type=int, default=128, show_default=True, metavar="N", help="Tokens of a sample at most.")
+@click.option("--max-length", type=int, metavar="N",
+              help="Tokens of a sample at most; arrays are not cut.  [default: 128]")  # fmt: skip
 @click.option("--attention", type=click.Choice(["int8", "float"]),
               help="Whether queries, keys and values are quantized. Default: int8, for TensorRT float.")  # fmt: skip
 @click.option("--reduce-range", is_flag=True,
@@ -98,10 +100,6 @@ def command(model: Path, output: Path | None, emit_onnx: Path | None, report: Pa
         raise click.UsageError("give either --tuning or --no-tune, not both")
     if output is None and emit_onnx is None and report is None and dump_text is None:
         raise click.UsageError("say what to write: -o PLAN (or --emit-onnx, --report, --dump-text)")
-    for path in (output, emit_onnx, report, tuning):
-        terminal.check_writable(path, model, calibration)
-    if output is not None and emit_onnx is not None and output.absolute() == emit_onnx.absolute():
-        raise NmcompileError(f"-o and --emit-onnx are both {output}; give two names")
     with terminal.Progress() as progress:
         progress("starting", 0, 1)
         import nmcompile
@@ -126,13 +124,20 @@ def command(model: Path, output: Path | None, emit_onnx: Path | None, report: Pa
 
 
 def check_model(model: Path) -> None:
-    if not model.exists():
+    if not _exists(model):
         near = nearest_command(str(model))
         hint = f"; for the command: nmcompile {near}" if near else "; see nmcompile --help"
         raise NmcompileError(f"there is no model {model}{hint}")
     if model.is_file() and model.open("rb").read(2) == b"PK":
         raise NmcompileError(f"{model} is a plan or another zip archive, not an ONNX model; "
                              f"to look into a plan: nmcompile inspect {model}")  # fmt: skip
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a name longer than any file's
+        return False
 
 
 def summary(model: Path, result: Result) -> Iterator[str]:
@@ -147,6 +152,7 @@ def summary(model: Path, result: Result) -> Iterator[str]:
     else:
         yield from _titled("layers", _layers(result))
         yield from _titled("segments", _segments(result))
+        yield from _titled("native", _native(result))
     for title, lines in engine.summary(result):
         yield from _titled(title, lines)
     if "plan" in result.sizes:
@@ -158,13 +164,17 @@ def summary(model: Path, result: Result) -> Iterator[str]:
         yield f"  onnx      {terminal.size(result.sizes['qdq_onnx'])}, quantized"
     if result.loss:
         samples = "samples that calibration did not see" if result.held_out else result.measured_on
+        samples += ", those that the limit was held by" if result.held_out and result.chosen_by else ""
         samples = "MADE-UP SAMPLES, not real ones" if result.synthetic else samples
         what = "plan" if result.engine is None else "graph in onnxruntime"
         yield f"  loss      {what} against model, on {samples}"
         yield from (f"            {line}" for line in terminal.differences(result.loss).splitlines())
     if result.held:
         yield from _titled("held", _held(result))
-    notes = [note for note in result.notes if not note.startswith("no calibration data")]
+    if result.lengths is not None:
+        yield from _titled("lengths", _lengths(result.lengths))
+    told = () if result.lengths is None else result.lengths.notes
+    notes = [note for note in result.notes if not note.startswith("no calibration data") and note not in told]
     shown = [note if len(note) <= 160 else f"{note[:157]}..." for note in notes[:NOTES]]
     if len(notes) > NOTES:
         shown.append(f"... and {len(notes) - NOTES} more; --report writes all of them")
@@ -200,12 +210,38 @@ def _layers(result: Result) -> list[str]:
 def _held(result: Result) -> list[str]:
     """What it took to stay within --max-drop."""
     held = result.held
-    lines = [f"{held['metric']} drops by {held['drop']:.4g}, {held['limit']:g} is allowed"]
+    apart = f" ({held['drop_apart']:.4g} on samples kept from the search)" if "drop_apart" in held else ""
+    lines = [f"{held['metric']} drops by {held['drop']:.4g}{apart}, {held['limit']:g} is allowed"]
     for kind, names in (("dense again", held["dense"]), ("left in float", held["float"])):
         if names:
             more = f" and {len(names) - 4} more" if len(names) > 4 else ""
             lines.append(f"{len(names)} layers {kind}, those that add most noise: {', '.join(names[:4])}{more}")
     return lines if len(lines) > 1 else [f"{lines[0]}: no layer had to go back"]
+
+
+def _native(result: Result) -> list[str]:
+    """What share of the model's work the engine does."""
+    found = result.coverage
+    if found is None or not found.layers + found.multiply_adds:
+        return []
+    line = f"{found.native_layers} of {found.layers} linear layers"
+    if not found.multiply_adds:
+        return [line]
+    share = terminal.percent(found.native_multiply_adds / found.multiply_adds)
+    return [f"{line}, {share} of the multiply-adds of a sample"]
+
+
+def _lengths(look: Look) -> list[str]:
+    """Whether more is lost where inputs are longer or shorter than calibration's."""
+    if look.skipped:
+        return [f"at no others than calibration's: {look.skipped}"]
+    if look.notes:
+        more = [f"... and {len(look.notes) - NOTES} more; --report writes all of them"]
+        return [*look.notes[:NOTES], *(more if len(look.notes) > NOTES else [])]
+    at = ", ".join(str(item.length) for item in look.seen)
+    least, most = look.calibrated
+    usual = least if least == most else f"{least} to {most}"
+    return [f"at {at} tokens no more is lost than at the {usual} of the data"]
 
 
 def _segments(result: Result) -> list[str]:
@@ -215,5 +251,6 @@ def _segments(result: Result) -> list[str]:
     lines = [", ".join(f"{count} {kind}" for kind, count in kinds.items()) or "none"]
     for segment in result.segments:
         if segment["kind"] != "native":
-            lines.append(f"onnxruntime: {segment['nodes']} nodes ({', '.join(segment['operators'])})")
+            time = f"{segment['milliseconds']:.3g} ms for a batch of samples, " if "milliseconds" in segment else ""
+            lines.append(f"onnxruntime: {time}{segment['nodes']} nodes ({', '.join(segment['operators'])})")
     return [*lines[: NOTES + 1], *([f"... and {len(lines) - NOTES - 1} more"] if len(lines) > NOTES + 1 else [])]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 import threading
 import time
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from nmcompile.errors import NmcompileError
+from nmcompile.files import check_outputs
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
@@ -84,13 +84,7 @@ def check_writable(path: Path | None, *read: Path | None) -> None:
     """Refuse before the work starts what could not be written after it, or would overwrite what is read."""
     if path is None:
         return
-    if path.is_dir():
-        raise NmcompileError(f"{path} is a folder; give the name of a file to write")
-    folder = path.absolute().parent
-    if not folder.is_dir():
-        raise NmcompileError(f"cannot write {path}: there is no folder {folder}; make it first")
-    if not os.access(folder, os.W_OK):
-        raise NmcompileError(f"cannot write {path}: the folder {folder} is not writable; choose another")
+    check_outputs({"the output": path})
     for other in read:
         if other is not None and path.exists() and other.exists() and path.samefile(other):
             raise NmcompileError(f"{path} would overwrite {other}, which is read; give another name")
