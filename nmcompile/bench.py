@@ -27,7 +27,7 @@ import numpy as np
 from nmcompile.errors import InputError, NmcompileError
 from nmcompile.json_process import Json, JsonProcess
 from nmcompile.made_up import made_up
-from nmcompile.ort_options import session_options
+from nmcompile.ort_options import open_foreign
 from nmcompile.session import is_plan, load
 from nmcompile.tensorinfo import TensorInfo, dtype_named
 
@@ -63,16 +63,10 @@ class OrtRunner:
         import onnxruntime as ort
 
         count = threads or len(os.sched_getaffinity(0))
-        options, plain = session_options(), ort.SessionOptions()
-        for item in (options, plain):
-            item.log_severity_level, item.intra_op_num_threads = 3, count
         try:
-            self.session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        except Exception:  # where two nodes read one weight it opens only as it comes, and saturates (graph_integer)
-            try:
-                self.session = ort.InferenceSession(path, plain, providers=["CPUExecutionProvider"])
-            except Exception as error:  # onnxruntime's exceptions have no common base
-                raise InputError(f"onnxruntime cannot open {path}: {_first_line(error)}") from None
+            self.session = open_foreign(path, count)
+        except Exception as error:  # onnxruntime's exceptions have no common base
+            raise InputError(f"onnxruntime cannot open {path}: {_first_line(error)}") from None
         self.inputs = tuple(_ort_info(item) for item in self.session.get_inputs())
         self.facts: Json = {"runtime": f"onnxruntime {ort.__version__}", "isa": "", "threads": count,
                             "vocabulary": {}, "longest": None}  # fmt: skip

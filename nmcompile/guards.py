@@ -67,8 +67,10 @@ def check(guards: Sequence[Guard], values: Mapping[str, np.ndarray]) -> None:
                 raise InputError(f"input {guard.input!r} holds {value!s} in row {row}; the model takes it as a mask of "
                                  "0 and 1, give it like that")  # fmt: skip
             continue
+        if 0 in array.shape:
+            continue
         hidden = array[:, 0] == 0 if guard.rule == "first-token" else ~array.astype(bool).any(axis=1)
-        if array.shape[1] and hidden.any():
+        if hidden.any():
             row = int(np.argmax(hidden))
             what = "the first token" if guard.rule == "first-token" else "every token"
             raise InputError(f"input {guard.input!r} hides {what} of row {row}, which the model's result is read from; "

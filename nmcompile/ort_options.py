@@ -16,3 +16,20 @@ def session_options() -> Any:
     options = ort.SessionOptions()
     options.add_session_config_entry(*EXACT)
     return options
+
+
+def open_foreign(model: str | bytes, threads: int = 0) -> Any:
+    """A session on a model that is not ours, warnings off, by `threads` (0: onnxruntime's choice).
+
+    With the entry onnxruntime refuses models in which two nodes read one weight; these open as they come, and may
+    saturate. Raises what onnxruntime raises.
+    """
+    import onnxruntime as ort
+
+    options, plain = session_options(), ort.SessionOptions()
+    for item in (options, plain):
+        item.log_severity_level, item.intra_op_num_threads = 4, threads
+    try:
+        return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    except Exception:  # onnxruntime's exceptions have no common base
+        return ort.InferenceSession(model, plain, providers=["CPUExecutionProvider"])

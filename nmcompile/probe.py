@@ -1,13 +1,8 @@
-"""Learn what a part of a graph means by running it: shapes, index maps, masks.
-
-Exporters spell the same thing in a hundred ways; what it computes is one. A few runs at odd sizes tell
-`[batch, sequence, 4, 16]` where symbolic inference gives up, and whether a forest of Expand, GatherND and Where is a
-padding mask.
-"""
+"""Shapes of a graph as they are derived, and runs of its parts at odd sizes as a second opinion."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -56,18 +51,17 @@ def concrete(shape: Sequence[int | str | None] | None, sizes: Mapping[str, int])
     return None if any(dim is None for dim in dims) else tuple(int(dim) for dim in dims if dim is not None)
 
 
-def binary_feeds(graph: gs.Graph, draw: int, largest: int = 1) -> Feeds:
+def binary_feeds(graph: gs.Graph, draw: int) -> Feeds:
     """Seeded values for the graph's inputs in which integer and boolean [batch, tokens] inputs hold 0 and 1.
 
     That is in range for token ids and tells apart masks wherever they come from; column 0 is 1, so no row is empty.
-    `largest`: integers go up to it instead, which tells ids from what is computed from them.
     """
     infos = g.inputs(graph)
     feeds = g.random_feeds(infos, seed=draw, dims=free_sizes(infos, draw))
     rng = np.random.default_rng(977 + draw)
     for info in infos:
         if len(info.shape) == 2 and (info.dtype.kind in "iub" or "mask" in info.name):
-            values = rng.integers(0, 2 if info.dtype.kind == "b" else largest + 1, feeds[info.name].shape)
+            values = rng.integers(0, 2, feeds[info.name].shape)
             values[:, 0] = 1
             feeds[info.name] = values.astype(info.dtype)
     return feeds
@@ -81,32 +75,3 @@ def evaluate(
     part = g.extract(graph, outputs, inputs)
     needed = {info.name for info in g.inputs(part)}
     return g.run(part, {name: value for name, value in feeds.items() if name in needed}, outputs)
-
-
-def read(graph: gs.Graph, tensor: gs.Tensor, cut: Collection[str] = ()) -> set[str]:
-    """Names of the graph inputs whose values, not just whose shapes, a tensor is computed from; not through `cut`.
-
-    Runs on a few values cannot show that others would not change the result; this can.
-    """
-    seen = {tensor.name}
-    todo = [tensor]
-    while todo:
-        node = g.producer(todo.pop())
-        if node is None or node.op in ("Shape", "Size"):
-            continue
-        picks = node.op in ("Gather", "GatherElements", "GatherND") and _uniform(node.inputs[0])
-        new = {t.name: t for t in node.inputs[: 1 if picks else None] if t.name not in seen and t.name not in cut}
-        seen |= set(new)
-        todo += new.values()
-    return seen & {t.name for t in graph.inputs}
-
-
-def _uniform(tensor: gs.Tensor) -> bool:
-    """All elements are one and the same constant, so that it does not matter which are picked."""
-    value = g.constant(tensor)
-    if value is not None:
-        return value.size > 0 and bool((value == value.flat[0]).all())
-    node = g.producer(tensor)
-    if node is None or node.op not in ("Expand", "Slice", "Cast", "Reshape", "Unsqueeze", "ConstantOfShape"):
-        return False
-    return node.op == "ConstantOfShape" or _uniform(node.inputs[0])

@@ -299,16 +299,23 @@ def _onnx_attention(b: Builder, node: gs.Node) -> list[gs.Tensor | None]:
     if any(size % heads or not size for size in sizes):
         raise Keep(f"its inputs do not divide into {heads} heads")
     scale = float(node.attrs.get("scale", 0) or (sizes[0] // heads) ** -0.5)
-    bias = _input(node, 3)
+    bias, causal = _input(node, 3), bool(node.attrs.get("is_causal", 0))
+    # onnxruntime gives 0 for a query of which every key is hidden, by the lowest float too
+    endless = b.scalar(float("-inf"))
     if bias is not None and bias.dtype == bool:
-        bias = b("Where", bias, b.scalar(0.0), b.scalar(LOWEST))
-    causal = bool(node.attrs.get("is_causal", 0))
-    return [_attend(b, [q, k, v], [heads] * 3, sizes, scale, Mask(), causal, bias)]
+        bias = b("Where", bias, b.scalar(0.0), endless)
+    elif bias is not None:
+        bias = b("Where", b("LessOrEqual", bias, b.scalar(LOWEST), dtype=bool), endless, bias)
+    mask = Mask(lowest=float("-inf"))
+    return [_attend(b, [q, k, v], [heads] * 3, sizes, scale, mask, causal, bias, bias is not None)]
 
 
 def _attend(b: Builder, qkv: list[gs.Tensor], heads: list[int], sizes: list[int], scale: float, mask: Mask,
-            causal: bool, bias: gs.Tensor | None) -> gs.Tensor:  # fmt: skip
-    """Plain attention over [batch, tokens, heads * size] or [batch, heads, tokens, size] tensors."""
+            causal: bool, bias: gs.Tensor | None, guarded: bool = False) -> gs.Tensor:  # fmt: skip
+    """Plain attention over [batch, tokens, heads * size] or [batch, heads, tokens, size] tensors.
+
+    guarded: queries of which every key is hidden by -inf get 0.
+    """
     split = qkv[0].shape is not None and len(qkv[0].shape) == 4
     if split and causal:
         raise Keep("a causal mask over four dimensions")
@@ -325,7 +332,10 @@ def _attend(b: Builder, qkv: list[gs.Tensor], heads: list[int], sizes: list[int]
     for extra in (bias, build_mask(b, whole, qkv[0])):
         if extra is not None:
             scores = b("Add", scores, extra)
-    context = b("MatMul", b("Softmax", scores, axis=-1), parts[2])
+    shares = b("Softmax", scores, axis=-1)
+    if guarded:
+        shares = b("Where", b("IsNaN", shares, dtype=bool), b.scalar(0.0), shares)
+    context = b("MatMul", shares, parts[2])
     if split:
         return context
     return b("Reshape", b("Transpose", context, perm=[0, 2, 1, 3]), b.ints(0, 0, sizes[2]))

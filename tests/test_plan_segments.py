@@ -158,14 +158,16 @@ def test_weights_that_are_no_arrays(tmp_path: Path, weights: Any) -> None:
 
 
 BOMB = """
-import sys, resource, time, numpy as np, nmcompile
+import sys, time, numpy as np, nmcompile
 session = nmcompile.load(sys.argv[1], memory=256 << 20)
 begin = time.perf_counter()
 try:
     session.run({"x": np.zeros(1, np.float32)})
 except nmcompile.NmcompileError as error:
     print(error)
-print(time.perf_counter() - begin < 2, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 500 << 10)
+# of this program alone: ru_maxrss begins with what the process that forked it had
+peak = [int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")]
+print(time.perf_counter() - begin < 2, not peak or peak[0] < 500 << 10)
 """
 
 

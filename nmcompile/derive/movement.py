@@ -60,6 +60,8 @@ def _unsqueeze(node: gs.Node, args: Sequence[Value | None]) -> Made:
     raw = args[1].integers() if len(args) > 1 and args[1] is not None else node.attrs["axes"]
     rank = len(x.shape) + len(raw)
     new = {int(axis) + rank * (axis < 0) for axis in raw}
+    if len(new) != len(raw) or not new <= set(range(rank)):
+        raise Underived("axes that there are not")
     rest = iter(x.shape)
     shape = tuple(ONE if axis in new else next(rest) for axis in range(rank))
     return [(shape, lambda index: x.element([at for axis, at in enumerate(index) if axis not in new]))]

@@ -123,14 +123,14 @@ def _rule(array: np.ndarray) -> At | None:
     """All elements alike, counting up along one axis, or one value below a diagonal and another above it."""
     if array.size == 0:
         return None
-    first = array.flat[0]
+    first = array.reshape(-1)[0]  # not by `flat`, which stops at 32 dimensions
     if (array == array.dtype.type(first)).all():
         return lambda index: number(first)
     if array.dtype.kind in "iu":
         for axis, size in enumerate(array.shape):
             if size > 1:
                 line = np.moveaxis(array, axis, -1)
-                step = int(line.flat[1]) - int(line.flat[0])
+                step = int(line.reshape(-1, size)[0, 1]) - int(first)
                 if (line == int(first) + step * np.arange(size)).all():
                     return lambda index, axis=axis, step=step: poly(int(first)) + index[axis] * step  # type: ignore[misc]
     return _diagonal(array) if array.ndim >= 2 and array.size <= 1 << 26 else None

@@ -8,11 +8,10 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from nmcompile.ort_options import session_options
+from nmcompile.ort_options import open_foreign
 
 Array = NDArray[Any]
 Ranges = dict[str, tuple[float, float]]
@@ -22,10 +21,7 @@ def run_float(
     model: onnx.ModelProto | str, feeds: Mapping[str, Array], names: Sequence[str] | None = None
 ) -> list[Array]:
     """Outputs of the model in onnxruntime."""
-    options = session_options()
-    options.log_severity_level = 3
-    source = model if isinstance(model, str) else model.SerializeToString()
-    session = ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    session = open_foreign(model if isinstance(model, str) else model.SerializeToString())
     return list(session.run(names, dict(feeds)))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
-from tools.fuzz import engines, feeds, plans, programs
+from tools.fuzz import engines, feeds, inputs, plans, programs
 
-TARGETS = {target.name: target for target in (plans.TARGET, programs.TARGET, feeds.TARGET, engines.TARGET)}
+TARGETS = {target.name: target for target in (
+    plans.TARGET, programs.TARGET, feeds.TARGET, engines.TARGET, inputs.MODELS, inputs.DATA)}  # fmt: skip

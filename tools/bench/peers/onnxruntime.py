@@ -9,7 +9,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from nmcompile.ort_options import session_options
+from nmcompile.ort_options import open_foreign
 from tools.bench.peers.serve import Feeds, Json, Run, serve
 
 
@@ -17,10 +17,7 @@ class Onnxruntime:
     version = str(ort.__version__)
 
     def open(self, model: str, form: str, feeds: Feeds, threads: int) -> Run:
-        options = session_options()
-        options.log_severity_level = 3
-        options.intra_op_num_threads = threads
-        session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        session = open_foreign(model, threads)
         return lambda: session.run(None, feeds)
 
     def output(self, result: Any) -> NDArray[Any]:
