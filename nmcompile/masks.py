@@ -313,9 +313,10 @@ def _exact(table: _Table, mask: Mask, below: Poly) -> Mask:
     numbers = sorted({number for number in added if number <= HIDDEN} | {LOWEST}, key=lambda n: (n != LOWEST, n))
     # two sums of the lowest float, which cancel each other for a padding of 2, do so in their own order
     apart = mask.causal and mask.test == "linear"
-    choices = [Mask(mask.padding, mask.causal, mask.test, number) for number in numbers]
+    lowest = [n for n in numbers if mask.test != "linear" or n != float("-inf")]  # 0 times infinity is no number
+    choices = [Mask(mask.padding, mask.causal, mask.test, number) for number in lowest]
     if mask.causal and mask.padding is not None:
-        choices += [Mask(mask.padding, True, mask.test, a, b) for a in numbers for b in numbers]
+        choices += [Mask(mask.padding, True, mask.test, a, b) for a in lowest for b in numbers]
     for choice in choices:
         made = ((_adds(choice, table.cases[number], v, below, factor), outcome)
                 for (number, v), outcome in table.outcomes.items() if v in (0, 1) or not apart)  # fmt: skip
@@ -337,8 +338,7 @@ def _adds(mask: Mask, case: Case, v: float, below: Poly, factor: float) -> Outco
         parts = [0.0 if allowed and passes else mask.lowest]
     else:
         over = mask.triangle if mask.triangle is not None else mask.lowest
-        by_padding = (1 - v) * mask.lowest if mask.test == "linear" and mask.lowest != float("-inf") else (
-            0.0 if passes else mask.lowest)  # fmt: skip
+        by_padding = (1 - v) * mask.lowest if mask.test == "linear" else 0.0 if passes else mask.lowest
         parts = [0.0 if allowed else over, 0.0 if mask.padding is None else by_padding]
     endless = sum(part == float("-inf") for part in parts)
     return Outcome(factor, 0.0 if endless else float(sum(parts)), -float(endless))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -157,11 +157,12 @@ class Emitter:
 
     def _enter(self, name: str, op: Op) -> None:
         rows = op.rows if op.kind not in ("linear", "linear_float") else np.asarray(op.data["weight"]).shape[1]
-        target = self.buffer(rows, "f32", op)
+        whole = replace(op, space=replace(op.space, first=False))  # what enters has all its tokens
+        target = self.buffer(rows, "f32", whole)
         self.step("enter", y=target, slot=self.slot(name))
         self.values[(name, FLOAT)] = target
         for form in self.fusion.forms(name) - {FLOAT}:
-            self._quantize(name, rows, form, op)
+            self._quantize(name, rows, form, whole)
 
     def _quantize(self, name: str, rows: int, form: Form, op: Op) -> None:
         y = self.buffer(rows, form.layout, op)
