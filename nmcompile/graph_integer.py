@@ -82,6 +82,9 @@ def unshared(graph: gs.Graph) -> None:
     """
     for node in [node for node in graph.nodes if _kind(node) == ("", "DequantizeLinear")]:
         if _saturates(node, DEQUANTIZE):
+            scale = _input(node, 1)
+            if _input(node, 2) is None and scale is not None:  # onnxruntime adds a scalar, whatever the scale's shape
+                _set(graph, node, 2, np.zeros(np.shape(scale.values), np.int8))
             _split(graph, node)
     for node in _nodes(graph):
         places = _places(node)

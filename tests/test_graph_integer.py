@@ -199,3 +199,16 @@ def test_every_session_carries_the_entry(monkeypatch: pytest.MonkeyPatch, tmp_pa
 
     found = sessions_of(everything, monkeypatch)
     assert len(found) > 3 and set(found) == {"1"}
+
+
+@pytest.mark.parametrize("optimise", [False, True])
+def test_weights_of_a_scale_per_channel_without_a_zero_point(optimise: bool) -> None:
+    """onnxruntime made up one zero point for all channels, and refused its own graph."""
+    graph = parse("""(float[B,S,8] x) => (float[B,S,4] y) <float[8,4] w, float[4] s> {
+        d = DequantizeLinear <axis = 1> (w, s)  y = MatMul(x, d) }""")
+    rng = np.random.default_rng(0)
+    weight, scale = rng.integers(-127, 128, (8, 4)).astype(np.int8), np.full(4, 0.01, np.float32)
+    graph.nodes[0].inputs = [gs.Constant("w8", weight), gs.Constant("s4", scale)]
+    x = rng.standard_normal((2, 3, 8)).astype(np.float32)
+    found = g.run(graph, {"x": x}, optimise=optimise)["y"]
+    np.testing.assert_allclose(found, x @ (weight * scale), atol=0.05)  # onnxruntime rounds x where it optimises
