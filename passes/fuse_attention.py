@@ -358,10 +358,12 @@ def _reference(feeds: probe.Feeds, found: _Found) -> np.ndarray:
 
 
 def _mask(graph: gs.Graph, mask: Mask, source: gs.Tensor, masks: Masks) -> gs.Tensor | None:
-    if mask.key not in masks:
-        like = source if mask.padding is None else mask.padding  # an input, rather
-        masks[mask.key] = build_mask(Builder(graph, "mask"), mask, like)
-    return masks[mask.key]
+    like = source if mask.padding is None else mask.padding  # an input, rather
+    length = like.shape[1] if like.shape is not None and len(like.shape) > 1 else None
+    key = (*mask.key, length or like.name)  # a triangle is as long as its tokens
+    if key not in masks:
+        masks[key] = build_mask(Builder(graph, "mask"), mask, like)
+    return masks[key]
 
 
 def _spell_mask(graph: gs.Graph, item: Attention, masks: Masks) -> int:

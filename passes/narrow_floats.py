@@ -113,6 +113,8 @@ def _stays_float(graph: gs.Graph, node: gs.Node, peaks: Mapping[str, float], lim
         if values is not None and node.op in ("QuantizeLinear", "DequantizeLinear") and tensor is node.inputs[1]:
             if values.min() < LEAST:
                 return f"its scale {float(values.min()):.3g} is too small for half precision"
+            if values.max() > LARGEST:
+                return f"its scale {float(values.max()):.3g} is too large for half precision"
         elif values is not None:
             if why := _beyond(values):
                 return why

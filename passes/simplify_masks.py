@@ -12,7 +12,6 @@ from nmcompile.builder import Builder
 from nmcompile.canonical import Attention, attentions
 from nmcompile.guards import Guard
 from nmcompile.mask_form import build_mask
-from nmcompile.masks import Mask
 from nmcompile.pipeline import Pass, Report
 
 
@@ -38,19 +37,18 @@ class SimplifyMasks(Pass):
         for item in found:
             guards |= _assumed(item)
             plain = item.mask.plain
-            if plain.key not in biases:
-                biases[plain.key] = _built(graph, item, plain)
+            like = item.q if plain.padding is None else plain.padding
+            length = like.shape[1] if like.shape is not None and len(like.shape) > 1 else None
+            key = (*plain.key, length or like.name)  # a triangle is as long as its tokens
+            if key not in biases:
+                biases[key] = build_mask(Builder(graph, "mask"), plain, like)
             if item.biased is not None:
-                item.biased.inputs[1] = biases[plain.key]
+                item.biased.inputs[1] = biases[key]
             choice = next((node for node in item.nodes if node.op == "Where"), None)
             if item.guarded and choice is not None:
                 g.rewire(graph, choice.outputs[0], choice.inputs[2])
         g.cleanup(graph)
         return Report(changed=len(found), detail={"assumes": [guard.to_json() for guard in sorted(guards)]})
-
-
-def _built(graph: gs.Graph, item: Attention, mask: Mask) -> gs.Tensor | None:
-    return build_mask(Builder(graph, "mask"), mask, item.q if mask.padding is None else mask.padding)
 
 
 def _assumed(item: Attention) -> set[Guard]:

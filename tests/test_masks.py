@@ -81,6 +81,9 @@ PLACES = {
     CAUSAL + "y = Where(t, p, low)": "causal",
     "u = Greater(k, q)  y = Where(u, low, p)": "causal",
     "d = Sub(k, q)  e = Less(d, i1)  y = Where(e, p, low)": "causal",
+    # a count of places that are not what they are: none
+    "g = GreaterOrEqual(at, i1)  w = Cast <to = 7> (g)  l = Mul(at, w)  e = Equal(l, at)  f = Not(e)"
+    "  h = Cast <to = 7> (f)  c = CumSum(h, i0)  z = Equal(c, i0)  y = Where(z, p, low)": "none",
     CAUSAL + "f = Cast <to = 1> (t)  h = Sub(one, f)  w = Mul(h, minus)  y = Add(p, w)": "causal",
     # a second condition that the first one implies, or that always holds
     CAUSAL + "far = Sub(q, i16)  o = GreaterOrEqual(q, far)  both = And(t, o)  y = Where(both, p, low)": "causal",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 import onnx_graphsurgeon as gs
@@ -63,7 +64,12 @@ def attention(
     merge: str = MERGE,
 ) -> gs.Graph:
     """Two heads of four features over x [B, S, 8]; each part may be spelt in another way."""
-    text = f"""({inputs}) => ({outputs}) <{weights}> {{
+    body = f"{project} {split} {scale} {mask} {softmax} {merge}"
+    return parse(attention_text(body, inputs, outputs, weights))
+
+
+def attention_text(body: str, inputs: str, outputs: str, weights: str = WEIGHTS) -> str:
+    return f"""({inputs}) => ({outputs}) <{weights}> {{
         by_head = Constant <value_ints = [0, 0, 2, 4]> ()  flat = Constant <value_ints = [0, 0, 8]> ()
         two = Constant <value_float = 2.0> ()  one = Constant <value_float = 1.0> ()
         half = Constant <value_float = 0.5> ()  root = Constant <value_float = 0.70710678> ()
@@ -71,8 +77,7 @@ def attention(
         i0 = Constant <value_int = 0> ()  i1 = Constant <value_int = 1> ()  i2 = Constant <value_int = 2> ()
         a0 = Constant <value_ints = [0]> ()  a1 = Constant <value_ints = [1]> ()
         middle = Constant <value_ints = [1, 2]> ()  far = Constant <value_int = 15> ()
-        {project} {split} {scale} {mask} {softmax} {merge} }}"""
-    return parse(text)
+        {body} }}"""
 
 
 def fused(graph: gs.Graph, mask: str = "padding by mask", scale: float = 0.5) -> gs.Graph:
@@ -292,3 +297,18 @@ def test_inputs_without_dimension_names_are_no_padding_of_each_other() -> None:
     graph = attention()
     graph.inputs[0].shape = [None, None, 8]
     missed(graph, "which need not agree")
+
+
+def test_two_sequences_have_a_triangle_each() -> None:
+    """Both causal; the one built for the encoder's length was added to the decoder's scores as well."""
+    causal = MASKS["causal"][0]
+    rename = ("q", "k", "v", "qr", "qh", "kr", "kt", "vr", "vh", "qk", "s", "shape", "length", "at", "row", "column",
+              "below", "m", "p", "c", "t", "y", "x")  # fmt: skip
+    body = f"{PROJECT} {SPLIT} {SCALE} {causal} p = Softmax <axis = -1> (m)  c = MatMul(p, vh)  {MERGE}"
+    second = re.sub(rf"\b({'|'.join(rename)})\b", r"\1_", body)
+    text = attention_text(body + "  " + second, "float[B,S,8] x, float[B,T,8] x_", "float[B,S,8] y, float[B,T,8] y_")
+    graph = parse(text)
+    after, report = apply(FuseAttention(), graph)
+    assert report.changed == 2 and [str(item.mask) for item in attentions(after)] == ["causal"] * 2
+    for sizes in (SIZES, {"B": 1, "S": 1, "T": 9}):
+        assert_same_outputs(graph, after, dims=sizes)

@@ -86,15 +86,17 @@ def test_what_half_cannot_hold_stays_and_is_named(body: str, why: str) -> None:
     np.testing.assert_allclose(g.run(after, feeds)["y"], g.run(graph, feeds)["y"], atol=2e-2)
 
 
-def test_a_tiny_scale_keeps_its_pair_in_float32() -> None:
+@pytest.mark.parametrize(("scale", "why"), [(1e-6, "1e-06 is too small"), (2.7e36, "2.7e+36 is too large")])
+def test_a_scale_that_half_precision_has_not_keeps_its_pair_in_float32(scale: float, why: str) -> None:
+    """The large one is that of a mask, as tools write it that quantize every tensor."""
     graph, _ = calibrated(InsertQdq(activations="int8"), parse(MODEL))
     quantize = next(node for node in graph.nodes if node.op == "QuantizeLinear")
-    tiny = gs.Constant("tiny", np.array(1e-6, FLOAT))
+    other = gs.Constant("other", np.array(scale, FLOAT))
     for node in (quantize, *g.consumers(quantize.outputs[0])):
-        node.inputs[1] = tiny
+        node.inputs[1] = other
     after, report = calibrated(NarrowFloats(), graph)
     onnx.checker.check_model(g.to_model(after), full_check=True)
-    assert sum("its scale 1e-06 is too small for half precision" in note for note in report.notes) == 2
+    assert sum(f"its scale {why} for half precision" in note for note in report.notes) == 2
 
 
 def test_branches_keep_their_floats() -> None:

@@ -10,7 +10,7 @@ import onnx_graphsurgeon as gs
 from nmcompile.derive.elementwise import Made, Rule, given
 from nmcompile.derive.movement import axes_of, product
 from nmcompile.derive.value import Shape, Underived, Value, broadcast, constant, number
-from nmcompile.symbolic import ONE, Index, Poly, Running, floor_divided, never_negative, poly
+from nmcompile.symbolic import ONE, Index, Poly, Running, Size, floor_divided, never_negative, poly
 
 
 def _listed(items: Sequence[Poly]) -> Made:
@@ -129,7 +129,9 @@ def _window(node: gs.Node, args: Sequence[Value | None]) -> Made:
     for axis in range(spatial):
         span = int(dilations[axis]) * (int(raw[axis]) - 1) + 1
         room = x[2 + axis] + int(pads[axis]) + int(pads[spatial + axis]) - span
-        shape.append(floor_divided(room, poly(int(strides[axis])))[0] + 1)
+        size = floor_divided(room, poly(int(strides[axis])))[0] + 1
+        # an input too small for the window has no answer at all
+        shape.append(size if never_negative(size - 1) else poly(Size(f"{node.outputs[0].name}.{axis + 2}")))
     return [(tuple(shape), None)]
 
 

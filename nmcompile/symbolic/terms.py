@@ -224,7 +224,10 @@ def _product(a: Monomial, b: Monomial) -> Monomial:
 def _without_implied(monomial: Monomial) -> Monomial:
     """A product of conditions without those that another one of them implies: x >= 3 says x >= 0."""
     bounds = [atom for atom, _ in monomial if isinstance(atom, AtLeast)]
-    weak = {b for a in bounds for b in bounds if a is not b and a != b and never_negative(b.value - a.value)}
+    powers = dict(monomial)
+    # a product with an index is 0 at 0 by itself: [i >= 1] i is i
+    weak = {b for b in bounds if any(isinstance(a, Index) and b.value == poly(a) - 1 for a in powers)}
+    weak |= {b for a in bounds for b in bounds if a is not b and a != b and never_negative(b.value - a.value)}
     return frozenset((atom, power) for atom, power in monomial if atom not in weak) if weak else monomial
 
 
