@@ -116,3 +116,16 @@ def test_the_count_skips_padding(dtype: str) -> None:
 def test_positions_that_no_input_has() -> None:
     with pytest.raises(Underived, match="no input is of the 5 positions"):
         built(Ids("position", None, 0, poly(5)), parse(IDS))
+
+
+@pytest.mark.parametrize("op", ["Gather <axis = 1> (table, ids)", "GatherElements <axis = 1> (table, ids)"])
+def test_a_table_of_positions_that_is_picked_by_ids_is_not_the_ids(op: str) -> None:
+    """An id below 0 counts from the end of the table that it picks from, and from that of another table otherwise."""
+    graph = parse(f"(int64[1,S] ids) => (int64[1,S] y) {{ p = {op.replace('table', 'ids')}  y = Identity(p) }}")
+    graph.nodes[0].inputs[0] = gs.Constant("table", np.arange(64)[None])
+    if op.startswith("Gather <"):
+        graph.outputs[0].shape = [1, 1, "S"]
+    d = Derivation(graph)
+    shape = d.value(graph.outputs[0]).shape
+    value = str(d.element(graph.outputs[0], [poly(Size(f"i{axis}")) for axis in range(len(shape))]))
+    assert value.startswith(("p[", "y["))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import onnx_graphsurgeon as gs
 
@@ -11,6 +11,7 @@ from nmcompile.derive.value import Shape, Underived, Value, aligned, broadcast
 from nmcompile.symbolic import (
     ONE,
     ZERO,
+    Element,
     Index,
     Infinity,
     Poly,
@@ -285,18 +286,25 @@ def _gather(node: gs.Node, args: Sequence[Value | None]) -> Made:
     shape = (*x.shape[:axis], *picks.shape, *x.shape[axis + 1 :])
 
     def at(index: Shape) -> Poly:
-        place = picked(picks.element(index[axis : axis + rank]), x.shape[axis])
-        return x.element([*index[:axis], place, *index[axis + rank :]])
+        place = picks.element(index[axis : axis + rank])
+        return picked(x, lambda at: [*index[:axis], at, *index[axis + rank :]], place, x.shape[axis])
 
     return [(shape, at)]
 
 
-def picked(place: Poly, size: Poly) -> Poly:
-    """An index of a Gather as one that counts from 0."""
-    if never_negative(place) or place.number is None:
-        # an input's element may be negative too; then it stands for one from the end, in any reading of it
-        return place
-    return place + size
+def picked(x: Value, at: Callable[[Poly], list[Poly]], place: Poly, size: Poly) -> Poly:
+    """The element that a Gather picks: a place below 0 counts from the end of the axis."""
+    if never_negative(place):
+        return x.element(at(place))
+    if place.number is not None:
+        return x.element(at(place + size))
+    anywhere = Index("anywhere", size)  # where it may be either, only what does not depend on it is known
+    value = x.element(at(poly(anywhere)))
+    if anywhere not in mentioned(value):
+        return value
+    if len(value.terms) == 1 and len(value.atoms) == 1 and isinstance(next(iter(value.atoms)), Element):
+        return x.element(at(place))  # an element that stands for itself, picked by what may be negative
+    raise Underived(f"it picks by {place}, which may be negative")
 
 
 def _gather_nd(node: gs.Node, args: Sequence[Value | None]) -> Made:
@@ -307,8 +315,12 @@ def _gather_nd(node: gs.Node, args: Sequence[Value | None]) -> Made:
     lead = len(picks.shape) - 1
 
     def at(index: Shape) -> Poly:
-        own = [picked(picks.element([*index[:lead], poly(part)]), x.shape[part]) for part in range(depth)]
-        return x.element([*own, *index[lead:]])
+        places = [picks.element([*index[:lead], poly(part)]) for part in range(depth)]
+        if all(map(never_negative, places)):
+            return x.element([*places, *index[lead:]])
+        if depth != 1:
+            raise Underived("it picks by what may be negative")
+        return picked(x, lambda place: [place, *index[lead:]], places[0], x.shape[0])
 
     return [((*picks.shape[:-1], *x.shape[depth:]), at)]
 
@@ -319,8 +331,8 @@ def _gather_elements(node: gs.Node, args: Sequence[Value | None]) -> Made:
     axis += len(x.shape) * (axis < 0)
 
     def at(index: Shape) -> Poly:
-        place = picked(picks.element(index), x.shape[axis])
-        return x.element([place if a == axis else own for a, own in enumerate(index)])
+        return picked(x, lambda place: [place if a == axis else own for a, own in enumerate(index)],
+                      picks.element(index), x.shape[axis])  # fmt: skip
 
     return [(picks.shape, at)]
 
