@@ -32,10 +32,10 @@ def read_ids(d: Derivation, ids: gs.Tensor) -> Ids:
     shape = d.value(ids).shape
     place = tuple(ZERO if size == ONE else poly(Index(name, size))
                   for name, size in zip("bt"[2 - len(shape) :], shape, strict=True))  # fmt: skip
-    return explained(d.element(ids, place), place, shape, d.inputs)
+    return explained(d, d.element(ids, place), place, shape)
 
 
-def explained(value: Poly, place: tuple[Poly, ...], shape: tuple[Poly, ...], inputs: Mapping[str, gs.Tensor]) -> Ids:
+def explained(d: Derivation, value: Poly, place: tuple[Poly, ...], shape: tuple[Poly, ...]) -> Ids:
     """The same for an expression of ids at a place of a tensor of a shape."""
     if value.integer is not None:
         return Ids("row", None, value.integer)
@@ -44,15 +44,18 @@ def explained(value: Poly, place: tuple[Poly, ...], shape: tuple[Poly, ...], inp
     if first.integer is not None and first.integer >= 0 and not isinstance(column.number, int):
         return Ids("position", None, first.integer, length)
     for atom in sorted(mentioned(value), key=str):
-        if not isinstance(atom, Element) or atom.tensor not in inputs or len(place) != 2 or len(atom.index) != 2:
+        if not isinstance(atom, Element) or atom.tensor not in d.inputs or len(place) != 2:
             continue
-        source = inputs[atom.tensor]
+        source = d.inputs[atom.tensor]
+        if d.shape(source) != shape:  # a part of the input, or one row of it for all
+            continue
         if value == poly(atom) and atom.index == place:
             return Ids("input", source, 0, length)
         for pad in _compared(value):
             if value == _counted(atom.tensor, atom.kind, place, shape, pad):
                 return Ids("cumulative", source, pad, length)
-    raise Underived(f"its ids are {_short(value)}, neither an input nor positions")
+    over = ", ".join(map(str, shape))
+    raise Underived(f"its ids are {_short(value)} over [{over}], neither an input nor positions")
 
 
 def columns(size: Poly) -> Poly:

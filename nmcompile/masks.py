@@ -131,6 +131,9 @@ def read_scores(d: Derivation, scores: gs.Tensor, product: str) -> tuple[float, 
 def match_bias(d: Derivation, bias: gs.Tensor, shape: Sequence[Poly]) -> Mask | None:
     """The mask that an additive bias is for scores of a shape [batch, heads, queries, keys]; None for any other."""
     score = Element("", _places(shape), "f")
+    own = d.shape(bias)
+    if own is None or len(own) > 4 or any(a not in (ONE, b) for a, b in zip(own[::-1], shape[::-1], strict=False)):
+        return None  # of other tokens than the scores
     try:
         return _read(d, poly(score) + aligned(d.value(bias), score.index), score, shape)[1]
     except Underived:
@@ -142,8 +145,8 @@ def _places(shape: Sequence[Poly]) -> tuple[Poly, ...]:
 
 
 def _read(d: Derivation, value: Poly, score: Element, shape: Sequence[Poly]) -> tuple[float, Mask]:
-    value, counted = _counted(value, score.index)
-    padding = _padding(d, value, score)
+    value, counted = _counted(value, score.index, shape[3])
+    padding = _padding(d, value, score, shape)
     table = _table(value, score, padding)
     source = None if padding is None else d.inputs[padding.tensor]
     mask = _explained(table, padding, source, score.index, shape)
@@ -152,14 +155,14 @@ def _read(d: Derivation, value: Poly, score: Element, shape: Sequence[Poly]) -> 
     return _factor(table), replace(mask, test="count") if counted else mask
 
 
-def _counted(value: Poly, place: Sequence[Poly]) -> tuple[Poly, bool]:
+def _counted(value: Poly, place: Sequence[Poly], keys: Poly) -> tuple[Poly, bool]:
     """With [k < number of ones in a row of an input] as an element of that row by itself, and whether there was any."""
     known: dict[Atom, Poly] = {}
     for atom in mentioned(value):
         if not isinstance(atom, AtLeast):
             continue
         total = next((item for item in atom.value.atoms if isinstance(item, Running)), None)
-        if total is None or total.last != total.over.extent - 1:
+        if total is None or total.over.extent != keys or total.last != keys - 1:
             continue
         seen = atom.value == poly(total) - place[3] - 1
         if not seen and atom.value != place[3] - poly(total):
@@ -172,7 +175,7 @@ def _counted(value: Poly, place: Sequence[Poly]) -> tuple[Poly, bool]:
     return substitute(value, known), bool(known)
 
 
-def _padding(d: Derivation, value: Poly, score: Element) -> Element | None:
+def _padding(d: Derivation, value: Poly, score: Element, shape: Sequence[Poly]) -> Element | None:
     """The one element of an input that the mask is computed from."""
     place, atoms = score.index, mentioned(value)
     if score not in atoms:
@@ -191,7 +194,10 @@ def _padding(d: Derivation, value: Poly, score: Element) -> Element | None:
         raise Underived(f"its mask is computed from {' and '.join(sorted(map(str, others)))}")
     if not others:
         return None
-    if others[0].index not in ((place[0], place[3]), (ZERO, place[3])):
+    # all of the input, or one row for every sequence; not its first row, nor its first columns
+    rows = {(place[0], place[3]): (shape[0], shape[3]), (ZERO, place[3]): (ONE, shape[3])}
+    if others[0].index not in rows or d.shape(d.inputs[others[0].tensor]) not in (
+            rows[others[0].index], *[(ONE, shape[3])] * (shape[0] == ONE)):  # fmt: skip
         raise Underived(f"its mask is read as {others[0]}, and not as padding over [batch, keys]")
     return others[0]
 
@@ -319,7 +325,8 @@ def _exact(table: _Table, mask: Mask, below: Poly) -> Mask:
         choices += [Mask(mask.padding, True, mask.test, a, b) for a in lowest for b in numbers]
     for choice in choices:
         made = ((_adds(choice, table.cases[number], v, below, factor), outcome)
-                for (number, v), outcome in table.outcomes.items() if v in (0, 1) or not apart)  # fmt: skip
+                for (number, v), outcome in table.outcomes.items()
+                if v in (0, 1) or not apart or _truth(table.cases[number], below))  # fmt: skip
         if all(new.like(old) or (len(added) == 1 and _replaced(old) and new.added <= ABSORBS) for new, old in made):
             return choice
     raise Underived(f"its mask ({mask}) adds {', '.join(f'{n:g}' for n in sorted(added))} in turn")

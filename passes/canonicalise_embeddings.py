@@ -90,7 +90,7 @@ def _table_rows(d: Derivation, node: gs.Node) -> Ids:
     atom = next(iter(d.element(node.outputs[0], place).atoms), None)
     if not isinstance(atom, Element) or atom.tensor != table.name or atom.index[1] != place[1]:
         raise Underived("it does not give rows of its table in order")
-    return explained(atom.index[0], place[:1], (rows,), d.inputs)
+    return explained(d, atom.index[0], place[:1], (rows,))
 
 
 def _canonicalise(graph: gs.Graph, d: Derivation, node: gs.Node, found: Ids) -> None:
@@ -127,8 +127,8 @@ def _is_added(graph: gs.Graph, d: Derivation, y: gs.Tensor, length: Poly | None)
         if other is None or len(other) < len(shape) or len(other) < 2 or other[-1] != shape[-1]:
             return False
         lead = (ONE,) * (len(other) - len(shape)) + shape[:-1]  # what it gives must come from the other operand
-        if any(columns(own) not in (ONE, size) for own, size in zip(lead, map(columns, other[:-1]), strict=True)):
+        if any(columns(own) not in (ONE, size) for own, size in zip(lead, other[:-1], strict=True)):
             return False
-        if length is not None and columns(other[-2]) != length:
+        if length is not None and other[-2] != length:
             return False
     return True

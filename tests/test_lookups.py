@@ -70,13 +70,18 @@ def test_an_input_and_a_row() -> None:
         ("y = Add(ids, i1)", "ids[b, t] + 1"),
         ("l = Less(ids, i5)  y = Where(l, ids, i1)", "ids[b, t]"),
         ("y = CumSum(ids, i1)", "sum(ids[b, #]"),
+        # a part of the input: its elements at their places, over other extents
+        ("a8 = Constant <value_ints = [8]> ()  y = Slice(ids, a0, a8, a1)", "ids[b, t] over [B, min(8, S)]"),
+        ("m = Constant <value_ints = [-1]> ()  y = Slice(ids, a0, m, a1)", "ids[b, t] over [B, S - 1]"),
+        ("y = Slice(ids, a0, a1, a0)", "ids[0, t] over [1, S]"),
         ("same = Equal(ids, i1)  not = Not(same)  real = Cast <to = 7> (not)  count = CumSum(real, i1)"
          "  kept = Mul(count, real)  y = Add(kept, i2)", "sum("),
         ("same = Equal(ids, i1)  not = Not(same)  real = Cast <to = 7> (not)  count = CumSum(real, i0)"
          "  kept = Mul(count, real)  y = Add(kept, i1)", "sum("),
         ("y = CumSum <reverse = 1> (ids, i1)", "CumSum"),
     ],
-    ids=["clipped", "periodic", "reversed", "offset", "out of vocabulary", "no count", "another pad", "other axis",
+    ids=["clipped", "periodic", "reversed", "offset", "out of vocabulary", "no count", "first columns",
+         "all but the last", "first row", "another pad", "other axis",
          "from the end"],
 )  # fmt: skip
 def test_what_only_looks_like_it_is_said(text: str, stop: str) -> None:

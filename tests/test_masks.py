@@ -129,6 +129,11 @@ OTHERS = {
     "r = Cast <to = 1> (mask)  m = Unsqueeze(r, a12)  t = Tanh(m)  y = Add(p, t)": "by Tanh",
     "c = CumSum(mask, i1)  e = Greater(c, i0)  m = Unsqueeze(e, a12)  y = Where(m, p, low)": "sum(mask[b, #]",
     "y = Mul(p, p)": "their square",
+    # parts of the mask
+    "r = Slice(mask, a0, a1, a0)  c = Cast <to = 9> (r)  m = Unsqueeze(c, a12)  y = Where(m, p, low)":
+        "mask[0, k], and not as padding",
+    "a8 = Constant <value_ints = [8]> ()  l = Slice(mask, a0, a8, a1)  e = Equal(l, i1)  f = Cast <to = 7> (e)"
+    "  s = ReduceSum <keepdims = 1> (f, a1)  g = Less(k, s)  m = Unsqueeze(g, a12)  y = Where(m, p, low)": "min(8, S)",
 }  # fmt: skip
 
 
@@ -137,6 +142,16 @@ def test_what_is_no_such_mask_is_said(text: str) -> None:
     with pytest.raises(Underived) as stop:
         read(scores(text))
     assert OTHERS[text] in str(stop.value)
+
+
+def test_fractions_of_a_mask() -> None:
+    """Seen above one half, which is no (1 - mask) * lowest; of whole numbers it is what is positive."""
+    text = CAUSAL + """g = Greater(mask, half)  m = Unsqueeze(g, a12)  w = Where(m, zero, low)
+        x = Where(t, zero, low)  v = Add(x, w)  y = Add(p, v)"""
+    with pytest.raises(Underived, match="in turn"):
+        read(scores(text, "float[B,S] mask"))
+    text = text.replace("g = Greater(mask, half)", "f = Cast <to = 1> (mask)  g = Greater(f, half)")
+    assert read(scores(text))[1].test == "positive"
 
 
 def test_two_masks() -> None:
@@ -176,6 +191,13 @@ def test_what_is_built_is_matched_again(test: str, lowest: float, triangle: floa
     mask = Mask(graph.inputs[0], triangle is not None, test, lowest, triangle)
     found = match_bias(Derivation(built(mask, graph)), graph.outputs[0], SQUARE)
     assert found is not None and found.key == mask.key
+
+
+def test_a_bias_of_other_tokens_is_no_mask_of_these() -> None:
+    """A triangle of T tokens is broadcast over S where T is 1, and hides nothing then."""
+    graph = parse(f"""(int64[B,S] scored, int64[B,T] mask) => (float[T,T] y) {{ {HEADER}
+        t = GreaterOrEqual(q, k)  y = Where(t, zero, low) }}""")
+    assert match_bias(Derivation(graph), graph.outputs[0], SQUARE) is None
 
 
 def test_no_mask_is_no_tensor() -> None:

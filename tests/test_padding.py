@@ -78,6 +78,12 @@ def test_what_reads_padding_is_named(text: str, leak: str) -> None:
     assert found.leak.startswith(leak)
 
 
+def test_a_mean_over_as_many_tokens_as_features() -> None:
+    graph = parse("""(float[B,64,64] x, int64[B,64] mask) => (float[B,64] y) { a1 = Constant <value_ints = [1]> ()
+        y = ReduceMean <keepdims = 0> (x, a1) }""")
+    assert reads_padding(graph, Derivation(graph), "mask", ["x"]).leak.startswith("ReduceMean")
+
+
 @pytest.mark.parametrize(
     ("scores", "leak"),
     [

@@ -11,6 +11,7 @@ import onnx_graphsurgeon as gs
 from nmcompile.derive.value import At, Shape, Underived, Value, aligned, broadcast
 from nmcompile.symbolic import (
     ONE,
+    Element,
     Infinity,
     Poly,
     above_zero,
@@ -129,8 +130,11 @@ def _cast(node: gs.Node, args: Sequence[Value | None]) -> Made:
         if to in FLOATS:
             if to == 10 and any(abs(float(factor)) > HALF for factor in value.terms.values()):
                 raise Underived("a number beyond half precision")
+            if to == 10 and any(isinstance(atom, Element) and atom.kind == "f" for atom in value.atoms):
+                raise Underived("a cast to half precision, which may round to 0")
             return value
-        if to not in (6, 7) or not value.whole:  # INT32, INT64; others may wrap around
+        # INT32, INT64; others wrap around, and so does INT32 beyond 2**31, where no id, size or mask is meant to be
+        if to not in (6, 7) or not value.whole:
             raise Underived("a cast that may change the number")
         return value
 

@@ -93,6 +93,8 @@ def _reshape(node: gs.Node, args: Sequence[Value | None]) -> Made:
         if size.integer == 0 and not node.attrs.get("allowzero", 0):
             shape.append(x.shape[axis])
         else:
+            if size.number is None and not never_negative(size - 1):
+                raise Underived(f"a size {size} that may be 0, which copies one")
             shape.append(None if size.integer == -1 else size)
     if shape.count(None) == 1:
         rest = divided(total, product([size for size in shape if size is not None]))

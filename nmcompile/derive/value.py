@@ -81,8 +81,12 @@ def _common(dims: Sequence[Poly]) -> Poly:
 
 
 def _least_of(a: Poly, b: Poly) -> bool:
-    """Whether a is min(b, something): where they meet they are equal, or the model has no answer."""
-    return any(isinstance(atom, Least) and b in atom.values for atom in a.atoms) and len(a.terms) == 1
+    """Whether a is min(b, number): where they meet they are equal, or the model has no answer. (The least of two free
+    sizes may be 1, and then it is broadcast.)"""
+    found = next((atom for atom in a.atoms if isinstance(atom, Least)), None)
+    if found is None or a != poly(found) or b not in found.values or b.number is not None:
+        return False
+    return all(value == b or value.number is not None for value in found.values)
 
 
 def aligned(value: Value, index: Shape) -> Poly:

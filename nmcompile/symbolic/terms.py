@@ -186,8 +186,9 @@ class Poly:
     def whole(self) -> bool:
         """Whether it can only be an integer."""
         plain = all(factor == int(factor) for factor in self.terms.values())
-        return plain and not any(isinstance(a, Infinity) or (isinstance(a, Element) and a.kind == "f")
-                                 for a in self.atoms)  # fmt: skip
+        return plain and not any(
+            isinstance(a, Infinity) or (isinstance(a, Element) and a.kind == "f")
+            or (isinstance(a, Running) and not a.term.whole) for a in self.atoms)  # fmt: skip
 
     @cached_property
     def text(self) -> str:

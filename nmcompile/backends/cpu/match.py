@@ -19,7 +19,7 @@ from nmcompile.backends.cpu.ops import FLOAT, Form, Op, Read, Space
 from nmcompile.backends.cpu.pack import MAX_INPUTS
 from nmcompile.canonical import Attention, attentions
 from nmcompile.derive import Underived
-from nmcompile.lookups import columns, read_ids
+from nmcompile.lookups import read_ids
 from nmcompile.symbolic import Poly
 
 # (where its rows come from, the table, the nodes it stands for, the sizes of its ids unless they are one row)
@@ -301,7 +301,7 @@ class Matcher:
             return None
         if not any(source[0][0] in ("input", "cumulative") for source in sources):
             return None
-        lead = columns(shape[0]), columns(shape[1])
+        lead = shape[:2]
         if any(length is not None and length != lead[-len(length) :] for *_, length in sources):
             return None  # by an input of other tokens than the rest
         ids = next(self._tensor(str(s[0][1])) for s in sources if s[0][0] in ("input", "cumulative"))
@@ -339,9 +339,9 @@ class Matcher:
             ids = read_ids(self.derived, node.inputs[1])
         except Underived:
             return None
-        shape = tuple(map(columns, self.derived.value(node.inputs[1]).shape))
+        shape = self.derived.value(node.inputs[1]).shape
         if ids.kind == "position":
-            return [(("position", ids.first), table, [node], shape[-1:])]
+            return [(("position", ids.first), table, [node], (ids.length,))]
         if ids.source is None or len(shape) != 2:
             return None
         rest = (ids.first,) if ids.kind == "cumulative" else ()

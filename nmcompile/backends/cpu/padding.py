@@ -13,7 +13,7 @@ import onnx_graphsurgeon as gs
 
 from nmcompile.derive import Derivation, Underived
 from nmcompile.derive.elementwise import ELEMENTWISE
-from nmcompile.derive.movement import MOVEMENT
+from nmcompile.derive.movement import MOVEMENT, axes_of
 from nmcompile.masks import HIDDEN
 from nmcompile.symbolic import (
     ONE,
@@ -182,10 +182,19 @@ class _Walk:
             if state.stage == "hidden" and node.op == "Softmax" and state.axis == len(shape) - 1:
                 return Rows(state.axis, "shares")
         if state.axis is not None and state.stage == "rows" and node.op in REDUCTIONS:
-            after = self.d.value(node.outputs[0]).shape
-            if after[: state.axis + 1] == shape[: state.axis + 1] and shape[state.axis] != ONE:
+            axes = self._reduced(node, len(shape))
+            if axes and min(axes) > state.axis:
                 return state
         raise Leak(f"{node.op} '{node.name}'")
+
+
+    def _reduced(self, node: gs.Node, rank: int) -> list[int]:
+        """The axes that a reduction goes over; none where they are all, or not known."""
+        if node.op in ("ArgMax", "ArgMin"):
+            axis = int(node.attrs.get("axis", 0))
+            return [axis + rank * (axis < 0)]
+        args = [None if x.is_empty() else self.d.value(x) for x in node.inputs]
+        return axes_of(node, args, 1, rank) or []
 
 
 def _vanishes(score: Poly) -> bool:
