@@ -240,3 +240,11 @@ def test_a_single_head_and_a_single_sequence() -> None:
         {HEADER} p = MatMul(a, b)  c = Cast <to = 9> (mask)  m = Unsqueeze(c, a12)
         y = Where(m, p, low) }}""")
     assert str(read(graph)[1]) == "padding by mask" and poly(1) == ONE
+
+
+def test_a_mask_that_is_rounded_to_half_precision_is_another() -> None:
+    """1e-9 is no zero, and one in half precision."""
+    text = "f = Cast <to = 10> (mask)  c = Cast <to = 9> (f)  m = Unsqueeze(c, a12)  y = Where(m, p, low)"
+    with pytest.raises(Underived):
+        read(scores(text, "float[B,S] mask"))
+    assert str(read(scores(text))[1]) == "padding by mask"  # whole numbers keep their zeros
