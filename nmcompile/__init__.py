@@ -16,23 +16,23 @@ if TYPE_CHECKING:
     from nmcompile.backends.cpu.session import Session as Session
     from nmcompile.compiler import Result as Result
     from nmcompile.compiler import compile as compile
+    from nmcompile.contract import Context as Context
+    from nmcompile.contract import Pass as Pass
+    from nmcompile.contract import Report as Report
     from nmcompile.errors import NmcompileError as NmcompileError
-    from nmcompile.pipeline import CalibratedPass as CalibratedPass
-    from nmcompile.pipeline import Pass as Pass
     from nmcompile.pipeline import Pipeline as Pipeline
-    from nmcompile.pipeline import Report as Report
     from nmcompile.session import load as load
     from nmcompile.tensorinfo import TensorInfo as TensorInfo
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "CalibratedPass": "pipeline",
+    "Context": "contract",
     "compile": "compiler",
     "NmcompileError": "errors",
-    "Pass": "pipeline",
+    "Pass": "contract",
     "Pipeline": "pipeline",
-    "Report": "pipeline",
+    "Report": "contract",
     "Result": "compiler",
     "Session": "backends.cpu.session",
     "TensorInfo": "tensorinfo",

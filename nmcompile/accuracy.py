@@ -8,7 +8,7 @@ from typing import Any
 
 import onnx_graphsurgeon as gs
 
-from nmcompile import graph as g
+from nmcompile import ir as g
 from nmcompile.calibrate import Data
 from nmcompile.compare import Comparison, Difference, real_tokens
 from nmcompile.control import hold, layer_noise, worst_first

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import onnx_graphsurgeon as gs
 
-from nmcompile import graph as g
+from nmcompile import ir as g
 from nmcompile.builder import Builder
 from nmcompile.derive import Derivation
 from nmcompile.masks import Mask, match_bias
@@ -37,7 +37,7 @@ class Attention:
     mask: Mask
     nodes: tuple[gs.Node, ...]
     operands: tuple[gs.Tensor, gs.Tensor, gs.Tensor]
-    quantized_shares: bool = False  # a pair stands behind the softmax too
+    quantized_probabilities: bool = False  # a pair stands behind the softmax too
     guarded: bool = False  # rows without a key, which the softmax makes NaN, become 0
 
     @property
@@ -148,7 +148,7 @@ def _guarded(softmax: gs.Node) -> tuple[gs.Tensor, list[gs.Node]]:
     return choice.outputs[0], [test, choice]
 
 
-def is_share(tensor: gs.Tensor) -> bool:
+def is_probability(tensor: gs.Tensor) -> bool:
     """Made by a softmax, so between 0 and 1 whatever the data."""
     node = g.producer(tensor)
     if node is not None and node.op == "Where":

@@ -13,9 +13,10 @@ from typing import Any
 
 import onnx_graphsurgeon as gs
 
-from nmcompile import graph as g
+from nmcompile import ir as g
 from nmcompile.accuracy import Progress, hold_limit, limit_for, look_beyond, measured_loss
 from nmcompile.backends.cpu.tuning import Tuner, keep, open_tuner
+from nmcompile.backends.tensorrt.engine import Engine, Loss, choose_profile, lacking, make
 from nmcompile.backends.tensorrt.recipe import EngineOptions
 from nmcompile.backends.tensorrt.shapes import parse_shapes
 from nmcompile.calibrate import Calibration, Data, check_ids, longest, open_data
@@ -23,7 +24,6 @@ from nmcompile.calibrate.sources import Source
 from nmcompile.compare import Difference
 from nmcompile.control import layer_noise
 from nmcompile.coverage import Coverage, coverage, timed
-from nmcompile.engine import Engine, Loss, choose_profile, lacking, make
 from nmcompile.errors import CalibrationError, UnsupportedError
 from nmcompile.holdout import Holdout, hold_out
 from nmcompile.job import Job

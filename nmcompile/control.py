@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from nmcompile import graph as g
+from nmcompile import ir as g
 from nmcompile.calibrate import Data
 from nmcompile.calibrate.collect import without_padding
 from nmcompile.compare import powers, real_tokens

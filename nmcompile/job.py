@@ -12,11 +12,11 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 import nmcompile
-from nmcompile import graph as g
+from nmcompile import ir as g
 from nmcompile.calibrate import Calibration
-from nmcompile.passes.fitting import fit_norms, restore_norms
-from nmcompile.passes.pruning import PruningPass
 from nmcompile.pipeline import Observer, Pass, Pipeline, Report
+from nmcompile.prune.fitting import fit_norms, restore_norms
+from nmcompile.prune.selection import PruningPass
 from nmcompile.recipes import Preset, canonical_passes
 from nmcompile.spec import spec
 from nmcompile.targets import Target
@@ -74,7 +74,7 @@ class Job:
         exclude = [escape(name) for name in floating]
         self.graph = self._run(self.target.quantizing(self.preset, self.attention, exclude), graph, self.last)
         self.last[:] = [_told(step, floating, "float") for step in self.last]
-        spelled = self._run(self.target.spelling(), self.graph, self.last)
+        spelled = self._run(self.target.legalizing(), self.graph, self.last)
         self.observers = ()  # they have seen every pass once
         self.tell("choosing kernels", 0, 1)
         self.target.finish(spelled)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import onnx_graphsurgeon as gs
 
-from nmcompile import graph as g
+from nmcompile import ir as g
 from nmcompile.errors import NmcompileError
 from nmcompile.pipeline import Observer, Pass, Report
 from nmcompile.spec import spec

@@ -32,8 +32,8 @@ from nmcompile.passes import (
     StoreWeights,
     WidenFloats,
 )
-from nmcompile.passes.pruning import MASKS
 from nmcompile.pipeline import Pass
+from nmcompile.prune.selection import MASKS
 
 LEAST_SCALE = 6.2e-5  # of weights for TensorRT: half precision holds no smaller one in full
 SPARSE_MULTIPLE = 32  # outputs and inputs of a layer that TensorRT may run sparse: INT8 formats hold 32 channels
@@ -141,7 +141,7 @@ def tensorrt_passes(preset: Preset, attention: str, outputs: str, exclude: Seque
     ]  # fmt: skip
 
 
-def spelling_passes(profile: Profile, weights: str) -> list[Pass]:
+def legalizing_passes(profile: Profile, weights: str) -> list[Pass]:
     """From the Q/DQ graph to the one that a version of TensorRT reads."""
     return [
         SimplifyMasks(),  # first, as the next: both match attention, which what follows takes apart

@@ -1,6 +1,6 @@
 """Regression of what the compiler makes of a model: graph texts and facts, recorded once and compared ever after.
 
-DIR/NAME/canonical.txt, pruned.txt, quantized.txt    nmcompile.graph.to_text after each stage; pruned.txt only if pruned
+DIR/NAME/canonical.txt, pruned.txt, quantized.txt    nmcompile.ir.to_text after each stage; pruned.txt only if pruned
 DIR/NAME/facts.json                                  `Facts`, and the tolerances that comparing uses
 
 Nothing depends on the machine but the plan's hash, which is compared only on a machine like the one that recorded it.
@@ -25,7 +25,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 import nmcompile
-from nmcompile import graph as g
+from nmcompile import ir as g
 from nmcompile.compare import Difference
 from nmcompile.errors import NmcompileError
 from nmcompile.files import write

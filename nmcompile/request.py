@@ -7,14 +7,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from nmcompile.backends.tensorrt.engine import derived
 from nmcompile.backends.tensorrt.recipe import EngineOptions
 from nmcompile.calibrate import Data
-from nmcompile.engine import derived
 from nmcompile.errors import NmcompileError, PassError, UnsupportedError
 from nmcompile.files import check_outputs
 from nmcompile.outputs import real_path
-from nmcompile.passes.pruning import MASKS, PruningPass
 from nmcompile.pipeline import Pass, Report
+from nmcompile.prune.selection import MASKS, PruningPass
 from nmcompile.recipes import PRESETS, Preset, pruning_passes
 from nmcompile.sizes import wanted_size
 from nmcompile.spec import parse_spec

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from nmcompile.backends.tensorrt.engine import Engine, to_json
 from nmcompile.compare import Difference
 from nmcompile.control import Noise
 from nmcompile.coverage import Coverage
-from nmcompile.engine import Engine, to_json
 from nmcompile.lengths import Look
 from nmcompile.pipeline import Report
 

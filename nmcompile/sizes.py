@@ -14,7 +14,7 @@ import onnx
 import onnx_graphsurgeon as gs
 from onnx.external_data_helper import uses_external_data
 
-from nmcompile import graph as g
+from nmcompile import ir as g
 from nmcompile import sparsity as sp
 from nmcompile.errors import PassError
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from nmcompile.errors import PassError
 
 if TYPE_CHECKING:
-    from nmcompile.pipeline import Pass
+    from nmcompile.contract import Pass
 
 GROUP = "nmcompile.passes"  # both the package of the built-in passes and the entry-point group of others
 QUOTED = re.compile(r'"(?:[^"\\]|\\.)*"')

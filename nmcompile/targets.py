@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from nmcompile import graph as g
+from nmcompile import ir as g
 from nmcompile.backends.cpu.lower import Lowered, lower
 from nmcompile.backends.cpu.tuning import Tuner, by_cost_model
 from nmcompile.backends.tensorrt import rules
@@ -19,7 +19,7 @@ from nmcompile.backends.tensorrt.profiles import Profile
 from nmcompile.errors import UnsupportedError
 from nmcompile.pipeline import Pass
 from nmcompile.plan import write_plan
-from nmcompile.recipes import SPARSE_MULTIPLE, Preset, quantizing_passes, spelling_passes, tensorrt_passes
+from nmcompile.recipes import SPARSE_MULTIPLE, Preset, legalizing_passes, quantizing_passes, tensorrt_passes
 from nmcompile.session import load
 
 Arrays = Mapping[str, np.ndarray]
@@ -39,7 +39,7 @@ class Target(ABC):
     def quantizing(self, preset: Preset, attention: str, floating: Sequence[str]) -> list[Pass]:
         """The passes after pruning; layers `floating` stay in float."""
 
-    def spelling(self) -> list[Pass]:
+    def legalizing(self) -> list[Pass]:
         """The passes from the Q/DQ graph to what `finish` takes."""
         return []
 
@@ -91,7 +91,7 @@ class CpuTarget(Target):
 
 @dataclass
 class TensorrtTarget(Target):
-    """Graphs for one version of TensorRT; engines are built from them elsewhere (nmcompile.engine)."""
+    """Graphs for one version of TensorRT; engines are built from them elsewhere (backends.tensorrt.engine)."""
 
     name: ClassVar[str] = "tensorrt"
     multiple: ClassVar[int] = SPARSE_MULTIPLE
@@ -104,8 +104,8 @@ class TensorrtTarget(Target):
     def quantizing(self, preset: Preset, attention: str, floating: Sequence[str]) -> list[Pass]:
         return tensorrt_passes(preset, attention, self.outputs, floating)
 
-    def spelling(self) -> list[Pass]:
-        return spelling_passes(self.profile, self.weights)
+    def legalizing(self) -> list[Pass]:
+        return legalizing_passes(self.profile, self.weights)
 
     def finish(self, graph: gs.Graph) -> None:
         """Check every rule; UnsupportedError names the first that TensorRT would break on."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from nmcompile.contract import Pass
 from nmcompile.passes.block_prune import BlockPrune
 from nmcompile.passes.canonicalise_embeddings import CanonicaliseEmbeddings
 from nmcompile.passes.canonicalise_linear import CanonicaliseLinear
@@ -24,7 +25,6 @@ from nmcompile.passes.simplify_shapes import SimplifyShapes
 from nmcompile.passes.smooth_activations import SmoothActivations
 from nmcompile.passes.store_weights import StoreWeights
 from nmcompile.passes.widen_floats import WidenFloats
-from nmcompile.pipeline import Pass
 
 BUILTIN: tuple[type[Pass], ...] = (
     RaiseOpset,

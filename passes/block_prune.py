@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import onnx_graphsurgeon as gs
 
 from nmcompile import sparsity as sp
+from nmcompile.contract import Context, Report
 from nmcompile.errors import PassError
-from nmcompile.passes.pruning import PruningPass, select
-from nmcompile.pipeline import Report
-
-if TYPE_CHECKING:
-    from nmcompile.calibrate import Calibration
+from nmcompile.prune.selection import PruningPass, select
 
 
 @dataclass(frozen=True)
@@ -26,9 +22,9 @@ class BlockPrune(PruningPass):
     sparsity: float = 0.8
     block: str = "2x4"  # outputs x inputs
 
-    def run(self, graph: gs.Graph, calibration: Calibration | None = None) -> Report:
+    def run(self, graph: gs.Graph, context: Context) -> Report:
         pattern = sp.parse_pattern(self.block)
         if not isinstance(pattern, sp.Block):
             raise PassError(f"block={self.block} is not a block; write outputs x inputs, for example 2x4")
         selection = select(graph, self.include, self.exclude)
-        return self.prune(graph, pattern, self.sparsity, selection, calibration)
+        return self.prune(graph, pattern, self.sparsity, selection, context)

@@ -8,12 +8,12 @@ from typing import ClassVar
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from nmcompile import graph as g
+from nmcompile import ir as g
 from nmcompile import probe
 from nmcompile.builder import Builder
+from nmcompile.contract import Context, Pass, Report
 from nmcompile.derive import Derivation, Underived
 from nmcompile.lookups import Ids, build_ids, columns, explained, read_ids
-from nmcompile.pipeline import Pass, Report
 from nmcompile.symbolic import ONE, Element, Index, Poly, poly
 
 
@@ -29,7 +29,7 @@ class CanonicaliseEmbeddings(Pass):
 
     preserves: ClassVar[bool] = True
 
-    def run(self, graph: gs.Graph) -> Report:
+    def run(self, graph: gs.Graph, context: Context) -> Report:
         candidates = [node for node in graph.nodes if _is_lookup(node) or _is_slice(node)]
         inputs = {t.name for t in graph.inputs}
         left = [n for n in candidates

@@ -10,11 +10,11 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from nmcompile import graph as g
+from nmcompile import ir as g
 from nmcompile.builder import Builder
+from nmcompile.contract import Context, Pass, Report
 from nmcompile.mask_form import build_mask
 from nmcompile.masks import LOWEST, Mask
-from nmcompile.pipeline import Pass, Report
 
 MICROSOFT = "com.microsoft"
 # Inputs that each operator needs; onnx knows nothing of onnxruntime's, so nobody has checked them.
@@ -43,7 +43,7 @@ class ExpandFused(Pass):
 
     preserves: ClassVar[bool] = True
 
-    def run(self, graph: gs.Graph) -> Report:
+    def run(self, graph: gs.Graph, context: Context) -> Report:
         notes: list[str] = []
         changed = 0
         for node in list(graph.nodes):

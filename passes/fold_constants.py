@@ -9,9 +9,9 @@ from typing import ClassVar
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from nmcompile import graph as g
+from nmcompile import ir as g
+from nmcompile.contract import Context, Pass, Report
 from nmcompile.errors import GraphError
-from nmcompile.pipeline import Pass, Report
 
 # Their result is not a function of their inputs, or carries quantization that backends must see.
 KEPT = {"DequantizeLinear", "RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Multinomial",
@@ -29,7 +29,7 @@ class FoldConstants(Pass):
     max_bytes: int = 1 << 24  # a result larger than its inputs and than this stays a node (Expand, Tile)
     max_growth: int = 1 << 26  # bytes by which all results together may be larger than their inputs
 
-    def run(self, graph: gs.Graph) -> Report:
+    def run(self, graph: gs.Graph, context: Context) -> Report:
         g.infer_shapes(graph)
         foldable: set[int] = set()
         known: set[str] = set()

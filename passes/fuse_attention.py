@@ -8,15 +8,15 @@ from typing import ClassVar, TypeAlias
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from nmcompile import graph as g
+from nmcompile import ir as g
 from nmcompile import probe
 from nmcompile.builder import Builder
 from nmcompile.canonical import Attention, attentions, build_attention
+from nmcompile.contract import Context, Pass, Report
 from nmcompile.derive import Derivation, Underived
 from nmcompile.errors import NmcompileError
 from nmcompile.mask_form import build_mask, is_built
 from nmcompile.masks import Mask, read_scores
-from nmcompile.pipeline import Pass, Report
 from nmcompile.symbolic import Element, Index, evaluate, floor_divided, poly
 
 # Operators that move or scale values without mixing them: what may stand between a projection and its scores.
@@ -60,7 +60,7 @@ class FuseAttention(Pass):
 
     preserves: ClassVar[bool] = True
 
-    def run(self, graph: gs.Graph) -> Report:
+    def run(self, graph: gs.Graph, context: Context) -> Report:
         softmaxes = [node for node in graph.nodes if node.op == "Softmax"]
         known = {item.name: item for item in attentions(graph)} if softmaxes else {}
         roots = [node for node in softmaxes if node.name not in known]

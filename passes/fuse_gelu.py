@@ -10,9 +10,9 @@ from typing import ClassVar
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from nmcompile import graph as g
+from nmcompile import ir as g
 from nmcompile.builder import Builder
-from nmcompile.pipeline import Pass, Report
+from nmcompile.contract import Context, Pass, Report
 
 Array = np.ndarray
 PROBE = np.linspace(-6.0, 6.0, 97)  # where a candidate must agree with the definition
@@ -52,7 +52,7 @@ class FuseGelu(Pass):
 
     preserves: ClassVar[bool] = True
 
-    def run(self, graph: gs.Graph) -> Report:
+    def run(self, graph: gs.Graph, context: Context) -> Report:
         already = sum(node.op == "Gelu" for node in graph.nodes)
         if graph.opset < 20:
             return Report(notes=(f"Gelu needs opset 20, the graph has {graph.opset}",))

@@ -9,9 +9,9 @@ from typing import ClassVar
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from nmcompile import graph as g
+from nmcompile import ir as g
 from nmcompile.builder import Builder
-from nmcompile.pipeline import Pass, Report
+from nmcompile.contract import Context, Pass, Report
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class FuseLayerNorm(Pass):
 
     preserves: ClassVar[bool] = True
 
-    def run(self, graph: gs.Graph) -> Report:
+    def run(self, graph: gs.Graph, context: Context) -> Report:
         g.infer_shapes(graph)
         notes: list[str] = []
         own = {id(node) for node in graph.nodes}

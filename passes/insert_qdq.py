@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, cast, get_args
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from nmcompile import graph as g
+from nmcompile import ir as g
 from nmcompile import quantize as q8
 from nmcompile.calibrate.statistics import Method
-from nmcompile.canonical import attentions, is_share, role
+from nmcompile.canonical import attentions, is_probability, role
+from nmcompile.contract import NEEDS_DATA, Context, Pass, Report
 from nmcompile.errors import PassError
-from nmcompile.passes.output_error import best_range, correct_bias
-from nmcompile.passes.pairs import quantized
-from nmcompile.pipeline import CalibratedPass, Report
+from nmcompile.qdq.output_error import best_range, correct_bias
+from nmcompile.qdq.pairs import quantized
 
 if TYPE_CHECKING:
     from nmcompile.calibrate import Statistics
@@ -46,7 +46,7 @@ class Placement:
 
 
 @dataclass(frozen=True)
-class InsertQdq(CalibratedPass):
+class InsertQdq(Pass):
     """Quantize activations per tensor and weights per output channel.
 
     MatMul(x, W)                 ->  MatMul(DQ(Q(x)), DQ(W_int8))     q, k and v share the Q of x
@@ -75,7 +75,7 @@ class InsertQdq(CalibratedPass):
     def needs(self, graph: gs.Graph) -> dict[str, tuple[str, ...]]:
         wanted: tuple[str, ...] = ("range",) if self.clip == "min-max" else ("range", "histogram")
         placement = self.place(graph)
-        found = {site.measured.name: wanted for site in placement.sites.values() if not is_share(site.tensor)}
+        found = {site.measured.name: wanted for site in placement.sites.values() if not is_probability(site.tensor)}
         if self.bias or self.clip == "output":
             found |= {layer.x.name: (*wanted, "sample") for layer in placement.layers}
         return found
@@ -115,7 +115,7 @@ class InsertQdq(CalibratedPass):
                 maker = g.producer(operand)
                 if maker is not None and maker.op != "DequantizeLinear":
                     _site(sites, operand, measured, dtype).readers.append(reader)
-            if self.softmax and not found.quantized_shares:
+            if self.softmax and not found.quantized_probabilities:
                 product = found.readers[2][0]
                 _site(sites, product.inputs[0], product.inputs[0], activations).readers.append((product, 0))
         return Placement(sites, tuple(layers), kept)
@@ -132,18 +132,15 @@ class InsertQdq(CalibratedPass):
         kind = role(graph, layer)
         return f"{kind}s stay float by default" if kind and not self.heads else ""
 
-    def run(self, graph: gs.Graph, statistics: Statistics | None = None) -> Report:
+    def run(self, graph: gs.Graph, context: Context) -> Report:
         placement, levels = self.place(graph), q8.WEIGHT_LEVELS[self.weight_bits]
-        if placement.sites and statistics is None:
-            raise PassError("insert-qdq needs calibration data for its ranges; give the pipeline calibration=...")
         ranges: dict[str, str] = {}
         for site in placement.sites.values():
-            assert statistics is not None
             readers = [layer for layer in placement.layers if layer.x is site.tensor]
-            low, high = self._range(statistics, site, readers)
+            low, high = self._range(context.gathered, site, readers)
             params = q8.activation_params(low, high, site.dtype)
             for layer in readers if self.bias else ():
-                correct_bias(graph, layer, statistics.sample(layer.x.name), params, levels)
+                correct_bias(graph, layer, context.statistics.sample(layer.x.name), params, levels)
             wide = quantized(graph, site.tensor, params)
             for node, index in site.readers:
                 node.inputs[index] = wide
@@ -160,9 +157,11 @@ class InsertQdq(CalibratedPass):
         return Report(changed=changed, detail=detail, notes=notes)
 
 
-    def _range(self, statistics: Statistics, site: Site, readers: list[g.Linear]) -> tuple[float, float]:
-        if is_share(site.tensor):
+    def _range(self, statistics: Statistics | None, site: Site, readers: list[g.Linear]) -> tuple[float, float]:
+        if is_probability(site.tensor):
             return 0.0, 1.0
+        if statistics is None:
+            raise PassError(NEEDS_DATA)
         name = site.measured.name
         if self.clip == "output" and readers:
             return best_range(statistics, name, readers, site.dtype, q8.WEIGHT_LEVELS[self.weight_bits])

@@ -11,10 +11,10 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from nmcompile import graph as g
+from nmcompile import ir as g
 from nmcompile.builder import Builder
+from nmcompile.contract import Context, Pass, Report
 from nmcompile.errors import PassError
-from nmcompile.pipeline import Pass, Report
 
 DOMAINS = (None, "", "ai.onnx")
 
@@ -32,7 +32,7 @@ class LowerOpset(Pass):
     preserves: ClassVar[bool] = True
     version: int = 17
 
-    def run(self, graph: gs.Graph) -> Report:
+    def run(self, graph: gs.Graph, context: Context) -> Report:
         if graph.opset <= self.version:
             return Report()
         g.infer_shapes(graph)

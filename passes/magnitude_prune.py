@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import onnx_graphsurgeon as gs
 
 from nmcompile import sparsity as sp
-from nmcompile.passes.pruning import PruningPass, select
-from nmcompile.pipeline import Report
-
-if TYPE_CHECKING:
-    from nmcompile.calibrate import Calibration
+from nmcompile.contract import Context, Report
+from nmcompile.prune.selection import PruningPass, select
 
 
 @dataclass(frozen=True)
@@ -24,6 +20,6 @@ class MagnitudePrune(PruningPass):
 
     sparsity: float = 0.8
 
-    def run(self, graph: gs.Graph, calibration: Calibration | None = None) -> Report:
+    def run(self, graph: gs.Graph, context: Context) -> Report:
         selection = select(graph, self.include, self.exclude)
-        return self.prune(graph, sp.Unstructured(), self.sparsity, selection, calibration)
+        return self.prune(graph, sp.Unstructured(), self.sparsity, selection, context)

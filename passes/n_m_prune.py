@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import onnx_graphsurgeon as gs
 
-from nmcompile import graph as g
+from nmcompile import ir as g
 from nmcompile import sparsity as sp
+from nmcompile.contract import Context, Report
 from nmcompile.errors import PassError
-from nmcompile.passes.pruning import PruningPass, Selection, select
-from nmcompile.pipeline import Report
-
-if TYPE_CHECKING:
-    from nmcompile.calibrate import Calibration
+from nmcompile.prune.selection import PruningPass, Selection, select
 
 
 @dataclass(frozen=True)
@@ -32,7 +29,7 @@ class NMPrune(PruningPass):
     pattern: str = "2:4"
     multiple: int = 1
 
-    def run(self, graph: gs.Graph, calibration: Calibration | None = None) -> Report:
+    def run(self, graph: gs.Graph, context: Context) -> Report:
         pattern = sp.parse_pattern(self.pattern)
         if not isinstance(pattern, sp.NM):
             raise PassError(f"pattern={self.pattern} is not n:m; write for example 2:4")
@@ -41,7 +38,7 @@ class NMPrune(PruningPass):
         left = [layer for layer in g.linear_layers(graph) if layer.name in named]
         kept = {**chosen.kept, **self._unfit(chosen.layers, pattern.m, left)}
         fitting = tuple(layer for layer in chosen.layers if layer.name not in kept)
-        return self.prune(graph, pattern, 1 - pattern.n / pattern.m, Selection(fitting, kept), calibration)
+        return self.prune(graph, pattern, 1 - pattern.n / pattern.m, Selection(fitting, kept), context)
 
     def _unfit(self, layers: Sequence[g.Linear], group: int, left: Sequence[g.Linear] = ()) -> dict[str, str]:
         """Layers of sizes that do not fit, and those merged with them or with layers that are `left` out, with the

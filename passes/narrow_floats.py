@@ -10,11 +10,11 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from nmcompile import graph as g
-from nmcompile.pipeline import DataPass, Report
+from nmcompile import ir as g
+from nmcompile.contract import Context, Pass, Report
 
 if TYPE_CHECKING:
-    from nmcompile.calibrate import Calibration
+    pass
 
 FLOAT, HALF = np.dtype(np.float32), np.dtype(np.float16)
 NUMBERS = {FLOAT: 1, HALF: 10}  # onnx.TensorProto.DataType
@@ -36,7 +36,7 @@ WHOLE = 2048.0  # up to which half precision holds every whole number
 
 
 @dataclass(frozen=True)
-class NarrowFloats(DataPass):
+class NarrowFloats(Pass):
     """Give every float tensor a type, for networks that compute in the types that stand there.
 
     x[f32] -> MatMul(x, W[f32]) -> y[f32]   ->   Cast(x) -> MatMul(., W[f16]) -> Cast -> y[f32]
@@ -49,11 +49,11 @@ class NarrowFloats(DataPass):
 
     margin: float = 8.0
 
-    def run(self, graph: gs.Graph, calibration: Calibration | None = None) -> Report:
+    def run(self, graph: gs.Graph, context: Context) -> Report:
         if any(True for _ in graph.subgraphs(recursive=True)):
             return Report(notes=("If, Loop or Scan inside: all floats stay float32",))
         g.infer_shapes(graph)
-        peaks = _peaks(graph, calibration)
+        peaks = _peaks(graph, context)
         limit = LARGEST / self.margin
         kept = {node.name: why for node in graph.nodes if (why := _stays_float(graph, node, peaks, limit))}
         _spread_from_sums(graph, kept)
@@ -76,14 +76,14 @@ def _floats(tensors: list[gs.Tensor]) -> list[gs.Tensor]:
     return [t for t in tensors if not t.is_empty() and t.dtype == FLOAT]
 
 
-def _peaks(graph: gs.Graph, calibration: Calibration | None) -> dict[str, float]:
+def _peaks(graph: gs.Graph, context: Context) -> dict[str, float]:
     """Largest finite |value| of every float tensor that a node makes, masked scores left out."""
     names = [t.name for node in graph.nodes for t in _floats(node.outputs)]
-    if calibration is None or not names:
+    if context.calibration is None or not names:
         return {}
     found = dict.fromkeys(names, 0.0)
     run, count = g.runner(graph, names), 0
-    for feed in calibration.data:
+    for feed in context.data:
         for name, values in run(feed).items():
             real = values[values > NOTHING]
             found[name] = max(found[name], float(np.abs(real).max(initial=0.0)))

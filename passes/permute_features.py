@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from nmcompile import graph as g
+from nmcompile import ir as g
 from nmcompile import sparsity as sp
 from nmcompile.canonical import attentions
-from nmcompile.errors import PassError
-from nmcompile.pipeline import CalibratedPass, Report
+from nmcompile.contract import Context, Pass, Report
 from nmcompile.solvers.grouping import grouped, spread
 
 if TYPE_CHECKING:
@@ -34,7 +33,7 @@ class Hidden:
 
 
 @dataclass(frozen=True)
-class PermuteFeatures(CalibratedPass):
+class PermuteFeatures(Pass):
     """Reorder the features between two linear layers, and inside the heads of attention.
 
     gelu(x @ W1 + b1) @ W2   ->   gelu(x @ W1[:, p] + b1[p]) @ W2[p, :]
@@ -50,15 +49,12 @@ class PermuteFeatures(CalibratedPass):
     def needs(self, graph: gs.Graph) -> dict[str, tuple[str, ...]]:
         return {layer.x.name: ("squares",) for part in hidden(graph) for layer in (*part.makers, *part.readers)}
 
-    def run(self, graph: gs.Graph, statistics: Statistics | None = None) -> Report:
+    def run(self, graph: gs.Graph, context: Context) -> Report:
         pattern = sp.parse_pattern(self.pattern)
         parts = list(hidden(graph))
-        if parts and statistics is None:
-            raise PassError("permute-features needs calibration data; give the pipeline calibration=...")
         kept: dict[str, object] = {}
         for part in parts:
-            assert statistics is not None
-            found = _order(part, pattern, statistics)
+            found = _order(part, pattern, context.statistics)
             if found is not None:
                 order, before, after = found
                 _apply(graph, part, order)

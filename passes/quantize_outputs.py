@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, cast, get_args
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from nmcompile import graph as g
+from nmcompile import ir as g
 from nmcompile import quantize as q8
 from nmcompile import sparsity as sp
 from nmcompile.calibrate.statistics import Method
+from nmcompile.contract import Context, Pass, Report
 from nmcompile.errors import PassError
-from nmcompile.passes.pairs import quantized
-from nmcompile.pipeline import CalibratedPass, Report
+from nmcompile.qdq.pairs import quantized
 
 if TYPE_CHECKING:
-    from nmcompile.calibrate import Statistics
+    pass
 
 PATTERN = sp.NM(2, 4)
 # what a product computes before it rounds: activations, and the parts of a SiLU
@@ -29,7 +29,7 @@ COMMUTING = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten")
 
 
 @dataclass(frozen=True)
-class QuantizeOutputs(CalibratedPass):
+class QuantizeOutputs(Pass):
     """Quantize what quantized linear layers give, behind their activation, symmetric int8 per tensor.
 
     Add(MatMul(DQ(Q(x)), DQ(W)), b)   ->   DQ(Q(Add(MatMul(DQ(Q(x)), DQ(W)), b)))
@@ -50,13 +50,11 @@ class QuantizeOutputs(CalibratedPass):
         ranges = ("range",) if self.clip == "min-max" else ("range", "histogram")
         return {end.name: (*ranges, "squares") for _, end in self._chosen(graph)}
 
-    def run(self, graph: gs.Graph, statistics: Statistics | None = None) -> Report:
+    def run(self, graph: gs.Graph, context: Context) -> Report:
         found: dict[str, object] = {}
         notes = []
         for layer, end in self._chosen(graph):
-            if statistics is None:
-                raise PassError("needs calibration data; give the pipeline calibration=..., or --calibration")
-            name = end.name
+            statistics, name = context.statistics, end.name
             low, high = statistics.clip(name, cast("Method", self.clip), self.percentile, "int8")
             params = q8.activation_params(low, high, "int8")
             power = float(np.mean(statistics.squares(name))) / max(statistics.rows(name), 1)

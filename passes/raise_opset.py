@@ -8,9 +8,9 @@ from typing import ClassVar
 import onnx
 import onnx_graphsurgeon as gs
 
-from nmcompile import graph as g
+from nmcompile import ir as g
 from nmcompile import probe
-from nmcompile.pipeline import Pass, Report
+from nmcompile.contract import Context, Pass, Report
 
 ASIDE = "nmcompile.aside"  # a domain that the converter does not know and so leaves alone
 
@@ -25,7 +25,7 @@ class RaiseOpset(Pass):
     preserves: ClassVar[bool] = True
     version: int = 23  # the first with RMSNormalization
 
-    def run(self, graph: gs.Graph) -> Report:
+    def run(self, graph: gs.Graph, context: Context) -> Report:
         before = graph.opset
         if before >= self.version:
             return Report()

@@ -8,9 +8,9 @@ from typing import ClassVar
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from nmcompile import graph as g
+from nmcompile import ir as g
 from nmcompile.canonical import Attention, attentions
-from nmcompile.pipeline import Pass, Report
+from nmcompile.contract import Context, Pass, Report
 
 KEPT = ("Reshape", "Transpose", "QuantizeLinear", "DequantizeLinear")  # a factor passes through them
 
@@ -27,7 +27,7 @@ class ScaleQueries(Pass):
 
     preserves: ClassVar[bool] = True
 
-    def run(self, graph: gs.Graph) -> Report:
+    def run(self, graph: gs.Graph, context: Context) -> Report:
         layers = {layer.y.name: layer for layer in g.linear_layers(graph)}
         notes, changed = [], 0
         for attention in attentions(graph):

@@ -7,12 +7,12 @@ from typing import ClassVar
 
 import onnx_graphsurgeon as gs
 
-from nmcompile import graph as g
+from nmcompile import ir as g
 from nmcompile.builder import Builder
 from nmcompile.canonical import Attention, attentions
+from nmcompile.contract import Context, Pass, Report
 from nmcompile.guards import Guard
 from nmcompile.mask_form import build_mask
-from nmcompile.pipeline import Pass, Report
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class SimplifyMasks(Pass):
 
     preserves: ClassVar[bool] = False
 
-    def run(self, graph: gs.Graph) -> Report:
+    def run(self, graph: gs.Graph, context: Context) -> Report:
         found = [item for item in attentions(graph) if item.guarded or item.mask.key != item.mask.plain.key]
         if not found:
             return Report()

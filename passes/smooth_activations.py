@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, ClassVar, cast
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from nmcompile import graph as g
+from nmcompile import ir as g
 from nmcompile import quantize as q8
 from nmcompile.builder import Builder
 from nmcompile.canonical import role
+from nmcompile.contract import Context, Pass, Report
 from nmcompile.errors import PassError
-from nmcompile.pipeline import CalibratedPass, Report
 
 if TYPE_CHECKING:
-    from nmcompile.calibrate import Statistics
+    pass
 
 ALPHAS = (0.6, 0.5, 0.7, 0.4, 0.8, 0.3)  # the first of equals is taken
 ROWS = 256  # on which they are compared
@@ -25,7 +25,7 @@ NORMS = ("LayerNormalization", "RMSNormalization")
 
 
 @dataclass(frozen=True)
-class SmoothActivations(CalibratedPass):
+class SmoothActivations(Pass):
     """Scale each channel between a normalisation and its linear layers, and their weights by the inverse.
 
     x = LayerNormalization(...);  MatMul(x, W)   ->   MatMul(x * (1 / s), s * W)
@@ -45,18 +45,16 @@ class SmoothActivations(CalibratedPass):
         wanted = ("channels",) if self.alpha else ("channels", "sample")
         return dict.fromkeys(_readers(graph), wanted)
 
-    def run(self, graph: gs.Graph, statistics: Statistics | None = None) -> Report:
+    def run(self, graph: gs.Graph, context: Context) -> Report:
         if self.activations not in ("uint8", "int8"):
             raise PassError(f"activations={self.activations} is not known; choose uint8 (CPU) or int8 (TensorRT)")
         if not 0 <= self.alpha < 1:
             raise PassError(f"alpha={self.alpha} is not between 0 and 1; 0.5 shares the load evenly, 0 chooses")
         readers = _readers(graph)
-        if readers and statistics is None:
-            raise PassError("smooth-activations needs calibration data; give the pipeline calibration=...")
         detail: dict[str, object] = {}
         alphas: dict[str, float] = {}
         for name, layers in readers.items():
-            assert statistics is not None
+            statistics = context.statistics
             peaks = np.maximum(statistics.channels(name).astype(np.float64), 1e-5)
             weights = np.maximum(np.max([np.abs(layer.weight).max(axis=0) for layer in layers], axis=0), 1e-5)
             alpha = self.alpha or _best_alpha(

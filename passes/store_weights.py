@@ -8,9 +8,9 @@ from typing import ClassVar
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from nmcompile import graph as g
+from nmcompile import ir as g
+from nmcompile.contract import Context, Pass, Report
 from nmcompile.errors import PassError
-from nmcompile.pipeline import Pass, Report
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class StoreWeights(Pass):
     preserves: ClassVar[bool] = True
     form: str = "float"
 
-    def run(self, graph: gs.Graph) -> Report:
+    def run(self, graph: gs.Graph, context: Context) -> Report:
         if self.form not in ("float", "int8"):
             raise PassError(f"form={self.form} is not known; choose float or int8")
         changed = 0

@@ -8,8 +8,8 @@ import ml_dtypes
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from nmcompile import graph as g
-from nmcompile.pipeline import Pass, Report
+from nmcompile import ir as g
+from nmcompile.contract import Context, Pass, Report
 
 FLOAT, FLOAT16, BFLOAT16 = 1, 10, 16  # onnx.TensorProto.DataType
 NARROW = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
@@ -22,7 +22,7 @@ class WidenFloats(Pass):
     x[f16] -> MatMul(x, W[f16]) -> y[f16]   ->   Cast(x) -> MatMul(., W[f32]) -> Cast -> y[f16]
     """
 
-    def run(self, graph: gs.Graph) -> Report:
+    def run(self, graph: gs.Graph, context: Context) -> Report:
         if any(_narrow_inside(sub) for sub in graph.subgraphs(recursive=True)):
             return Report(notes=("half-precision tensors inside If, Loop or Scan bodies: the model keeps its types",))
         changed = 0

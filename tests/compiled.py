@@ -13,7 +13,7 @@ from tempfile import mkdtemp
 import numpy as np
 
 import nmcompile
-from nmcompile import graph as g
+from nmcompile import ir as g
 from nmcompile.compiler import Result
 
 MODELS = Path(__file__).resolve().parent.parent / "models"

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 
-from nmcompile import graph as g
+from nmcompile import ir as g
 from nmcompile.errors import NmcompileError
 from nmcompile.pipeline import Pipeline
 from nmcompile.recipes import canonical_passes

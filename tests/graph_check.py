@@ -23,7 +23,7 @@ from random_graph_model import Built, build
 from random_graphs import Recipe
 
 import nmcompile
-from nmcompile import graph as g
+from nmcompile import ir as g
 from nmcompile.backends.cpu.session import Session
 from nmcompile.errors import CalibrationError, InputError, NmcompileError
 from nmcompile.pipeline import Pipeline

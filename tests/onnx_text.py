@@ -10,7 +10,7 @@ import onnx
 import onnx.parser
 import onnx_graphsurgeon as gs
 
-from nmcompile import graph as g
+from nmcompile import ir as g
 from nmcompile.pipeline import Pass, Pipeline, Report
 
 HEADER = '<ir_version: 10, opset_import: ["" : {opset}, "com.microsoft" : 1]> graph '

@@ -6,7 +6,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from onnx_text import parse
 
-from nmcompile import graph as g
+from nmcompile import ir as g
 from nmcompile.calibrate import Calibration, open_data
 from nmcompile.pipeline import Pass, Pipeline, Report
 

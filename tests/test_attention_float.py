@@ -11,7 +11,7 @@ from compiled import NATIVE, compiled, feeds
 from onnx_text import parse
 
 import nmcompile
-from nmcompile import graph as g
+from nmcompile import ir as g
 from nmcompile.compare import Comparison, real_tokens
 from nmcompile.errors import PassError
 from nmcompile.plan import read_plan

@@ -10,7 +10,7 @@ import onnx
 import onnx.parser
 import pytest
 
-from nmcompile import graph as graphs
+from nmcompile import ir as graphs
 from nmcompile.calibrate import Calibration, Data, open_data
 from nmcompile.errors import CalibrationError
 

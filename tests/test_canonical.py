@@ -8,7 +8,7 @@ import onnx_graphsurgeon as gs
 import pytest
 from onnx_text import parse
 
-from nmcompile import graph as g
+from nmcompile import ir as g
 from nmcompile.builder import Builder
 from nmcompile.canonical import Attention, attentions, build_attention, match_attention, role
 from nmcompile.derive import Derivation

@@ -10,7 +10,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 import pytest
 
-from nmcompile import graph as g
+from nmcompile import ir as g
 from nmcompile.canonical import attentions
 from nmcompile.pipeline import Pipeline, Report
 from nmcompile.recipes import canonical_passes

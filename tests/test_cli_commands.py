@@ -45,7 +45,7 @@ def test_inspect_a_plan(folder: Path) -> None:
 
 
 def test_inspect_finds_sparsity_in_an_onnx_model(tmp_path: Path) -> None:
-    from nmcompile import graph as g
+    from nmcompile import ir as g
     from nmcompile.passes import NMPrune
     from nmcompile.pipeline import Pipeline
 

@@ -148,7 +148,7 @@ def test_a_recipe_that_is_no_text(tmp_path: Path) -> None:
 
 
 def test_external_data_count_for_the_size(tmp_path: Path) -> None:
-    from nmcompile import graph as g
+    from nmcompile import ir as g
 
     g.save(g.load(MODEL), tmp_path / "m.onnx", external=True)
     assert model_bytes(tmp_path / "m.onnx") > 0.8 * MODEL.stat().st_size > (tmp_path / "m.onnx").stat().st_size

@@ -10,7 +10,7 @@ import pytest
 from onnx_text import parse
 
 import nmcompile
-from nmcompile import graph as g
+from nmcompile import ir as g
 from nmcompile.backends.cpu import cluster
 from nmcompile.backends.cpu.pack import BLOCKS, fills
 

@@ -15,7 +15,7 @@ from compiled import MODELS, compiled, feeds
 from onnx_text import parse
 
 import nmcompile
-from nmcompile import graph as g
+from nmcompile import ir as g
 from nmcompile.backends.cpu import measure
 from nmcompile.backends.cpu.lower import Lowered, lower
 from nmcompile.backends.cpu.pack import DENSE, FLOAT

@@ -12,7 +12,7 @@ import pytest
 from compiled import MODELS, compiled
 
 import nmcompile
-from nmcompile import graph as g
+from nmcompile import ir as g
 from nmcompile.calibrate import longest, open_data, split
 from nmcompile.passes import BlockPrune
 from nmcompile.plan import read_plan

@@ -12,7 +12,7 @@ import pytest
 from onnx_text import parse_model
 
 import nmcompile
-from nmcompile import graph as g
+from nmcompile import ir as g
 from nmcompile.compare import powers
 from nmcompile.control import Noise, hold, worst_first
 from nmcompile.errors import InputError, NmcompileError, UnsupportedError

@@ -13,7 +13,7 @@ from compiled import FAMILIES, MODELS, NAMES, NATIVE, compiled, feeds
 
 import nmcompile
 from nmcompile import _native
-from nmcompile import graph as g
+from nmcompile import ir as g
 from nmcompile.backends.tensorrt.recipe import EngineOptions
 from nmcompile.compare import Comparison, real_tokens
 

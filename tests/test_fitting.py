@@ -1,4 +1,4 @@
-"""Cascade, fitting, sensitivity and the order of features, on a small BERT and its float reference."""
+"""SequentialCalibration, fitting, sensitivity and the order of features, on a small BERT and its float reference."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ import pytest
 from onnx_text import parse
 
 import nmcompile
-from nmcompile import graph as g
+from nmcompile import ir as g
 from nmcompile import sparsity as sp
 from nmcompile.calibrate import Calibration, Data, open_data
-from nmcompile.calibrate.cascade import Cascade, stages
 from nmcompile.errors import CalibrationError, NmcompileError, PassError
-from nmcompile.passes import BlockPrune, NMPrune, PermuteFeatures, sensitivity
-from nmcompile.passes.fitting import Fit, fit
+from nmcompile.passes import BlockPrune, NMPrune, PermuteFeatures
 from nmcompile.passes.permute_features import hidden
-from nmcompile.passes.pruning import select
 from nmcompile.pipeline import Pipeline, Report
+from nmcompile.prune import sensitivity
+from nmcompile.prune.fitting import Fit, fit
+from nmcompile.prune.selection import select
+from nmcompile.prune.sequential import SequentialCalibration, stages
 from nmcompile.recipes import canonical_passes
 from nmcompile.solvers.grouping import grouped, spread
 
@@ -73,7 +74,7 @@ def test_stages_see_what_onnxruntime_computes(bert: gs.Graph, data: Data) -> Non
     """Every stage's inputs, after every weight before it was changed, are those of one run of the changed graph."""
     changed = g.copy(bert)
     layers = select(changed, (), ()).layers
-    cascade = Cascade(changed, bert, data, stages(changed, layers))
+    cascade = SequentialCalibration(changed, bert, data, stages(changed, layers))
     assert [len(stage.layers) for stage in cascade.stages] == [3, 1, 1, 1] * 2
     seen: dict[str, np.ndarray] = {}
     before: dict[str, np.ndarray] = {}
@@ -130,7 +131,7 @@ def test_an_interrupted_run_goes_on(
     bert: gs.Graph, data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = prune(bert, data, Fit())
-    from nmcompile.passes import fitting
+    from nmcompile.prune import fitting
 
     real, count = fitting._solve, 0
 
@@ -210,12 +211,12 @@ def test_shares_follow_what_zeros_cost(bert: gs.Graph, data: Data) -> None:
     for unit in table:
         errors = list(unit.errors.values())
         assert errors == sorted(errors) and errors[0] == 0 < errors[1] and unit.weight > 0
-    shares = sensitivity.densities(table, 0.5)
+    shares = sensitivity.sparsities(table, 0.5)
     sizes = {layer.name: layer.weight.size for layer in layers}
     assert 0.5 <= sum(sizes[name] * share for name, share in shares.items()) / sum(sizes.values()) < 0.56
     assert len({shares[name] for name in table[0].layers}) == 1  # query, key and value together
     harder = [replace(unit, weight=unit.weight * (100 if unit is table[2] else 1)) for unit in table]
-    assert sensitivity.densities(harder, 0.5)[table[2].layers[0]] < shares[table[2].layers[0]] or (
+    assert sensitivity.sparsities(harder, 0.5)[table[2].layers[0]] < shares[table[2].layers[0]] or (
         shares[table[2].layers[0]] == 0
     )
 

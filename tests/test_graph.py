@@ -12,7 +12,7 @@ import onnx_graphsurgeon as gs
 import pytest
 from onnx_text import assert_same_outputs, parse, parse_model, seeded
 
-from nmcompile import graph as g
+from nmcompile import ir as g
 from nmcompile.errors import GraphError
 
 MODELS = sorted((Path(__file__).parent.parent / "models").glob("*.onnx"))

@@ -13,10 +13,10 @@ from onnx import helper
 from onnx_text import assert_same_outputs, parse, parse_model
 
 import nmcompile
-from nmcompile import graph as g
-from nmcompile import onnx_file
+from nmcompile import ir as g
 from nmcompile.errors import BudgetError, GraphError, NmcompileError
-from nmcompile.graph_budget import NODES
+from nmcompile.ir import onnx_file
+from nmcompile.ir.budget import NODES
 
 TEXT = """(float[b,s,8] x) => (float[b,s,8] y) <float[8,8] w, float[8,8] v> {
     h = MatMul(x, w)  r = Relu(h)  y = MatMul(r, v) }"""

@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx_text import parse, parse_model, seeded
 
-from nmcompile import graph as g
-from nmcompile import graph_tensor
+from nmcompile import ir as g
 from nmcompile.errors import GraphError
+from nmcompile.ir import tensor as graph_tensor
 
 TEXT = "(float[N,64] x) => (float[N,64] y) <float[64,64] w, float[64] b> { h = MatMul(x, w)  y = Add(h, b) }"
 
@@ -276,7 +276,7 @@ def test_saving_twice_gives_the_same_bytes(tmp_path: Path) -> None:
 
 MEASURE = """
 import resource, sys
-from nmcompile import graph as g
+from nmcompile import ir as g
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 base = peak()
 graph = g.load(sys.argv[1])

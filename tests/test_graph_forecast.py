@@ -15,11 +15,11 @@ from onnx import helper
 from onnx_text import apply, parse, parse_model
 
 import nmcompile
-from nmcompile import graph as g
+from nmcompile import ir as g
 from nmcompile import probe
 from nmcompile.errors import BudgetError, EndlessError, GraphError, NmcompileError
-from nmcompile.graph_edit import model_facts
-from nmcompile.graph_forecast import by_name, forecast
+from nmcompile.ir.edit import model_facts
+from nmcompile.ir.forecast import by_name, forecast
 from nmcompile.passes import FoldConstants
 
 MODELS = Path(__file__).parents[1] / "models"

@@ -13,8 +13,8 @@ import pytest
 from onnx_text import parse
 
 import nmcompile
-from nmcompile import graph as g
-from nmcompile import graph_integer
+from nmcompile import ir as g
+from nmcompile.ir import integer as graph_integer
 from nmcompile.ort_options import EXACT, session_options
 from nmcompile.plan import read_plan
 from nmcompile.saturation import saturates

@@ -9,7 +9,7 @@ import onnx_graphsurgeon as gs
 import pytest
 from onnx_text import parse, parse_model, seeded
 
-from nmcompile import graph as g
+from nmcompile import ir as g
 from nmcompile.errors import GraphError
 
 TWO_LAYERS = """(float[N,4] x) => (float[N,3] y) <float[4,8] w1, float[8] b1, float[8,3] w2> {

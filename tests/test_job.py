@@ -11,7 +11,7 @@ import pytest
 from compiled import MODELS
 
 import nmcompile
-from nmcompile import graph as g
+from nmcompile import ir as g
 from nmcompile.calibrate import Calibration, Data, open_data
 from nmcompile.compare import Comparison, real_tokens
 from nmcompile.job import Job

@@ -14,12 +14,12 @@ from compiled import MODELS
 from onnx_text import parse
 
 import nmcompile
-from nmcompile import graph as g
+from nmcompile import ir as g
 from nmcompile.calibrate import Calibration, Data, open_data
 from nmcompile.compare import Comparison, Difference
 from nmcompile.errors import InputError, PassError
 from nmcompile.lengths import ends_padded, left_padded, lengths_of, look, out_of_line, resized, scaled, with_holes
-from nmcompile.pipeline import Pass, Pipeline, Report
+from nmcompile.pipeline import Context, Pass, Pipeline, Report
 from nmcompile.tensorinfo import TensorInfo
 
 INT, FLOAT = np.dtype(np.int64), np.dtype(np.float32)
@@ -165,7 +165,7 @@ class Window(Pass):
     preserves: ClassVar[bool] = True
     size: int = 16
 
-    def run(self, graph: gs.Graph) -> Report:
+    def run(self, graph: gs.Graph, context: Context) -> Report:
         node = graph.nodes[0]
         x, y = node.inputs[0], gs.Variable("kept", np.dtype(np.float32))
         mask = gs.Constant("window", (np.arange(1024) < self.size).astype(np.float32)[:, None])
@@ -188,7 +188,7 @@ class Prefix(Pass):
 
     preserves: ClassVar[bool] = True
 
-    def run(self, graph: gs.Graph) -> Report:
+    def run(self, graph: gs.Graph, context: Context) -> Report:
         node = graph.nodes[0]
         mask, kept = node.inputs[0], gs.Variable("prefix", np.dtype(np.int64))
         axis = gs.Constant("axis", np.array([1], np.int64))
@@ -249,7 +249,7 @@ def test_verifying_gives_inputs_of_other_names_other_lengths() -> None:
 
         preserves: ClassVar[bool] = True
 
-        def run(self, graph: gs.Graph) -> Report:
+        def run(self, graph: gs.Graph, context: Context) -> Report:
             summed, added = gs.Variable("both", np.dtype(np.float32)), next(n for n in graph.nodes if n.op == "Add")
             graph.nodes.insert(0, gs.Node("Add", "alike", {}, list(graph.inputs), [summed]))
             first = next(n for n in graph.nodes if n.op == "ReduceSum")

@@ -7,7 +7,7 @@ import onnx_graphsurgeon as gs
 import pytest
 from onnx_text import parse
 
-from nmcompile import graph as g
+from nmcompile import ir as g
 from nmcompile.builder import Builder
 from nmcompile.derive import Derivation
 from nmcompile.derive.value import Underived

@@ -8,7 +8,7 @@ import pytest
 from compiled import compiled
 from onnx_text import parse
 
-from nmcompile import graph as g
+from nmcompile import ir as g
 from nmcompile.backends.cpu.lower import lower
 from nmcompile.backends.cpu.pack import halved, pack, pack_blocks, pack_dense
 from nmcompile.backends.cpu.partition import partition

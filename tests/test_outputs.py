@@ -15,7 +15,7 @@ import pytest
 from compiled import MODELS
 
 import nmcompile
-from nmcompile import graph as g
+from nmcompile import ir as g
 from nmcompile import outputs
 from nmcompile.errors import NmcompileError
 from nmcompile.outputs import real_path, staged
@@ -104,7 +104,7 @@ def fails(where: str, at: int = 1) -> Step:
 
 @pytest.mark.parametrize("where", [
     "nmcompile.compiler.measured_loss", "nmcompile.compiler.look_beyond", "nmcompile.compiler.layer_noise",
-    "nmcompile.compiler.coverage", "nmcompile.graph.save", "nmcompile.compiler.keep", "nmcompile.compiler.model_bytes",
+    "nmcompile.compiler.coverage", "nmcompile.ir.save", "nmcompile.compiler.keep", "nmcompile.compiler.model_bytes",
 ])  # fmt: skip
 @pytest.mark.parametrize("before", [False, True])
 def test_a_compile_that_fails_leaves_no_file(

@@ -9,7 +9,7 @@ import onnx
 import onnx_graphsurgeon as gs
 import pytest
 
-from nmcompile import graph as g
+from nmcompile import ir as g
 
 INT8, INT16, FLOAT8 = (int(getattr(onnx.TensorProto, name)) for name in ("INT8", "INT16", "FLOAT8E4M3FN"))
 

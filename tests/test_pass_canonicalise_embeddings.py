@@ -8,7 +8,7 @@ import onnx_graphsurgeon as gs
 import pytest
 from onnx_text import apply, assert_same_outputs, parse
 
-from nmcompile import graph as g
+from nmcompile import ir as g
 from nmcompile.derive import Derivation
 from nmcompile.lookups import Ids, read_ids
 from nmcompile.passes import CanonicaliseEmbeddings

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from onnx_text import apply, assert_same_outputs, parse
 
-from nmcompile import graph as g
+from nmcompile import ir as g
 from nmcompile.passes import FoldConstants
 
 CHAIN = """(float[N,4] x) => (float[N,3] y) <float[3,4] w, float[3] b> {

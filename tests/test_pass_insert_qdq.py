@@ -12,7 +12,7 @@ import pytest
 from onnx_text import apply, parse
 from pruning_cases import DOWN, HEAD, MODEL, POOLER, SHARED, UP, calibrated, same
 
-from nmcompile import graph as g
+from nmcompile import ir as g
 from nmcompile.errors import PassError
 from nmcompile.passes import InsertQdq
 

@@ -22,7 +22,7 @@ from pruning_cases import (
     zeros,
 )
 
-from nmcompile import graph as g
+from nmcompile import ir as g
 from nmcompile import sparsity as sp
 from nmcompile.errors import PassError
 from nmcompile.passes import NMPrune

@@ -12,7 +12,7 @@ from onnx_text import apply, parse
 from pruning_cases import MODEL, calibrated
 from test_pass_insert_qdq import encoder
 
-from nmcompile import graph as g
+from nmcompile import ir as g
 from nmcompile.calibrate import Calibration, open_data
 from nmcompile.passes import InsertQdq, NarrowFloats, StoreWeights
 from nmcompile.pipeline import Pipeline, Report

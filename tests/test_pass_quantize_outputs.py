@@ -11,7 +11,7 @@ import pytest
 from onnx_text import apply, parse
 from pruning_cases import TO_OUTPUT, calibrated, same
 
-from nmcompile import graph as g
+from nmcompile import ir as g
 from nmcompile.errors import PassError
 from nmcompile.passes import InsertQdq, NMPrune, QuantizeOutputs
 from nmcompile.passes.quantize_outputs import is_sparse

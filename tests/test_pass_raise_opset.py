@@ -8,7 +8,7 @@ import onnx
 import pytest
 from onnx_text import apply, assert_same_outputs, parse
 
-from nmcompile import graph as g
+from nmcompile import ir as g
 from nmcompile.passes import RaiseOpset
 from nmcompile.pipeline import Report
 

@@ -11,7 +11,7 @@ from onnx_text import apply, assert_same_outputs, parse
 from pruning_cases import calibrated
 from test_pass_insert_qdq import encoder
 
-from nmcompile import graph as g
+from nmcompile import ir as g
 from nmcompile.passes import InsertQdq, QuantizeOutputs, ScaleQueries
 from nmcompile.pipeline import Report
 

@@ -7,7 +7,7 @@ import onnx_graphsurgeon as gs
 import pytest
 from onnx_text import apply, parse
 
-from nmcompile import graph as g
+from nmcompile import ir as g
 from nmcompile.builder import Builder
 from nmcompile.canonical import attentions, build_attention
 from nmcompile.mask_form import build_mask

@@ -9,7 +9,7 @@ import onnx_graphsurgeon as gs
 import pytest
 from onnx_text import apply, assert_same_outputs, parse
 
-from nmcompile import graph as g
+from nmcompile import ir as g
 from nmcompile.passes import SimplifyShapes
 from nmcompile.pipeline import Report
 

@@ -11,7 +11,7 @@ import pytest
 from onnx_text import apply, assert_same_outputs, parse
 from pruning_cases import calibrated, same
 
-from nmcompile import graph as g
+from nmcompile import ir as g
 from nmcompile.errors import PassError
 from nmcompile.passes import SmoothActivations
 from nmcompile.passes.smooth_activations import ALPHAS

@@ -8,7 +8,7 @@ import pytest
 from onnx_text import apply, assert_same_outputs
 from pruning_cases import MODEL, SHARED, calibrated
 
-from nmcompile import graph as g
+from nmcompile import ir as g
 from nmcompile.errors import PassError
 from nmcompile.passes import InsertQdq, StoreWeights
 from nmcompile.pipeline import Report

@@ -16,11 +16,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx_text import apply, parse
 
-from nmcompile import graph as g
+from nmcompile import ir as g
 from nmcompile import spec as specs
+from nmcompile.calibrate import Calibration
 from nmcompile.errors import GraphError, NmcompileError, PassError
 from nmcompile.observers import Timing, dump_text
-from nmcompile.pipeline import CalibratedPass, Pass, Pipeline, Report, difference, parse_spec, spec
+from nmcompile.pipeline import Context, Pass, Pipeline, Report, parse_spec, spec
+from nmcompile.verification import difference
 
 TEXT = """(float[N,4] x) => (float[N,3] y) <float[4,8] w1, float[8] b1, float[8,3] w2> {
     h = MatMul(x, w1)  a = Add(h, b1)  r = Relu(a)  y = MatMul(r, w2) }"""
@@ -34,7 +36,7 @@ class ScaleWeights(Pass):
     factor: float = 1.0
     layers: tuple[str, ...] = ()
 
-    def run(self, graph: gs.Graph) -> Report:
+    def run(self, graph: gs.Graph, context: Context) -> Report:
         chosen = [layer for layer in g.linear_layers(graph) if not self.layers or layer.name in self.layers]
         for layer in chosen:
             g.set_weight(graph, layer, layer.weight * self.factor)
@@ -48,7 +50,7 @@ class Break(Pass):
     preserves: ClassVar[bool] = True
     how: str = "order"
 
-    def run(self, graph: gs.Graph) -> Report:
+    def run(self, graph: gs.Graph, context: Context) -> Report:
         if self.how == "order":
             graph.nodes[:] = graph.nodes[::-1]
         elif self.how == "mend":
@@ -65,7 +67,7 @@ class Break(Pass):
 
 
 @dataclass(frozen=True)
-class Ranges(CalibratedPass):
+class Ranges(Pass):
     """Reads the ranges of what the layers read."""
 
     wanted: bool = True
@@ -73,11 +75,14 @@ class Ranges(CalibratedPass):
     def needs(self, graph: gs.Graph) -> dict[str, tuple[str, ...]]:
         return {layer.x.name: ("range",) for layer in g.linear_layers(graph)} if self.wanted else {}
 
-    def run(self, graph: gs.Graph, statistics: Any = None) -> Report:
-        return Report(detail={"statistics": statistics})
+    def run(self, graph: gs.Graph, context: Context) -> Report:
+        return Report(detail={"statistics": context.gathered})
 
 
-class Collected:
+class Collected(Calibration):
+    def __init__(self) -> None:
+        pass
+
     def collect(self, graph: gs.Graph, needs: Mapping[str, Sequence[str]]) -> Any:
         return dict(needs)
 

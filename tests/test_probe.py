@@ -7,7 +7,7 @@ import onnx_graphsurgeon as gs
 import pytest
 from onnx_text import parse
 
-from nmcompile import graph as g
+from nmcompile import ir as g
 from nmcompile import probe
 from nmcompile.errors import GraphError
 from nmcompile.tensorinfo import TensorInfo

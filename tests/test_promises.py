@@ -15,7 +15,7 @@ from compiled import MODELS
 from onnx_text import parse, parse_model
 
 import nmcompile
-from nmcompile import graph as g
+from nmcompile import ir as g
 from nmcompile.calibrate import Calibration, open_data
 from nmcompile.cli import cli
 from nmcompile.cli.check import taken
@@ -25,9 +25,9 @@ from nmcompile.errors import InputError, PassError
 from nmcompile.holdout import hold_out
 from nmcompile.metrics import cosine, disagreement, divergence
 from nmcompile.passes import BlockPrune
-from nmcompile.passes.sensitivity import Unit, densities, ladder
 from nmcompile.pipeline import Pipeline
 from nmcompile.plan import read_plan
+from nmcompile.prune.sensitivity import Unit, ladder, sparsities
 from nmcompile.sizes import size_note
 from nmcompile.tensorinfo import TensorInfo
 
@@ -180,7 +180,7 @@ def test_every_share_can_be_reached_with_some_layers_above_it(share: float) -> N
     assert list(levels) == sorted(set(levels)) and levels[-1] > share and levels[-1] < 1
     units = [Unit((f"l{index}",), 1000 * (index + 1), {level: level**2 for level in levels}, 1.0 + index)
              for index in range(6)]  # fmt: skip
-    found = densities(units, share)
+    found = sparsities(units, share)
     zeros = sum(found[f"l{index}"] * 1000 * (index + 1) for index in range(6))
     assert share <= zeros / 21000 < share + 0.05 * (1 - share) + 0.02
     assert len(set(found.values())) > 1  # where it harms least

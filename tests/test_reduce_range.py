@@ -11,7 +11,7 @@ from compiled import MODELS, compiled, feeds
 from pruning_cases import calibrated
 
 import nmcompile
-from nmcompile import graph as g
+from nmcompile import ir as g
 from nmcompile.compare import Comparison, real_tokens
 from nmcompile.errors import NmcompileError
 from nmcompile.passes import InsertQdq

@@ -16,7 +16,7 @@ from compiled import MODELS, compiled, feeds
 
 import nmcompile
 from nmcompile import _native
-from nmcompile import graph as g
+from nmcompile import ir as g
 from nmcompile.errors import InputError, PlanError
 from nmcompile.session import load_cpu
 from nmcompile.tensorinfo import TensorInfo, check_feeds

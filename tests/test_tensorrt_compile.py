@@ -17,11 +17,11 @@ from compiled import MODELS, feeds
 from fake_tensorrt import Script, cuda_driver, install
 
 import nmcompile
-from nmcompile import graph as g
+from nmcompile import ir as g
 from nmcompile.backends.tensorrt.build import description_path, read_description
+from nmcompile.backends.tensorrt.engine import _idle
 from nmcompile.backends.tensorrt.recipe import EngineOptions
 from nmcompile.backends.tensorrt.shapes import parse_shapes
-from nmcompile.engine import _idle
 from nmcompile.errors import InputError, NmcompileError, NoDeviceError, PlanError, UnsupportedError
 from nmcompile.passes import NMPrune
 from nmcompile.pipeline import Pipeline

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import nmcompile
-from nmcompile import graph as g
+from nmcompile import ir as g
 from nmcompile.backends.tensorrt.build import probe, read_description
 from nmcompile.backends.tensorrt.recipe import EngineOptions
 from nmcompile.compare import Comparison

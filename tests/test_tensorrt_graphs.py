@@ -12,7 +12,7 @@ import onnx_graphsurgeon as gs
 import pytest
 from compiled import MODELS, NAMES, NATIVE, feeds
 
-from nmcompile import graph as g
+from nmcompile import ir as g
 from nmcompile.backends.tensorrt import rules
 from nmcompile.backends.tensorrt.profiles import PROFILES
 from nmcompile.calibrate import Calibration, open_data

@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner, Result
 from tensorrt_graphs import Net, block, conv, gemm, int8_attention, layer, seeded
 
-from nmcompile import graph as g
+from nmcompile import ir as g
 from nmcompile.backends.tensorrt.gemms import gemms, merge_groups
 from nmcompile.backends.tensorrt.rules import check, explain
 from nmcompile.backends.tensorrt.verdicts import LayerVerdict

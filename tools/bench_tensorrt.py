@@ -19,13 +19,13 @@ import click
 import numpy as np
 
 import nmcompile
-from nmcompile import graph as g
+from nmcompile import ir as g
 from nmcompile.backends.tensorrt.build import build, probe, read_description
+from nmcompile.backends.tensorrt.engine import choose_profile
 from nmcompile.backends.tensorrt.recipe import EngineOptions
 from nmcompile.calibrate import Calibration, open_data
 from nmcompile.cli import guarded
 from nmcompile.compare import Comparison
-from nmcompile.engine import choose_profile
 from nmcompile.files import write
 from nmcompile.passes import LowerOpset, NarrowFloats, ScaleQueries
 from nmcompile.pipeline import Pipeline

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
-from nmcompile import graph as graphs
+from nmcompile import ir as graphs
 from nmcompile.calibrate.data import Data
 from nmcompile.calibrate.statistics import Statistics
 from nmcompile.compare import real_tokens

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from nmcompile import graph as graphs
+from nmcompile import ir as graphs
 from nmcompile.calibrate.sources import Record, Source, Tokenizer, load_tokenizer, records
 from nmcompile.compare import is_mask
 from nmcompile.errors import CalibrationError

@@ -99,7 +99,7 @@ def open_model(path: Path) -> Model:
     if is_plan(path):
         session = load(path)
         return Model(session.inputs, session.outputs, session.run)
-    from nmcompile import graph as g
+    from nmcompile import ir as g
 
     graph = g.admit(path)
     outputs = g.outputs(graph)

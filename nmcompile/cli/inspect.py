@@ -87,10 +87,10 @@ def _damaged(path: Path, error: Exception) -> NmcompileError:
 
 def model_facts(path: Path) -> dict[str, Any]:
     """What an ONNX model holds."""
-    from nmcompile import graph as g
+    from nmcompile import ir as g
     from nmcompile import sparsity as sp
     from nmcompile.compiler import model_bytes
-    from nmcompile.graph_text import type_name
+    from nmcompile.ir.text import type_name
 
     graph = g.load(path)
     layers = []

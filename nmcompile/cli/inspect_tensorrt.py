@@ -18,7 +18,7 @@ SHOWN = 3  # nodes named per rule
 
 def report(path: Path, version: str, as_json: bool) -> None:
     """Check the ONNX model at `path` and print what is found. UnsupportedError for a plan or an unknown version."""
-    from nmcompile import graph as g
+    from nmcompile import ir as g
     from nmcompile.backends.tensorrt.profiles import profile
     from nmcompile.backends.tensorrt.rules import check, explain
     from nmcompile.errors import UnsupportedError

@@ -13,7 +13,7 @@ import numpy as np
 import onnxruntime as ort
 
 import nmcompile
-from nmcompile import graph as g
+from nmcompile import ir as g
 from nmcompile.errors import InputError
 from nmcompile.recipes import PRESETS
 from nmcompile.session import load_cpu

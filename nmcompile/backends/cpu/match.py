@@ -12,7 +12,7 @@ from typing import TypeAlias
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from nmcompile import graph as g
+from nmcompile import ir as g
 from nmcompile import probe
 from nmcompile.backends.cpu.match_patches import match_patches
 from nmcompile.backends.cpu.ops import FLOAT, Form, Op, Read, Space
@@ -144,7 +144,7 @@ class Matcher:
         found = self.attentions.get(node.name)
         if found is None:
             return "its attention is not in canonical form"
-        if found.quantized_shares:
+        if found.quantized_probabilities:
             return "its softmax is quantized, which the engine does by steps of its own"
         parts = zip(found.operands, (found.q, found.k, found.v), ("u8", "keys", "values"), strict=True)
         reads = tuple(self._operand(*part) for part in parts)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from nmcompile import graph as g
+from nmcompile import ir as g
 from nmcompile.backends.cpu.ops import Op, Space
 
 

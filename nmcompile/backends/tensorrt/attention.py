@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import onnx_graphsurgeon as gs
 
-from nmcompile import graph as g
+from nmcompile import ir as g
 from nmcompile.backends.tensorrt import walk
 from nmcompile.backends.tensorrt.gemms import epilogue
 

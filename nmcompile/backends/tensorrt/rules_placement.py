@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from nmcompile import graph as g
+from nmcompile import ir as g
 from nmcompile.backends.tensorrt import walk
 from nmcompile.backends.tensorrt.attention import fused_attentions
 from nmcompile.backends.tensorrt.findings import Hit, Rule, Subject

@@ -9,7 +9,7 @@ from functools import partial
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from nmcompile import graph as g
+from nmcompile import ir as g
 from nmcompile import sparsity as sp
 from nmcompile.backends.tensorrt import walk
 from nmcompile.backends.tensorrt.walk import Array

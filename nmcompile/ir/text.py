@@ -11,7 +11,7 @@ import numpy.typing as npt
 import onnx
 import onnx_graphsurgeon as gs
 
-from nmcompile.graph_tensor import element_type, raw_bytes
+from nmcompile.ir.tensor import element_type, raw_bytes
 
 SHORT = {"float": "f", "bfloat": "bf", "int": "i", "uint": "u", "complex": "c"}
 FEW = 8  # elements up to which a constant is printed by value

@@ -16,10 +16,10 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from nmcompile import graph_tensor as tensors
-from nmcompile import onnx_file as files
 from nmcompile.errors import GraphError
-from nmcompile.graph_edit import (
+from nmcompile.ir import onnx_file as files
+from nmcompile.ir import tensor as tensors
+from nmcompile.ir.edit import (
     cleanup,
     constant,
     consumers,
@@ -34,17 +34,17 @@ from nmcompile.graph_edit import (
     sort,
     unused,
 )
-from nmcompile.graph_entry import check_types, compute_constant_outputs, part_dims
-from nmcompile.graph_forecast import RANK_ONE, by_name, forecast
-from nmcompile.graph_integer import exact_products, may_saturate
-from nmcompile.graph_linear import Linear, dequantized, linear_layers, per_feature, set_bias, set_weight
-from nmcompile.graph_model import DOMAINS, export_model, import_model, weightless
-from nmcompile.graph_pairs import Pair, read_pair
-from nmcompile.graph_proto import Dim, Export, annotate
-from nmcompile.graph_run import LARGEST, random_feeds, run, runner
-from nmcompile.graph_tensor import Array
-from nmcompile.graph_text import to_text
-from nmcompile.graph_verify import verify
+from nmcompile.ir.entry import check_types, compute_constant_outputs, part_dims
+from nmcompile.ir.forecast import RANK_ONE, by_name, forecast
+from nmcompile.ir.integer import exact_products, may_saturate
+from nmcompile.ir.linear import Linear, dequantized, linear_layers, per_feature, set_bias, set_weight
+from nmcompile.ir.model import DOMAINS, export_model, import_model, weightless
+from nmcompile.ir.pairs import Pair, read_pair
+from nmcompile.ir.proto import Dim, Export, annotate
+from nmcompile.ir.run import LARGEST, random_feeds, run, runner
+from nmcompile.ir.tensor import Array
+from nmcompile.ir.text import to_text
+from nmcompile.ir.verify import verify
 from nmcompile.tensorinfo import TensorInfo
 
 __all__ = [

@@ -8,12 +8,12 @@ import onnx
 import onnx.inliner
 import onnx_graphsurgeon as gs
 
-from nmcompile import graph_tensor as tensors
 from nmcompile.errors import GraphError
-from nmcompile.graph_budget import check_size
-from nmcompile.graph_edit import model_facts
-from nmcompile.graph_proto import Export, export_graph, import_graph
-from nmcompile.graph_tensor import Array
+from nmcompile.ir import tensor as tensors
+from nmcompile.ir.budget import check_size
+from nmcompile.ir.edit import model_facts
+from nmcompile.ir.proto import Export, export_graph, import_graph
+from nmcompile.ir.tensor import Array
 
 OLDEST_OPSET = 11
 OLDEST_IR = 8  # written files: initializers are no longer listed as inputs, which came with IR version 4

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
 from nmcompile.errors import GraphError
-from nmcompile.graph_edit import constant, consumers, fresh, is_output, producer, source_constant
+from nmcompile.ir.edit import constant, consumers, fresh, is_output, producer, source_constant
 
 Array = npt.NDArray[Any]
 

@@ -13,7 +13,7 @@ import onnx
 import onnx.numpy_helper
 
 from nmcompile.errors import GraphError
-from nmcompile.graph_budget import Sparse, check_dims
+from nmcompile.ir.budget import Sparse, check_dims
 
 Array = npt.NDArray[Any]
 

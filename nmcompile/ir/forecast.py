@@ -17,9 +17,9 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
-from nmcompile import graph_tensor as tensors
 from nmcompile.errors import BudgetError
-from nmcompile.graph_values import compute
+from nmcompile.ir import tensor as tensors
+from nmcompile.ir.values import compute
 
 Array = npt.NDArray[Any]
 Types = dict[str, onnx.TypeProto]

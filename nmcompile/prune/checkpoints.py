@@ -10,7 +10,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 import nmcompile
-from nmcompile import graph as g
+from nmcompile import ir as g
 from nmcompile.errors import NmcompileError
 from nmcompile.files import replacing
 from nmcompile.npz_file import FileError, load_npz

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
-from nmcompile import graph as g
+from nmcompile import ir as g
 from nmcompile.calibrate.collect import without_padding
 from nmcompile.calibrate.data import Data
 from nmcompile.compare import real_tokens
@@ -88,7 +88,7 @@ def residual_of(graph: gs.Graph, layer: g.Linear) -> str | None:
     return others[0].name if alike else None
 
 
-class Cascade:
+class SequentialCalibration:
     """Walks the stages of `graph`, whose weights may be set between them; `dense` is the graph before any change.
 
     Both graphs have the same tensors. Memory: the tensors of the stages that later ones start from, of all of `data`.

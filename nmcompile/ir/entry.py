@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping
 import onnx_graphsurgeon as gs
 
 from nmcompile.errors import GraphError
-from nmcompile.graph_edit import names, unused
-from nmcompile.graph_proto import Dim
+from nmcompile.ir.edit import names, unused
+from nmcompile.ir.proto import Dim
 
 Shapes = Mapping[str, tuple[int, ...]]  # by name of an input
 

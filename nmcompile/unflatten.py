@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import onnx_graphsurgeon as gs
 
-from nmcompile import graph as g
+from nmcompile import ir as g
 
 ELEMENTWISE = {"Relu", "Gelu", "Tanh", "Sigmoid", "Erf", "Neg", "Sqrt", "Identity", "HardSwish", "Elu", "LeakyRelu"}
 BINARY = {"Add", "Sub", "Mul", "Div", "Pow"}

@@ -8,7 +8,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from nmcompile.errors import GraphError
-from nmcompile.graph_edit import constant, consumers
+from nmcompile.ir.edit import constant, consumers
 
 
 def verify(graph: gs.Graph, stage: str) -> None:

@@ -18,11 +18,11 @@ import onnx_graphsurgeon as gs
 import onnxruntime as ort
 
 from nmcompile.errors import BudgetError, EndlessError, GraphError, NmcompileError
-from nmcompile.graph_edit import extract
-from nmcompile.graph_forecast import forecast, needed
-from nmcompile.graph_integer import exact_products
-from nmcompile.graph_model import weightless
-from nmcompile.graph_tensor import element_type
+from nmcompile.ir.edit import extract
+from nmcompile.ir.forecast import forecast, needed
+from nmcompile.ir.integer import exact_products
+from nmcompile.ir.model import weightless
+from nmcompile.ir.tensor import element_type
 from nmcompile.ort_options import session_options
 from nmcompile.tensorinfo import TensorInfo
 

@@ -15,10 +15,10 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from nmcompile import graph_tensor as tensors
 from nmcompile.errors import GraphError
-from nmcompile.graph_budget import Sparse, check_dims
-from nmcompile.graph_tensor import Array
+from nmcompile.ir import tensor as tensors
+from nmcompile.ir.budget import Sparse, check_dims
+from nmcompile.ir.tensor import Array
 
 Dim = int | str | None
 AttributeType = onnx.AttributeProto.AttributeType

@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from nmcompile import graph as g
+from nmcompile import ir as g
 from nmcompile import solvers
 from nmcompile import sparsity as sp
-from nmcompile.calibrate.cascade import Batch, Cascade, Stage, stages
-from nmcompile.calibrate.checkpoints import Checkpoints
 from nmcompile.calibrate.data import Data
 from nmcompile.errors import CalibrationError
+from nmcompile.prune.checkpoints import Checkpoints
+from nmcompile.prune.sequential import Batch, SequentialCalibration, Stage, stages
 
 DAMPING = (0.01, 0.05, 0.2, 0.8)  # of the Hessian's diagonal
 QUICK = 8  # steps of the solutions that are only compared
@@ -77,7 +77,7 @@ def fit(
     if checkpoints is not None:
         kept = Checkpoints(checkpoints, graph, data, str(pattern), sorted(sparsity.items()), asdict(how))
     todo = stages(graph, layers, norms=how.sequential and how.norms)
-    cascade = Cascade(graph, g.copy(graph), data, todo)
+    cascade = SequentialCalibration(graph, g.copy(graph), data, todo)
     found: dict[str, Fitted] = {}
     for index, stage in enumerate(cascade.stages):
         if progress is not None:
@@ -138,7 +138,7 @@ def restore_norms(graph: gs.Graph, dense: gs.Graph) -> bool:
 def fit_norms(graph: gs.Graph, dense: gs.Graph, data: Data, layers: Sequence[g.Linear]) -> None:
     """Let each normalisation after the first of the pruned `layers` give every channel the dense model's mean and
     deviation, in place; what was fitted when more layers were pruned is too much for fewer."""
-    cascade = Cascade(graph, dense, data, stages(graph, layers, norms=True))
+    cascade = SequentialCalibration(graph, dense, data, stages(graph, layers, norms=True))
     for index, stage in enumerate(cascade.stages):
         batches = list(cascade.batches(index))
         if stage.normalised:

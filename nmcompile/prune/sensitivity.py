@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from nmcompile import graph as g
+from nmcompile import ir as g
 from nmcompile import solvers
 from nmcompile import sparsity as sp
-from nmcompile.calibrate.cascade import Cascade, stages
 from nmcompile.calibrate.collect import without_padding
 from nmcompile.calibrate.data import Data
 from nmcompile.compare import powers, real_tokens
+from nmcompile.prune.sequential import SequentialCalibration, stages
 
 LADDER = (0.0, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # shares of zeros that a unit may get
 STEPS = (0.25, 0.5, 0.75)  # of what is left beyond a share that the ladder does not exceed
@@ -67,7 +67,7 @@ def measure(
     progress: Progress | None = None,
 ) -> list[Unit]:
     """The table of errors: each unit pruned alone, by a quick solution, at every share of zeros."""
-    cascade = Cascade(graph, graph, data, stages(graph, layers))
+    cascade = SequentialCalibration(graph, graph, data, stages(graph, layers))
     tables: list[dict[float, float]] = []
     pruned: list[dict[str, np.ndarray]] = []
     for index, stage in enumerate(cascade.stages):
@@ -96,7 +96,7 @@ def measure(
             for stage, table, effect in zip(cascade.stages, tables, weights, strict=True)]  # fmt: skip
 
 
-def densities(units: Sequence[Unit], sparsity: float) -> dict[str, float]:
+def sparsities(units: Sequence[Unit], sparsity: float) -> dict[str, float]:
     """Layer -> share of zeros, all together `sparsity` of the units' weights."""
     shares = list(units[0].errors)
     errors = [[unit.weight * unit.errors[share] for share in shares] for unit in units]
@@ -108,7 +108,7 @@ def densities(units: Sequence[Unit], sparsity: float) -> dict[str, float]:
 def _effects(
     graph: gs.Graph,
     data: Data,
-    cascade: Cascade,
+    cascade: SequentialCalibration,
     pruned: Sequence[Mapping[str, np.ndarray]],
     progress: Progress | None,
 ) -> list[float]:

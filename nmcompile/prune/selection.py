@@ -5,22 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from nmcompile import graph as g
+from nmcompile import ir as g
 from nmcompile import sparsity as sp
 from nmcompile.canonical import role
+from nmcompile.contract import NEEDS_DATA, Context, Pass, Report
 from nmcompile.errors import PassError
-from nmcompile.passes import sensitivity
-from nmcompile.passes.fitting import Fit, fit
-from nmcompile.pipeline import DataPass, Report
+from nmcompile.prune import sensitivity
+from nmcompile.prune.fitting import Fit, fit
 from nmcompile.solvers import SOLVERS
-
-if TYPE_CHECKING:
-    from nmcompile.calibrate import Calibration
 
 MASKS = ("magnitude", "wanda")  # solvers that leave the kept weights as they are
 INTEGER_PRODUCTS = ("MatMulInteger", "QLinearMatMul", "MatMulNBits", "QGemm", "DynamicQuantizeMatMul")
@@ -57,13 +53,13 @@ def select(graph: gs.Graph, include: Sequence[str], exclude: Sequence[str]) -> S
 
 
 @dataclass(frozen=True, kw_only=True)
-class PruningPass(DataPass):
+class PruningPass(Pass):
     """The options that all pruning passes have.
 
     solver: magnitude and wanda choose weights and leave the others as they are; obs (SparseGPT) and admm (ALPS) fit
     what is left to the dense model's outputs on the calibration data. ranking: every layer gets the same share of
     zeros (uniform), the least units of all layers together go (global; magnitude and wanda), or shares follow what each
-    layer's zeros cost (sensitivity). The other options are those of nmcompile.passes.fitting.Fit; damping 0 chooses it
+    layer's zeros cost (sensitivity). The other options are those of nmcompile.prune.fitting.Fit; damping 0 chooses it
     by held-out batches.
     """
 
@@ -85,7 +81,7 @@ class PruningPass(DataPass):
         pattern: sp.Pattern,
         sparsity: float,
         selection: Selection,
-        calibration: Calibration | None,
+        context: Context,
     ) -> Report:
         """Zero `sparsity` of the weights of the selected layers, in units of the pattern."""
         if not 0 <= sparsity < 1:
@@ -100,8 +96,8 @@ class PruningPass(DataPass):
         if self.damping < 0:
             raise PassError(f"damping={self.damping} is negative; 0.01 is usual, 0 chooses it")
         needed = fitted or self.solver == "wanda" or self.ranking == "sensitivity"
-        if needed and calibration is None and selection.layers:
-            raise PassError("needs calibration data; give the pipeline calibration=..., or --calibration")
+        if needed and context.calibration is None and selection.layers:
+            raise PassError(NEEDS_DATA)
         if not sparsity or not selection.layers:
             return Report(detail={"pattern": str(pattern), "density": {}},
                           notes=(*_nothing(graph, sparsity, selection), *_kept_dense(selection)))  # fmt: skip
@@ -109,24 +105,22 @@ class PruningPass(DataPass):
         shares = dict.fromkeys((layer.name for layer in selection.layers), sparsity)
         detail: dict[str, object] = {"pattern": str(pattern)}
         if self.ranking == "sensitivity" and not isinstance(pattern, sp.NM) and layers:
-            assert calibration is not None
-            table = sensitivity.measure(graph, calibration.data, layers, pattern, sensitivity.ladder(sparsity),
-                                        calibration.progress)  # fmt: skip
-            shares = sensitivity.densities(table, sparsity)
+            table = sensitivity.measure(graph, context.data, layers, pattern, sensitivity.ladder(sparsity),
+                                        context.progress)  # fmt: skip
+            shares = sensitivity.sparsities(table, sparsity)
             detail["table"] = [unit.to_json() for unit in table]
         before = {layer.name: layer.weight for layer in layers}
         few: list[str] = []
         if fitted and layers:
-            assert calibration is not None
             how = Fit(self.solver, self.sequential, self.correction, self.residual, self.bias, self.norms,
                       self.damping or None, self.rounding)  # fmt: skip
-            found = fit(graph, calibration.data, layers, pattern, shares, how, calibration.progress,
-                        calibration.checkpoints)  # fmt: skip
+            found = fit(graph, context.data, layers, pattern, shares, how, context.progress,
+                        context.checkpoints)  # fmt: skip
             detail["fitted"] = {name: {"error": round(item.error, 6), "damping": item.damping}
                                 for name, item in found.items()}  # fmt: skip
             few = _few(layers, {name: item.rows for name, item in found.items()})
         else:
-            self._mask(graph, layers, pattern, sparsity, shares, calibration)
+            self._mask(graph, layers, pattern, sparsity, shares, context)
         after = {layer.name: layer.weight for layer in g.linear_layers(graph)}
         n_changed = sum(not np.array_equal(after[name], weight) for name, weight in before.items())
         detail["density"] = {name: round(float(sp.density(after[name])), 4) for name in before}
@@ -141,12 +135,12 @@ class PruningPass(DataPass):
         pattern: sp.Pattern,
         sparsity: float,
         shares: Mapping[str, float],
-        calibration: Calibration | None,
+        context: Context,
     ) -> None:
         """Zero the units of least score, the rest stays."""
         scores: dict[str, np.ndarray] = {}
-        if self.solver == "wanda" and calibration is not None:
-            statistics = calibration.collect(graph, {layer.x.name: ("squares",) for layer in layers})
+        if self.solver == "wanda":
+            statistics = context.collect(graph, {layer.x.name: ("squares",) for layer in layers})
             scores = {layer.name: sp.wanda(layer.weight, statistics.squares(layer.x.name)) for layer in layers}
         else:
             scores = {layer.name: sp.magnitude(layer.weight) for layer in layers}

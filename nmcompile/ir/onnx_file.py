@@ -23,10 +23,10 @@ import onnx
 import onnx.numpy_helper
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
-from nmcompile import graph_tensor as tensors
 from nmcompile.errors import GraphError
 from nmcompile.files import replacing
-from nmcompile.graph_tensor import Array
+from nmcompile.ir import tensor as tensors
+from nmcompile.ir.tensor import Array
 
 Span = tuple[int, int]  # start and end of a run of bytes
 

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
-from nmcompile.graph_edit import fresh, is_output
+from nmcompile.ir.edit import fresh, is_output
 
 Array = npt.NDArray[Any]
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from nmcompile.graph_edit import constant, producer
+from nmcompile.ir.edit import constant, producer
 
 BYTES = {0: np.uint8, 2: np.uint8, 3: np.int8}  # output_dtype by onnx.TensorProto.DataType; 0: not given
 

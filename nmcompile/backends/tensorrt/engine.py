@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import nmcompile
-from nmcompile import graph as g
+from nmcompile import ir as g
 from nmcompile.backends.tensorrt.build import build, description_path, installed_version, probe, read_description
 from nmcompile.backends.tensorrt.profiles import Profile, profile
 from nmcompile.backends.tensorrt.recipe import EngineOptions, Recipe, names_beside, recipe_path

@@ -1,0 +1,123 @@
+"""What a pass is, what it is given, and what it reports: one contract for built-in passes and those of others."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import onnx_graphsurgeon as gs
+
+from nmcompile import probe
+from nmcompile.calibrate import Calibration, Data, Statistics
+from nmcompile.derive import Derivation
+from nmcompile.errors import PassError
+
+SHAPES = "shapes"  # a pass requires: the shape of every tensor, and the derivation that they come from
+
+Progress = Callable[[str, int, int], None]  # (what, done, total)
+NEEDS_DATA = "needs calibration data; give the pipeline calibration=..., or --calibration"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a pass did: how many things it changed, facts by name (JSON-able), and remarks such as why not."""
+
+    changed: int = 0
+    detail: Mapping[str, object] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+class Costs(Protocol):
+    """What a layer's product costs on the target, in units of its own."""
+
+    def layer(self, outputs: int, inputs: int, pattern: str, density: float) -> float: ...
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a pass is given beside its graph.
+
+    derivation: what the pass that requires SHAPES is told of the graph as it enters. calibration: the samples, None
+    where there are none. gathered: the statistics that the pass's `needs` asked for. costs: of layers on the target.
+    """
+
+    calibration: Calibration | None = None
+    gathered: Statistics | None = None
+    derivation: Derivation | None = None
+    costs: Costs | None = None
+
+    @property
+    def shapes(self) -> Derivation:
+        """The derivation of the graph as the pass got it; PassError for a pass that does not require SHAPES."""
+        if self.derivation is None:
+            raise PassError("reads shapes without requiring them; add SHAPES to what it requires")
+        return self.derivation
+
+    @property
+    def statistics(self) -> Statistics:
+        """What `needs` asked for; PassError where the pipeline has no calibration data."""
+        if self.gathered is None:
+            raise PassError(NEEDS_DATA)
+        return self.gathered
+
+    @property
+    def data(self) -> Data:
+        """The calibration samples; PassError where there are none."""
+        return self._calibrated.data
+
+    @property
+    def checkpoints(self) -> Path | None:
+        """A folder for what a long pass has done so far."""
+        return None if self.calibration is None else self.calibration.checkpoints
+
+    def progress(self, what: str, done: int, total: int) -> None:
+        """Tell how far a long pass is."""
+        if self.calibration is not None and self.calibration.progress is not None:
+            self.calibration.progress(what, done, total)
+
+    def collect(self, graph: gs.Graph, needs: Mapping[str, Sequence[str]]) -> Statistics:
+        """Statistics of a graph's tensors, as `Calibration.collect` takes them."""
+        return self._calibrated.collect(graph, needs)
+
+    def derive(self, graph: gs.Graph) -> Derivation:
+        """Shapes of a graph that the pass has changed since it began, written on its tensors."""
+        return probe.annotate(graph)
+
+    def given(self, statistics: Statistics | None, derivation: Derivation | None) -> Context:
+        """The same for one pass."""
+        return replace(self, gathered=statistics, derivation=derivation)
+
+    @property
+    def _calibrated(self) -> Calibration:
+        if self.calibration is None:
+            raise PassError(NEEDS_DATA)
+        return self.calibration
+
+
+class Pass:
+    """Base of the passes: a frozen dataclass whose fields are its options, of type str, int, float, bool or
+    tuple[str, ...].
+
+    name: the kebab-case of the class name unless given. preserves: the pass keeps what the graph computes, which the
+    pipeline can check. requires: what the runner sees to before the pass runs (SHAPES).
+    """
+
+    name: ClassVar[str] = "pass"
+    preserves: ClassVar[bool] = False
+    requires: ClassVar[tuple[str, ...]] = ()
+
+    def __init_subclass__(cls, **arguments: Any) -> None:
+        super().__init_subclass__(**arguments)
+        if "name" not in cls.__dict__:
+            cls.name = re.sub(r"(?<!^)(?=[A-Z])", "-", cls.__name__).lower()
+
+    def needs(self, graph: gs.Graph) -> dict[str, tuple[str, ...]]:
+        """Statistics wanted by tensor name: "range", "histogram", "squares", ...; empty when none are."""
+        return {}
+
+    def run(self, graph: gs.Graph, context: Context) -> Report:
+        """Change the graph in place; raises NmcompileError for what the user can mend."""
+        raise NotImplementedError

@@ -1,0 +1,1 @@
+"""Quantization on a graph: quantize/dequantize pairs, and what eight bits do to layers' outputs."""
