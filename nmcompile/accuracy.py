@@ -3,31 +3,57 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, replace
 
 import onnx_graphsurgeon as gs
 
 from nmcompile import ir as g
 from nmcompile.calibrate import Data
 from nmcompile.compare import Comparison, Difference, real_tokens
-from nmcompile.control import hold, layer_noise, worst_first
+from nmcompile.contract import Progress
 from nmcompile.errors import PassError
+from nmcompile.fallback import Held, fall_back, layer_noise, worst_first
 from nmcompile.holdout import Holdout
-from nmcompile.job import Job
 from nmcompile.lengths import Look, lengths_of, look
 from nmcompile.metrics import METRICS, Limit, parse_limit
-from nmcompile.targets import Run
+from nmcompile.stages import Keep, Pruned
+from nmcompile.targets import Arrays, Product, Run
 
-Progress = Callable[[str, int, int], None]
+REMEMBERED = 1 << 28  # bytes of the model's own outputs that are kept
 
 
 def reference(source: gs.Graph) -> Run:
-    """The model itself in onnxruntime."""
-    return g.runner(source, [info.name for info in g.outputs(source)], optimise=True)
+    """The model itself in onnxruntime, which runs each batch once: its outputs are kept, up to REMEMBERED bytes."""
+    run, room = g.runner(source, [info.name for info in g.outputs(source)], optimise=True), REMEMBERED
+    known: dict[tuple[object, ...], Arrays] = {}
+
+    def remembering(feeds: Arrays) -> Arrays:
+        nonlocal room
+        key = tuple((name, array.shape, array.dtype.str, array.tobytes()) for name, array in sorted(feeds.items()))
+        if key in known:
+            return known[key]
+        found = run(feeds)
+        room -= sum(array.nbytes for array in [*found.values(), *feeds.values()])
+        if room >= 0:
+            known[key] = found
+        return found
+
+    return remembering
 
 
-def limit_for(asked: str | Limit | None, source: gs.Graph, data: Data, can_run: bool) -> Limit | None:
+@dataclass(frozen=True)
+class Model:
+    """The model that all is measured against: its graph, and its outputs."""
+
+    graph: gs.Graph
+    run: Run
+
+    @classmethod
+    def of(cls, source: gs.Graph) -> Model:
+        return cls(source, reference(source))
+
+
+def limit_for(asked: str | Limit | None, model: Model, data: Data, can_run: bool) -> Limit | None:
     """The limit that was asked for. PassError where nothing runs that it could be measured on; InputError where its
     metric has nothing to measure on these outputs, or is not known."""
     if asked is None:
@@ -38,62 +64,84 @@ def limit_for(asked: str | Limit | None, source: gs.Graph, data: Data, can_run: 
         return asked
     limit = parse_limit(asked, list(data))
     if limit.name in METRICS:  # before the long part
-        limit.score(model := reference(source), model)
+        limit.score(model.run, model.run)
     return limit
 
 
-def measured_loss(source: gs.Graph, run: Run, data: Data, tell: Progress) -> Mapping[str, Difference]:
+def measured_loss(model: Model, run: Run, data: Data, progress: Progress) -> Mapping[str, Difference]:
     """What runs against the model it came from, by output."""
-    comparison, model = Comparison(g.outputs(source)), reference(source)
+    comparison = Comparison(g.outputs(model.graph))
     done = 0
     for feeds in data:
-        comparison.add(model(feeds), run(feeds), real_tokens(feeds))
+        comparison.add(model.run(feeds), run(feeds), real_tokens(feeds))
         done += len(next(iter(feeds.values())))
-        tell("measuring the loss", done, data.samples)
+        progress("measuring the loss", done, data.samples)
     return comparison.differences()
 
 
 def look_beyond(
-    source: gs.Graph, run: Run, data: Data, parts: Holdout, loss: Mapping[str, Difference], tell: Progress
+    model: Model, run: Run, data: Data, parts: Holdout, loss: Mapping[str, Difference], progress: Progress
 ) -> Look:
     """What runs against the model at lengths that none of the samples has."""
-    tell("looking at other lengths", 0, 1)
-    return look(reference(source), run, parts.measured, lengths_of(data), g.outputs(source), loss)
+    progress("looking at other lengths", 0, 1)
+    return look(model.run, run, parts.measured, lengths_of(data), g.outputs(model.graph), loss)
 
 
-def hold_limit(
-    job: Job, limit: Limit, asked: str | Limit, parts: Holdout, scratch: Path
-) -> tuple[dict[str, Any], Holdout, list[str]]:
-    """Quantize so that what runs stays within the limit: (what it took, the samples that it was held by, notes).
+# ---- a limit that layers give way to -------------------------------------------------------------------------------
 
-    The outcome is measured on samples that the search did not choose by as well; where it does not hold there, the
-    search begins again on all of them. `scratch`: where plans may be tried.
+
+@dataclass(frozen=True)
+class Search:
+    """What the fallback searches over. build: a product with some layers as `Keep` says. merged: layers that read one
+    tensor go back together."""
+
+    model: Model
+    pruned: Pruned
+    build: Callable[[Keep], Product]
+    merged: bool
+    progress: Progress
+
+    def kept(self, dense: Sequence[str], floating: Sequence[str]) -> Keep:
+        return Keep(self.pruned.together(dense) if self.merged else tuple(dense), tuple(floating))
+
+
+def held_by(
+    search: Search, limit: Limit, asked: str | Limit, parts: Holdout
+) -> tuple[Product, Held, Holdout, list[str]]:
+    """A product that stays within the limit: (it, what it took, the samples that the limit was held by, notes).
+
+    It is measured on samples that the search did not choose by as well; where it does not hold there, the search begins
+    again on all of them.
     """
-    held = _search(job, limit, parts.chosen, scratch)
+    product, held = _searched(search, limit, parts.chosen)
     if not parts.apart or not isinstance(asked, str) or limit.name not in METRICS:
-        return held, parts, []
+        return product, held, parts, []
     apart = parse_limit(asked, list(parts.measured))
-    drop = apart.score(reference(job.source), job.target.opened(scratch, job.header))
+    drop = apart.score(search.model.run, product.run)
     if drop <= limit.value:
-        return {**held, "drop_apart": drop}, parts, []
+        return product, replace(held, drop_apart=drop), parts, []
     every = parts.together()
     note = (f"{limit.name} dropped by {drop:.4g} on samples that the search had not chosen by: the limit is held by "
             "all held-out samples, and none was left to measure on")  # fmt: skip
-    return _search(job, parse_limit(asked, list(every.chosen)), every.chosen, scratch), every, [note]
+    return *_searched(search, parse_limit(asked, list(every.chosen)), every.chosen), every, [note]
 
 
-def _search(job: Job, limit: Limit, data: Data, scratch: Path) -> dict[str, Any]:
-    model = reference(job.source)
+def _searched(search: Search, limit: Limit, data: Data) -> tuple[Product, Held]:
+    product: Product | None = None
 
     def attempt(dense: Sequence[str], floating: Sequence[str]) -> float:
-        job.quantize(dense, floating)
-        return limit.score(model, job.target.opened(scratch, job.header))
+        nonlocal product
+        product = search.build(search.kept(dense, floating))
+        return limit.score(search.model.run, product.run)
 
     def candidates() -> tuple[list[str], list[str]]:
-        noise = layer_noise(job.dense, job.graph, data)
-        quantized = [layer.name for layer in g.linear_layers(job.graph) if layer.quantized]
-        return worst_first(noise, job.changed), worst_first(noise, quantized)
+        assert product is not None
+        graph = product.quantized.graph
+        noise = layer_noise(search.pruned.dense, graph, data)
+        quantized = [layer.name for layer in g.linear_layers(graph) if layer.quantized]
+        return worst_first(noise, search.pruned.changed), worst_first(noise, quantized)
 
-    found = hold(limit, attempt, candidates, job.tell)
-    return {"metric": limit.name, "limit": limit.value, "drop": found.drop,
-            "dense": job.closed(found.dense), "float": list(found.floating)}  # fmt: skip
+    found = fall_back(limit, attempt, candidates, search.progress)
+    assert product is not None
+    keep = product.quantized.keep
+    return product, Held(limit.name, limit.value, found.drop, keep.dense, keep.floating)

@@ -124,6 +124,16 @@ def write_archive(path: Path, contents: Mapping[str, tuple[bytes | memoryview, .
     return digest.hexdigest()
 
 
+def archive_size(sizes: Mapping[str, int]) -> int:
+    """Bytes of the file that `write_archive` writes for members of these sizes."""
+    members: list[Member] = []
+    end = 0
+    for name, size in sizes.items():
+        members.append(Member(name, 0, size, end))
+        end = members[-1].start + size
+    return end + len(_directory(members, end))
+
+
 def read_members(mapped: mmap.mmap) -> list[Member]:
     """Every member, in order; each byte outside their contents is as `write_archive` would write it.
 

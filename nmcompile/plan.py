@@ -99,18 +99,26 @@ def write_plan(
     renamed) or not at all. PlanError: a name or dtype cannot be stored, the file cannot be written.
     ValueError or TypeError: `header` uses an added key or is not JSON.
     """
+    contents, _ = contents_of(header, arrays, blobs, f"{path}: ")
+    return write_archive(Path(path), contents)
+
+
+Contents = dict[str, tuple[bytes | memoryview, ...]]
+
+
+def contents_of(
+    header: Mapping[str, Any], arrays: Mapping[str, np.ndarray], blobs: Mapping[str, bytes], where: str = ""
+) -> tuple[Contents, dict[str, np.ndarray]]:
+    """(the members of the plan's file in their order, each in its parts; the arrays as they are stored)."""
     reserved = {"format", "members"} & header.keys()
     if reserved:
         raise ValueError(f"the header of a plan may not have the key {reserved.pop()!r}")
-    contents: dict[str, tuple[bytes | memoryview, ...]] = {}
+    contents: Contents = {}
     described: dict[str, str] = {}
-    for name, value in arrays.items():
-        array = _little_endian(name, value)
+    stored = {name: _little_endian(name, value) for name, value in arrays.items()}
+    for name, array in stored.items():
         described[f"{name}.npy"] = _content(array.dtype, array.shape)
-        contents[f"{name}.npy"] = (
-            _npy_header(array.dtype, array.shape),
-            array.reshape(-1).view(np.uint8).data,
-        )
+        contents[f"{name}.npy"] = (_npy_header(array.dtype, array.shape), array.reshape(-1).view(np.uint8).data)
     for name, blob in blobs.items():
         described[f"{name}.onnx"] = f"blob[{len(blob)}]"
         contents[f"{name}.onnx"] = (blob,)
@@ -119,8 +127,14 @@ def write_plan(
     members = {name: described[name] for name in sorted(described)}
     text = _pretty({"format": FORMAT, **header, "members": members}).encode() + b"\n"
     if len(text) > MAX_HEADER_BYTES:
-        raise PlanError(f"{path}: the header takes {len(text)} bytes, a plan may have {MAX_HEADER_BYTES}")
-    return write_archive(Path(path), {HEADER: (text,), **{name: contents[name] for name in members}})
+        raise PlanError(f"{where}the header takes {len(text)} bytes, a plan may have {MAX_HEADER_BYTES}")
+    return {HEADER: (text,), **{name: contents[name] for name in members}}, stored
+
+
+def header_of(contents: Contents) -> dict[str, Any]:
+    """plan.json among the members of a plan, as a reader sees it."""
+    found: dict[str, Any] = json.loads(bytes(contents[HEADER][0]))
+    return found
 
 
 class Watch:

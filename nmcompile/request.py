@@ -4,61 +4,39 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from nmcompile.backends.tensorrt.engine import derived
-from nmcompile.backends.tensorrt.recipe import EngineOptions
 from nmcompile.calibrate import Data
-from nmcompile.errors import NmcompileError, PassError, UnsupportedError
+from nmcompile.contract import Pass, Report
+from nmcompile.errors import NmcompileError, UnsupportedError
 from nmcompile.files import check_outputs
+from nmcompile.options import DataOptions, Options, Place, PruneOptions
 from nmcompile.outputs import real_path
-from nmcompile.pipeline import Pass, Report
 from nmcompile.prune.selection import MASKS, PruningPass
-from nmcompile.recipes import PRESETS, Preset, pruning_passes
-from nmcompile.sizes import wanted_size
+from nmcompile.recipes import PRESETS, Preset, pruning_passes, reduced
+from nmcompile.sizes import Model, external_files
 from nmcompile.spec import parse_spec
+from nmcompile.targets import Target
 
 TARGETS = ("cpu", "tensorrt")
 SEARCHED = 1 << 20  # bytes of a file of samples
 MAX_LENGTH = 128  # tokens of a sample, unless it is given
 
 
-@dataclass(frozen=True)
-class Wanted:
-    """How a compile shall prune. passes stand in for all others."""
-
-    passes: str | Iterable[Pass] | None = None
-    sparsity: float | None = None
-    pattern: str | None = None
-    solver: str | None = None
-    size: str | None = None
-
-    def __post_init__(self) -> None:
-        """PassError for what contradicts itself."""
-        if self.passes is not None and not (self.sparsity is None and self.pattern is None and self.size is None):
-            raise PassError("give either passes or sparsity, pattern and size, not both")
-        if self.size is not None and self.sparsity is not None:
-            raise PassError("give either a size or a sparsity, not both")
-        if self.size is not None:
-            wanted_size(self.size, self.pattern)
-        if self.pattern == "dense" and self.sparsity:
-            raise PassError(f"pattern dense has no zeros, sparsity {self.sparsity:g} is asked for; "
-                            "leave --sparsity out, or give a pattern such as 2x4")  # fmt: skip
-
-
 def passes_for(
-    wanted: Wanted, preset: Preset, sparsity: float | None, target: str, multiple: int, synthetic: bool
+    options: PruneOptions, preset: Preset, sparsity: float | None, target: Target, made_up: bool
 ) -> list[Pass]:
-    """The passes between canonical form and quantization. `sparsity`: that of `wanted`, or what its size needs."""
-    if wanted.passes is not None:
-        return parse_spec(wanted.passes) if isinstance(wanted.passes, str) else list(wanted.passes)
-    usual = "magnitude" if synthetic else preset.solver
-    solver = wanted.solver or usual
+    """The passes between canonical form and quantization. `sparsity`: that of the options, or what a size needs.
+    made_up: the samples are, and nothing is fitted to them."""
+    if options.passes is not None:
+        return parse_spec(options.passes) if isinstance(options.passes, str) else list(options.passes)
+    usual = "magnitude" if made_up else preset.solver
+    solver = options.solver or usual
     # to name the solver that a preset takes is to take the preset
-    options = preset.options if solver == preset.solver else {}
-    pattern = _gpu_pattern(wanted.pattern, wanted.size) if target == "tensorrt" else wanted.pattern
-    return pruning_passes(pattern, sparsity, solver, options, multiple)
+    extra = preset.options if solver == preset.solver else {}
+    pattern = _gpu_pattern(options.pattern, options.size) if target.name == "tensorrt" else options.pattern
+    return pruning_passes(pattern, sparsity, solver, extra, target.multiple)
 
 
 def _gpu_pattern(pattern: str | None, size: str | None) -> str:
@@ -68,19 +46,29 @@ def _gpu_pattern(pattern: str | None, size: str | None) -> str:
     return pattern or "2:4"
 
 
-def check_options(target: str, preset: str | Preset, require: str | None, engine: EngineOptions | None) -> Preset:
+def check_options(options: Options) -> Preset:
     """The preset; UnsupportedError for a choice that there is not, or not for this target."""
+    target, preset, require = options.target.target, options.preset, options.target.require
     if target not in TARGETS:
         raise UnsupportedError(f"target {target!r} is not known; choose one of {', '.join(TARGETS)}")
     if isinstance(preset, str) and preset not in PRESETS:
         raise UnsupportedError(f"preset {preset!r} is not known; choose one of {', '.join(PRESETS)}")
     if require not in (None, "native"):
         raise UnsupportedError(f"require {require!r} is not known; the only requirement is native")
-    if target == "cpu" and engine:
+    if target == "cpu" and options.target.engine:
         raise UnsupportedError("options of an engine are for target tensorrt; leave them out for the CPU")
     if require == "native" and target != "cpu":
         raise UnsupportedError("native is a requirement on plans for the CPU; leave it out for target tensorrt")
-    return PRESETS[preset] if isinstance(preset, str) else preset
+    chosen = PRESETS[preset] if isinstance(preset, str) else preset
+    return reduced(chosen, target) if options.quantize.reduce_range else chosen
+
+
+def check_files(options: Options, model: Model, output: Place | None, tuning: Place | None) -> None:
+    """Refuse at once what could not be written at the end. tuning: a table that may be written."""
+    check_paths({"-o": output, "--emit-onnx": options.write.emit_onnx, "--report": options.write.report,
+                 "--tuning": None if tuning == "off" else tuning},
+                {"the model": model, **external_files(model), "--calibration": options.data.calibration,
+                 "--tokenizer": options.data.tokenizer}, engine=options.target.target == "tensorrt")  # fmt: skip
 
 
 def check_paths(
@@ -113,25 +101,32 @@ def _check_derived(output: Path, *others: Path) -> None:
 # ---- what has no effect ------------------------------------------------------------------------------------------
 
 
-def without_effect(
-    wanted: Wanted, passes: Sequence[Pass], data: Data, *, source: object, tokenizer: object, max_length: int | None,
-    checkpoints: object, tuning: object, target: str,
-) -> list[str]:  # fmt: skip
+def without_effect(options: Options, passes: Sequence[Pass], data: Data) -> list[str]:
     """A note for each option that changes nothing about this compile."""
+    return [*_idle_pruning(options.prune, passes), *_idle_data(options.data, data),
+            *(["tuning has no effect: it is for plans for the CPU"]
+              if options.target.tuning is not None and options.target.target != "cpu" else [])]  # fmt: skip
+
+
+def _idle_pruning(asked: PruneOptions, passes: Sequence[Pass]) -> list[str]:
     prunes = [pass_ for pass_ in passes if isinstance(pass_, PruningPass)]
     notes = []
-    if wanted.solver is not None and wanted.passes is not None:
-        notes.append(f"solver {wanted.solver} has no effect: the passes that were given name their own")
-    elif wanted.solver is not None and not prunes:
-        notes.append(f"solver {wanted.solver} has no effect: nothing is pruned; give --sparsity or --pattern")
-    if wanted.sparsity == 0 and wanted.pattern != "dense":
+    if asked.solver is not None and asked.passes is not None:
+        notes.append(f"solver {asked.solver} has no effect: the passes that were given name their own")
+    elif asked.solver is not None and not prunes:
+        notes.append(f"solver {asked.solver} has no effect: nothing is pruned; give --sparsity or --pattern")
+    if asked.sparsity == 0 and asked.pattern != "dense":
         notes.append("nothing is pruned: the share of zeros that was asked for is 0")
-    elif wanted.size is not None and not prunes:
-        notes.append(f"nothing is pruned for size {wanted.size}: the plan is as small without zeros")
-    if checkpoints is not None and not any(_fits(pass_) for pass_ in prunes):
-        notes.append(f"checkpoints {checkpoints} has no effect: only pruning by obs or admm is kept there")
-    if tuning is not None and target != "cpu":
-        notes.append("tuning has no effect: it is for plans for the CPU")
+    elif asked.size is not None and not prunes:
+        notes.append(f"nothing is pruned for size {asked.size}: the plan is as small without zeros")
+    if asked.checkpoints is not None and not any(_fits(pass_) for pass_ in prunes):
+        notes.append(f"checkpoints {asked.checkpoints} has no effect: only pruning by obs or admm is kept there")
+    return notes
+
+
+def _idle_data(asked: DataOptions, data: Data) -> list[str]:
+    source, tokenizer, max_length = asked.calibration, asked.tokenizer, asked.max_length
+    notes = []
     texts = _texts(source)
     if tokenizer is not None and texts is False:
         notes.append(f"tokenizer {tokenizer} has no effect: the calibration data hold no texts")

@@ -9,8 +9,8 @@ from typing import Any
 
 from nmcompile.backends.tensorrt.engine import Engine, to_json
 from nmcompile.compare import Difference
-from nmcompile.control import Noise
 from nmcompile.coverage import Coverage
+from nmcompile.fallback import Held, Noise
 from nmcompile.lengths import Look
 from nmcompile.pipeline import Report
 
@@ -39,7 +39,7 @@ class Result:
     seconds: float
     sizes: Mapping[str, int] = field(default_factory=dict)
     noise: Mapping[str, Noise] = field(default_factory=dict)
-    held: Mapping[str, Any] = field(default_factory=dict)
+    held: Held | None = None
     coverage: Coverage | None = None
     lengths: Look | None = None
     engine: Engine | None = None
@@ -72,7 +72,7 @@ class Result:
             "notes": list(self.notes),
             "loss": {name: difference.to_json() for name, difference in self.loss.items()},
             "loss_on": self.measured_on,
-            "held": dict(self.held),
+            "held": {} if self.held is None else self.held.to_json(),
             "sqnr_db": {name: round(noise.sqnr, 2) for name, noise in self.noise.items()},
             "sizes": dict(self.sizes),
             **({} if self.coverage is None else {"native": self.coverage.to_json()}),

@@ -1,4 +1,4 @@
-"""How large a model is, how many zeros a plan of a size needs, and whether it got there."""
+"""How large a model is, what sparsity a plan of a size needs, and whether it got there."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TypeAlias
 
 import numpy as np
@@ -20,8 +19,10 @@ from nmcompile.errors import PassError
 
 Model: TypeAlias = "str | os.PathLike[str] | onnx.ModelProto | gs.Graph"
 
-TRIED = (0.5, 0.9)  # shares of zeros that a size is interpolated between
-MOST = 0.99  # share of zeros that a size may ask for
+TRIED = (0.5, 0.9)  # sparsities that a size is first interpolated between
+MOST_TRIES = 4
+MOST = 0.99  # sparsity that a size may ask for
+NEAR = 0.005  # of the size asked for: the tried plan is near enough
 INSIDE = 100_000_000  # bytes of a model's file that holds its weights itself
 CLOSE = 0.02  # of the size asked for: nearer is met
 
@@ -36,22 +37,25 @@ def wanted_size(size: str, pattern: str | None) -> float:
     return float(match[1])
 
 
-def zeros_for(size: str, pattern: str | None, whole: int, compiled: Callable[[Path, float], None]) -> float:
-    """The share of zeros at which a plan has a size: two plans are tried by compiled(plan, share of zeros), and the
-    size is linear in what is left. `whole`: bytes of the model. PassError when no share of zeros reaches it."""
-    wanted, found = wanted_size(size, pattern), {}
-    with TemporaryDirectory() as folder:
-        for share in TRIED:
-            plan = Path(folder) / "m.plan"
-            compiled(plan, share)
-            found[share] = plan.stat().st_size / whole
-    low, high = TRIED
-    slope = (found[high] - found[low]) / (high - low)
-    share = low + (wanted - found[low]) / slope if slope < 0 else 1.0
-    if share >= MOST:
-        raise PassError(f"size {size}: with 90 % zeros the plan still has {found[high]:.3g} of the model's size; "
-                        "take a larger size")  # fmt: skip
-    return max(share, 0.0)
+def sparsity_for(size: str, pattern: str | None, whole: int, size_at: Callable[[float], int]) -> float:
+    """The sparsity at which a plan has a size, within NEAR of it; size_at(sparsity) gives the bytes of a plan. `whole`:
+    bytes of the model. Sizes are all but linear in what is left of the weights, so secants find it in few tries.
+    PassError when no sparsity reaches it."""
+    wanted = wanted_size(size, pattern)
+    low, high = ((sparsity, size_at(sparsity) / whole) for sparsity in TRIED)
+    for _ in range(MOST_TRIES):
+        slope = (high[1] - low[1]) / (high[0] - low[0])
+        sparsity = low[0] + (wanted - low[1]) / slope if slope < 0 else 1.0
+        if sparsity >= MOST:
+            raise PassError(f"size {size}: with 90 % zeros the plan still has {high[1]:.3g} of the model's size; "
+                            "take a larger size")  # fmt: skip
+        if sparsity <= 0:
+            return 0.0
+        found = size_at(sparsity) / whole
+        if abs(found - wanted) <= NEAR * wanted:
+            return sparsity
+        low, high = sorted([min((low, high), key=lambda item: abs(item[1] - wanted)), (sparsity, found)])
+    return sparsity
 
 
 def size_note(size: str, plan: int, whole: int) -> list[str]:

@@ -1,26 +1,30 @@
-"""What each target makes of a pruned graph: its last passes, what runs, and what is written."""
+"""What each target makes of a quantized graph: its passes, and a product that runs, is written and tells of itself."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
+import nmcompile
 from nmcompile import ir as g
 from nmcompile.backends.cpu.lower import Lowered, lower
+from nmcompile.backends.cpu.session import Session
 from nmcompile.backends.cpu.tuning import Tuner, by_cost_model
 from nmcompile.backends.tensorrt import rules
 from nmcompile.backends.tensorrt.profiles import Profile
+from nmcompile.contract import Pass
 from nmcompile.errors import UnsupportedError
-from nmcompile.pipeline import Pass
 from nmcompile.plan import write_plan
+from nmcompile.plan_memory import PlanInMemory
 from nmcompile.recipes import SPARSE_MULTIPLE, Preset, legalizing_passes, quantizing_passes, tensorrt_passes
-from nmcompile.session import load
+from nmcompile.stages import Quantized, Runner, Step
 
 Arrays = Mapping[str, np.ndarray]
 Run = Callable[[Arrays], Arrays]
@@ -28,39 +32,108 @@ SATURATES = ("the emitted ONNX multiplies u8 by s8, which saturates in onnxrunti
              "session entry session.x64quantprecision to 1 there, or compile with --reduce-range")  # fmt: skip
 
 
+class Product(ABC):
+    """What a target has made of a quantized graph.
+
+    graph: the Q/DQ graph as the target takes it. layers: what became of each linear layer. segments: of a plan. notes:
+    remarks; findings: every rule of the target's that the graph breaks. steps: of all passes that led here.
+    """
+
+    quantized: Quantized
+    graph: gs.Graph
+    steps: tuple[Step, ...]
+    layers: Sequence[Mapping[str, Any]] = ()
+    segments: Sequence[Mapping[str, Any]] = ()
+    notes: Sequence[str] = ()
+    findings: Sequence[rules.Finding] = ()
+
+    @abstractmethod
+    def run(self, feeds: Arrays) -> Arrays:
+        """What the target computes, as near to the target as this machine gets."""
+
+    @property
+    def header(self) -> dict[str, Any]:
+        """Where a plan comes from."""
+        return {"nmcompile": nmcompile.__version__, "target": self.target,
+                "source": self.quantized.pruned.canonical.fingerprint, "passes": [name for name, _, _ in self.steps]}
+
+    @property
+    def told(self) -> list[str]:
+        """Each remark once, of the passes and of the target: some passes run twice."""
+        return list(dict.fromkeys([*(note for _, report, _ in self.steps for note in report.notes), *self.notes]))
+
+    @property
+    def emitted(self) -> list[str]:
+        """What to know of the graph where it is written as ONNX."""
+        return []
+
+    target: ClassVar[str]
+
+
 class Target(ABC):
-    """One compile for one target. `finish` takes the quantized graph; the rest describes what came out."""
+    """What differs between targets: a frozen value."""
 
     name: ClassVar[str]
     multiple: ClassVar[int] = 1  # of which sizes must be for n:m zeros
     attention: ClassVar[str]  # int8 or float, unless the user says
 
     @abstractmethod
-    def quantizing(self, preset: Preset, attention: str, floating: Sequence[str]) -> list[Pass]:
+    def quantizing(self, preset: Preset, attention: str | None, floating: Sequence[str]) -> list[Pass]:
         """The passes after pruning; layers `floating` stay in float."""
 
-    def legalizing(self) -> list[Pass]:
-        """The passes from the Q/DQ graph to what `finish` takes."""
-        return []
-
     @abstractmethod
-    def finish(self, graph: gs.Graph) -> None:
-        """Take the graph after all passes."""
-
-    @abstractmethod
-    def opened(self, scratch: Path, header: Mapping[str, Any]) -> Run:
-        """What the target computes, as near to the target as this machine gets; it may write to `scratch`."""
-
-    def emitted(self, graph: gs.Graph) -> list[str]:
-        """What to know of the graph where it is written as ONNX."""
-        return []
-
-    layers: Sequence[Mapping[str, Any]] = ()
-    segments: Sequence[Mapping[str, Any]] = ()
-    notes: Sequence[str] = ()
+    def lower(self, quantized: Quantized, runner: Runner) -> Product:
+        """From the quantized graph to what runs."""
 
 
-@dataclass
+# ---- CPU -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class CpuProduct(Product):
+    """A plan of the CPU engine, not written yet."""
+
+    target: ClassVar[str] = "cpu"
+    quantized: Quantized
+    graph: gs.Graph
+    steps: tuple[Step, ...]
+    lowered: Lowered
+
+    @property
+    def layers(self) -> Sequence[Mapping[str, Any]]:  # type: ignore[override]
+        return self.lowered.layers
+
+    @property
+    def segments(self) -> Sequence[Mapping[str, Any]]:  # type: ignore[override]
+        return self.lowered.segments
+
+    @property
+    def notes(self) -> Sequence[str]:  # type: ignore[override]
+        return self.lowered.notes
+
+    @cached_property
+    def session(self) -> Session:
+        """The plan as it would be read from its file."""
+        return Session(PlanInMemory({**self.header, **self.lowered.header}, self.lowered.arrays, self.lowered.blobs))
+
+    def run(self, feeds: Arrays) -> Arrays:
+        return self.session.run(feeds)
+
+    def write(self, path: Path) -> None:
+        """The plan; the caller sees to it that a file of a failed compile goes."""
+        write_plan(path, {**self.header, **self.lowered.header}, self.lowered.arrays, self.lowered.blobs)
+
+    @property
+    def size(self) -> int:
+        """Bytes of the plan's file."""
+        return self.session.plan.size
+
+    @property
+    def emitted(self) -> list[str]:
+        return [SATURATES] if g.may_saturate(self.graph) else []
+
+
+@dataclass(frozen=True)
 class CpuTarget(Target):
     """Plans for the engine; each layer's kernel as `tuner` measures, or by the cost model."""
 
@@ -68,30 +141,43 @@ class CpuTarget(Target):
     attention: ClassVar[str] = "int8"
     tuner: Tuner | None = None
 
-    def quantizing(self, preset: Preset, attention: str, floating: Sequence[str]) -> list[Pass]:
-        return quantizing_passes(preset, attention, floating)
+    def quantizing(self, preset: Preset, attention: str | None, floating: Sequence[str]) -> list[Pass]:
+        return quantizing_passes(preset, attention or self.attention, floating)
 
-    def finish(self, graph: gs.Graph) -> None:
+    def lower(self, quantized: Quantized, runner: Runner) -> CpuProduct:
+        runner.progress("choosing kernels", 0, 1)
+        graph = g.copy(quantized.graph)
         g.infer_shapes(graph)
-        self.lowered: Lowered = lower(graph, self.tuner or by_cost_model)
-        self.layers, self.segments, self.notes = self.lowered.layers, self.lowered.segments, self.lowered.notes
-
-    def emitted(self, graph: gs.Graph) -> list[str]:
-        return [SATURATES] if g.may_saturate(graph) else []
-
-    def opened(self, scratch: Path, header: Mapping[str, Any]) -> Run:
-        """The plan itself, written to `scratch`."""
-        self.write(scratch, header)
-        return load(scratch).run
-
-    def write(self, path: Path, header: Mapping[str, Any]) -> None:
-        """The plan; the caller sees to it that a file of a failed compile goes."""
-        write_plan(path, {**header, **self.lowered.header}, self.lowered.arrays, self.lowered.blobs)
+        return CpuProduct(quantized, graph, quantized.steps, lower(graph, self.tuner or by_cost_model))
 
 
-@dataclass
+# ---- TensorRT ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TensorrtProduct(Product):
+    """A graph for one version of TensorRT; engines are built of it elsewhere (backends.tensorrt.engine)."""
+
+    target: ClassVar[str] = "tensorrt"
+    quantized: Quantized
+    graph: gs.Graph
+    steps: tuple[Step, ...]
+    layers: Sequence[Mapping[str, Any]]
+    notes: Sequence[str]
+    findings: Sequence[rules.Finding]
+
+    @cached_property
+    def _runner(self) -> Run:
+        return g.runner(self.graph)
+
+    def run(self, feeds: Arrays) -> Arrays:
+        """The graph in onnxruntime, its Q/DQ pairs as they stand."""
+        return self._runner(feeds)
+
+
+@dataclass(frozen=True)
 class TensorrtTarget(Target):
-    """Graphs for one version of TensorRT; engines are built from them elsewhere (backends.tensorrt.engine)."""
+    """Graphs for one version of TensorRT. outputs: which layers hand on eight bits; weights: how they are stored."""
 
     name: ClassVar[str] = "tensorrt"
     multiple: ClassVar[int] = SPARSE_MULTIPLE
@@ -99,29 +185,21 @@ class TensorrtTarget(Target):
     profile: Profile
     outputs: str = "sparse"
     weights: str = "float"
-    findings: Sequence[rules.Finding] = field(default=())
 
-    def quantizing(self, preset: Preset, attention: str, floating: Sequence[str]) -> list[Pass]:
-        return tensorrt_passes(preset, attention, self.outputs, floating)
+    def quantizing(self, preset: Preset, attention: str | None, floating: Sequence[str]) -> list[Pass]:
+        return tensorrt_passes(preset, attention or self.attention, self.outputs, floating)
 
-    def legalizing(self) -> list[Pass]:
-        return legalizing_passes(self.profile, self.weights)
-
-    def finish(self, graph: gs.Graph) -> None:
-        """Check every rule; UnsupportedError names the first that TensorRT would break on."""
+    def lower(self, quantized: Quantized, runner: Runner) -> TensorrtProduct:
+        """Legalize, and check every rule; UnsupportedError names the first that TensorRT would break on."""
+        graph, steps = runner.run(legalizing_passes(self.profile, self.weights), quantized.graph)
         g.infer_shapes(graph)
-        self.graph = graph
-        self.findings = rules.check(graph, self.profile)
-        broken = [finding for finding in self.findings if finding.level == "error"]
+        findings = rules.check(graph, self.profile)
+        broken = [finding for finding in findings if finding.level == "error"]
         if broken:
             more = f" (and {len(broken) - 1} more)" if len(broken) > 1 else ""
             raise UnsupportedError(f"TensorRT {self.profile.name} will not take the model: {broken[0]}{more}")
-        self.layers = [asdict(verdict) for verdict in rules.explain(graph, self.profile)]
-        self.notes = _grouped(self.findings)
-
-    def opened(self, scratch: Path, header: Mapping[str, Any]) -> Run:
-        """The graph in onnxruntime, its Q/DQ pairs as they stand."""
-        return g.runner(self.graph)
+        layers = [asdict(verdict) for verdict in rules.explain(graph, self.profile)]
+        return TensorrtProduct(quantized, graph, (*quantized.steps, *steps), layers, _grouped(findings), findings)
 
 
 def _grouped(findings: Sequence[rules.Finding]) -> list[str]:

@@ -15,6 +15,7 @@ import numpy as np
 import nmcompile
 from nmcompile import ir as g
 from nmcompile.compiler import Result
+from nmcompile.fallback import Held
 
 MODELS = Path(__file__).resolve().parent.parent / "models"
 NAMES = sorted(path.stem for path in MODELS.glob("*.onnx"))
@@ -54,3 +55,9 @@ def feeds(path: Path, shapes: tuple[tuple[int, int], ...] = SHAPES) -> Iterator[
         dims = {dim: tokens for info in infos for dim in info.shape[1:] if isinstance(dim, str)}
         dims |= {info.shape[0]: batch for info in infos if info.shape and isinstance(info.shape[0], str)}
         yield g.random_feeds(infos, seed=seed, dims=dims)
+
+
+def held_of(result: Result) -> Held:
+    """How a compile with a limit held it."""
+    assert result.held is not None
+    return result.held

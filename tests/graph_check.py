@@ -24,11 +24,12 @@ from random_graphs import Recipe
 
 import nmcompile
 from nmcompile import ir as g
+from nmcompile.backends.cpu.lower import lower
 from nmcompile.backends.cpu.session import Session
 from nmcompile.errors import CalibrationError, InputError, NmcompileError
 from nmcompile.pipeline import Pipeline
+from nmcompile.plan import write_plan
 from nmcompile.recipes import canonical_passes
-from nmcompile.targets import CpuTarget
 
 Arrays = Mapping[str, np.ndarray]
 HIDDEN = -1000.0  # what is added to the score of a hidden key is below
@@ -97,10 +98,10 @@ def check(recipe: Recipe, instead: Recipe | None = None) -> Outcome:
             canonical, _ = Pipeline(canonical_passes()).run(g.load(model))
             result = nmcompile.compile(model, folder / "m.plan", calibration=samples(recipe), preset="fast",
                                        tuning="off", emit_onnx=folder / "m.onnx", measure=False)  # fmt: skip
-            made = CpuTarget()
-            made.finish(canonical)
-            made.write(folder / "f.plan", {"nmcompile": nmcompile.__version__, "target": "cpu", "source": "",
-                                           "passes": []})  # fmt: skip
+            g.infer_shapes(canonical)
+            made = lower(canonical)
+            header = {"nmcompile": nmcompile.__version__, "target": "cpu", "source": "", "passes": [], **made.header}
+            write_plan(folder / "f.plan", header, made.arrays, made.blobs)
             exact, plan = _open(folder / "f.plan"), _open(folder / "m.plan")
             emitted = g.load(folder / "m.onnx")
             forms = _Forms(g.runner(canonical), g.runner(emitted), g.runner(_unrounded(emitted)), exact, plan)

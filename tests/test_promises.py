@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from compiled import MODELS
+from compiled import MODELS, held_of
 from onnx_text import parse, parse_model
 
 import nmcompile
@@ -20,6 +20,7 @@ from nmcompile.calibrate import Calibration, open_data
 from nmcompile.cli import cli
 from nmcompile.cli.check import taken
 from nmcompile.compiler import Result
+from nmcompile.contract import Context
 from nmcompile.coverage import coverage
 from nmcompile.errors import InputError, PassError
 from nmcompile.holdout import hold_out
@@ -81,16 +82,16 @@ def test_a_limit_on_nothing_is_an_error_before_the_work(text: str, metric: str, 
 @pytest.mark.parametrize("text", [SCORES, LOGITS])
 def test_scores_are_one_vector_over_the_samples(text: str, tmp_path: Path) -> None:
     free = compile_(text, tmp_path / "a.plan", calibration=rows(64), sparsity=0.9, max_drop="cosine=2")
-    lost = free.held["drop"]
-    assert lost > 0 and not free.held["dense"]
+    lost = held_of(free).drop
+    assert lost > 0 and not held_of(free).dense
     held = compile_(text, tmp_path / "b.plan", calibration=rows(64), sparsity=0.9, max_drop=f"cosine={lost / 4}")
-    assert held.held["dense"] and held.held["drop"] <= lost / 4
+    assert held_of(held).dense and held_of(held).drop <= lost / 4
 
 
 def test_labels_are_counted(tmp_path: Path) -> None:
     free = compile_(LABELS, tmp_path / "a.plan", calibration=rows(64), sparsity=0.9, max_drop="top1=1")
     held = compile_(LABELS, tmp_path / "b.plan", calibration=rows(64), sparsity=0.9, max_drop="top1=0.1")
-    assert free.held["drop"] > 0.2 and held.held["dense"] and held.held["drop"] <= 0.1
+    assert held_of(free).drop > 0.2 and held_of(held).dense and held_of(held).drop <= 0.1
 
 
 def test_metrics_of_scores_and_labels_by_hand() -> None:
@@ -124,7 +125,7 @@ def test_a_vector_over_the_real_tokens_of_each_sequence() -> None:
 def test_fixed_batches_that_few_samples_fill(count: int, on: str, tmp_path: Path) -> None:
     result = compile_(FIXED, tmp_path / "m.plan", calibration=rows(count), sparsity=0.9, max_drop="cosine=0.001")
     assert result.loss["m"].values and result.measured_on.removesuffix(", those that the limit was held by") in on
-    assert result.held["dense"] and result.held["drop"] <= 0.001
+    assert held_of(result).dense and held_of(result).drop <= 0.001
     assert 1 - result.loss["m"].cosine <= 0.001
 
 
@@ -150,9 +151,9 @@ def test_which_samples_calibrate_hold_and_measure() -> None:
 def test_the_loss_is_measured_on_samples_that_the_search_did_not_choose_by(tmp_path: Path) -> None:
     given = {"calibration": list(texts(40)), "sparsity": 0.8, "preset": "fast"}
     held = nmcompile.compile(BERT, tmp_path / "a.plan", max_drop="cosine=0.01", report=tmp_path / "r.json", **given)  # type: ignore[arg-type]
-    assert held.measured_on == "held-out samples" and held.held["drop"] != held.held["drop_apart"]
+    assert held.measured_on == "held-out samples" and held_of(held).drop != held_of(held).drop_apart
     losses = [1 - item.cosine for item in held.loss.values()]
-    assert min(losses) <= held.held["drop_apart"] <= max(losses)
+    assert min(losses) <= (held_of(held).drop_apart or 0.0) <= max(losses)
     few = nmcompile.compile(BERT, tmp_path / "b.plan", max_drop="cosine=0.01",
                             **{**given, "calibration": list(texts(16))})  # type: ignore[arg-type]  # fmt: skip
     assert few.measured_on == "held-out samples, those that the limit was held by"
@@ -165,8 +166,8 @@ def test_a_limit_that_fails_on_samples_kept_apart_is_held_by_all(tmp_path: Path)
     for row in data[7::16]:  # of every eighth, those that the search sees: the biases alone choose a label
         row["x"] *= 1e-3
     result = compile_(LABELS, tmp_path / "m.plan", calibration=data, sparsity=0.9, max_drop="top1=0.1")
-    assert result.held["drop"] <= 0.1 and result.held["dense"] and "drop_apart" not in result.held
-    assert result.loss["y"].top1 == pytest.approx(1 - result.held["drop"])  # measured on the same samples
+    assert held_of(result).drop <= 0.1 and held_of(result).dense and held_of(result).drop_apart is None
+    assert result.loss["y"].top1 == pytest.approx(1 - held_of(result).drop)  # measured on the same samples
     assert result.measured_on == "held-out samples, those that the limit was held by"
     assert any("on samples that the search had not chosen by" in note for note in result.notes)
 
@@ -211,7 +212,7 @@ def test_a_share_of_nothing_does_nothing_at_once() -> None:
 
     graph = parse("(float[B,S,8] x) => (float[B,S,8] y) <float[8,8] w> { h = MatMul(x, w)  y = Neg(h) }")
     pass_ = BlockPrune(sparsity=0.0, solver="admm", ranking="sensitivity")
-    report = pass_.run(g.copy(graph), Untouched())  # type: ignore[arg-type]
+    report = pass_.run(g.copy(graph), Context(Untouched()))  # type: ignore[arg-type]
     assert report.changed == 0 and report.notes[0] == "nothing was pruned: the share of zeros that was asked for is 0"
     start = time.perf_counter()
     result = nmcompile.compile(BERT, None, calibration=list(texts()), sparsity=0)
@@ -291,7 +292,7 @@ def test_a_size_that_is_not_met_is_said(tmp_path: Path, monkeypatch: pytest.Monk
     assert "the plan is smaller, 0.3x" in size_note("0.5x", 30, 100)[0]
     result = nmcompile.compile(BERT, tmp_path / "m.plan", size="0.9x", preset="fast")
     assert "nothing is pruned for size 0.9x: the plan is as small without zeros" in result.notes
-    monkeypatch.setattr("nmcompile.compiler.zeros_for", lambda *_: 0.1)
+    monkeypatch.setattr("nmcompile.work.sparsity_for", lambda *_: 0.1)
     result = nmcompile.compile(BERT, tmp_path / "m.plan", size="0.3x", preset="fast")
     assert any(note.startswith("size 0.3x is not met") for note in result.notes)
 

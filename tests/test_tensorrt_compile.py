@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from compiled import MODELS, feeds
+from compiled import MODELS, feeds, held_of
 from fake_tensorrt import Script, cuda_driver, install
 
 import nmcompile
@@ -324,7 +324,7 @@ def test_what_goes_back_goes_with_its_neighbours(tmp_path: Path, data: Path) -> 
     result = nmcompile.compile(MODEL, tmp_path / "m.plan", target="tensorrt", calibration=data, solver="magnitude",
                                preset="fast", max_drop="cosine=0.1",
                                engine=EngineOptions(version="10", shapes=(SHAPES,), build=False))  # fmt: skip
-    assert 0 < len(result.held["dense"]) < 12 and not any("S4" in finding for finding in result.findings)
+    assert 0 < len(held_of(result).dense) < 12 and not any("S4" in finding for finding in result.findings)
     excluded = nmcompile.compile(MODEL, None, target="tensorrt", calibration=data, preset="fast",
                                  passes="n-m-prune(exclude=*query*, multiple=32)", emit_onnx=tmp_path / "e.onnx")
     assert not any("S4" in finding for finding in excluded.findings) and excluded.findings

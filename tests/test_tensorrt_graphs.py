@@ -17,11 +17,11 @@ from nmcompile.backends.tensorrt import rules
 from nmcompile.backends.tensorrt.profiles import PROFILES
 from nmcompile.calibrate import Calibration, open_data
 from nmcompile.compare import Comparison, real_tokens
-from nmcompile.job import Job
 from nmcompile.passes import NMPrune
 from nmcompile.passes.quantize_outputs import is_sparse
 from nmcompile.recipes import PRESETS
-from nmcompile.targets import TensorrtTarget
+from nmcompile.stages import PrunePlan, Runner, canonicalise, prune, quantize
+from nmcompile.targets import Product, TensorrtTarget
 
 # Half precision moves values over the edges between two steps of eight bits; small models have few values to average.
 LEAST_SQNR = {"8.6": 48.0, "10": 20.0, "11": 20.0}  # dB, against the Q/DQ graph in float32
@@ -30,21 +30,18 @@ MEASURED = re.compile(r"#\w+|\{[^}]*\}")  # by onnxruntime: rounded as the CPU l
 
 
 @functools.cache
-def job(name: str, version: str, attention: str = "float", weights: str = "float") -> Job:
+def product(name: str, version: str, attention: str = "float", weights: str = "float") -> Product:
     source = g.load(MODELS / f"{name}.onnx")
     data = open_data(feeds(MODELS / f"{name}.onnx"), g.inputs(source))
     target = TensorrtTarget(PROFILES[version], "sparse", weights)
-    made = Job(source, target, PRESETS["fast"], attention, [NMPrune(multiple=32)], Calibration(data), False, (),
-               lambda *_: None)  # fmt: skip
-    made.prepare()
-    made.quantize()
-    return made
+    runner = Runner(Calibration(data))
+    pruned = prune(canonicalise(source, runner), PrunePlan.of([NMPrune(multiple=32)]), runner)
+    quantized = quantize(pruned, lambda names: target.quantizing(PRESETS["fast"], attention, names), runner)
+    return target.lower(quantized, runner)
 
 
 def emitted(name: str, version: str, **options: str) -> gs.Graph:
-    target = job(name, version, **options).target
-    assert isinstance(target, TensorrtTarget)
-    return target.graph
+    return product(name, version, **options).graph
 
 
 def check(graph: gs.Graph, version: str) -> None:
@@ -58,9 +55,10 @@ def check(graph: gs.Graph, version: str) -> None:
 @pytest.mark.parametrize("version", PROFILES)
 @pytest.mark.parametrize("name", NAMES)
 def test_every_model_for_every_version(name: str, version: str) -> None:
-    made, graph = job(name, version), emitted(name, version)
+    made = product(name, version)
+    graph = made.graph
     check(graph, version)
-    before, after = g.runner(made.graph), g.runner(graph)
+    before, after = g.runner(made.quantized.graph), g.runner(graph)
     comparison = Comparison(g.outputs(graph))
     for batch in feeds(MODELS / f"{name}.onnx"):
         comparison.add(before(batch), after(batch), real_tokens(batch))
@@ -100,8 +98,9 @@ def test_int8_attention_and_stored_integers(name: str, version: str) -> None:
 @pytest.mark.parametrize("name", NATIVE)
 def test_every_pruned_weight_is_2_4_where_it_is_read(name: str, version: str) -> None:
     """Followed from the product back to the constant, through pairs and casts, on values and on integers."""
-    made, graph = job(name, version), emitted(name, version)
-    pruned, checked = set(made.changed), set()
+    made = product(name, version)
+    graph = made.graph
+    pruned, checked = set(made.quantized.pruned.changed), set()
     for node in graph.nodes:
         if node.op != "MatMul" or node.name not in pruned:
             continue
@@ -120,7 +119,7 @@ def test_every_pruned_weight_is_2_4_where_it_is_read(name: str, version: str) ->
 
 
 def test_query_key_and_value_are_pruned_all_or_none() -> None:
-    graph = job("bert-torchscript", "10").dense
+    graph = product("bert-torchscript", "10").quantized.pruned.canonical.graph
     layers = g.linear_layers(graph)
     query = next(layer for layer in layers if "layer.0" in layer.name and "query" in layer.name)
     odd = [layer for layer in layers if layer.x is query.x]

@@ -15,6 +15,7 @@ from nmcompile.errors import NmcompileError
 
 if TYPE_CHECKING:
     from nmcompile.compiler import Result
+    from nmcompile.fallback import Held
     from nmcompile.lengths import Look
 
 NOTES = 10  # that the summary shows
@@ -169,8 +170,8 @@ def summary(model: Path, result: Result) -> Iterator[str]:
         what = "plan" if result.engine is None else "graph in onnxruntime"
         yield f"  loss      {what} against model, on {samples}"
         yield from (f"            {line}" for line in terminal.differences(result.loss).splitlines())
-    if result.held:
-        yield from _titled("held", _held(result))
+    if result.held is not None:
+        yield from _titled("held", _held(result.held))
     if result.lengths is not None:
         yield from _titled("lengths", _lengths(result.lengths))
     told = () if result.lengths is None else result.lengths.notes
@@ -207,12 +208,11 @@ def _layers(result: Result) -> list[str]:
     return lines or ["none on the engine"]
 
 
-def _held(result: Result) -> list[str]:
+def _held(held: Held) -> list[str]:
     """What it took to stay within --max-drop."""
-    held = result.held
-    apart = f" ({held['drop_apart']:.4g} on samples kept from the search)" if "drop_apart" in held else ""
-    lines = [f"{held['metric']} drops by {held['drop']:.4g}{apart}, {held['limit']:g} is allowed"]
-    for kind, names in (("dense again", held["dense"]), ("left in float", held["float"])):
+    apart = f" ({held.drop_apart:.4g} on samples kept from the search)" if held.drop_apart is not None else ""
+    lines = [f"{held.metric} drops by {held.drop:.4g}{apart}, {held.limit:g} is allowed"]
+    for kind, names in (("dense again", held.dense), ("left in float", held.floating)):
         if names:
             more = f" and {len(names) - 4} more" if len(names) > 4 else ""
             lines.append(f"{len(names)} layers {kind}, those that add most noise: {', '.join(names[:4])}{more}")

@@ -8,7 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
+
+import onnx_graphsurgeon as gs
 
 import nmcompile
 from nmcompile import ir as g
@@ -18,11 +20,11 @@ from nmcompile.backends.tensorrt.recipe import EngineOptions, Recipe, names_besi
 from nmcompile.backends.tensorrt.shapes import Ranges
 from nmcompile.compare import Difference
 from nmcompile.errors import NmcompileError, NoDeviceError, UnsupportedError
-from nmcompile.job import Job
 from nmcompile.outputs import Outputs
-from nmcompile.targets import TensorrtTarget
+from nmcompile.tensorinfo import TensorInfo
 
 Loss = Mapping[str, Difference]
+Infos = Sequence[Mapping[str, Any]]
 NAMES: tuple[str, ...] = ("sparse", "mixed", "dense")
 NEWEST = "10"  # the profile where no TensorRT is at hand: strongly typed, which 11 reads too
 
@@ -31,12 +33,13 @@ NEWEST = "10"  # the profile where no TensorRT is at hand: strongly typed, which
 class Engine:
     """What became of an engine. built: it lies at the plan's path, with its description beside it; otherwise the recipe
     and its ONNX files lie there, and `why` says what this machine lacks. kept: the variant (sparse, dense, mixed), loss
-    what its graph loses in onnxruntime."""
+    what its graph loses in onnxruntime. back: the pruned layers that have their dense weights in it."""
 
     built: bool
     recipe: Path | None
     why: str = ""
     kept: str = ""
+    back: Sequence[str] = ()
     description: Mapping[str, Any] = field(default_factory=dict)
     loss: Loss = field(default_factory=dict)
 
@@ -77,109 +80,128 @@ def derived(plan: Path) -> list[Path]:
     return [*models, *(Path(f"{path}.data") for path in models), recipe_path(plan), description_path(plan)]
 
 
+@dataclass(frozen=True)
+class Graph:
+    """One variant of an engine's graph: what is written of it, and what its description repeats. assumes: what it
+    assumes of its inputs."""
+
+    graph: gs.Graph
+    layers: Sequence[Mapping[str, Any]]
+    passes: Sequence[str]
+    assumes: Sequence[Any]
+    loss: Loss
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """An engine that is to be made.
+
+    plan: where it goes; files: where all is written first. without: what this machine lacks to build it, "" nothing.
+    source: fingerprint of the model, and its inputs and outputs as JSON. pruned: layers with fewer weights, whose dense
+    ones `graph(names)` gives back.
+    """
+
+    plan: Path
+    files: Outputs
+    options: EngineOptions
+    profile: Profile
+    shapes: Ranges
+    without: str
+    source: tuple[str, Infos, Infos]
+    pruned: Sequence[str]
+    graph: Callable[[Sequence[str]], Graph]
+    progress: Callable[[str, int, int], None]
+
+
 class Variants:
     """The graphs of one engine in a folder, with what each of them loses and how its layers will run."""
 
-    def __init__(self, job: Job, target: TensorrtTarget, folder: Path, plan: Path, floating: Sequence[str],
-                 loss: Callable[[], Loss]) -> None:  # fmt: skip
-        self.job, self.target, self.folder, self.plan, self.floating = job, target, folder, plan, floating
-        self._loss = loss
-        self.losses: dict[str, Loss] = {}
+    def __init__(self, wanted: Wanted, folder: Path) -> None:
+        self.wanted, self.folder = wanted, folder
+        self.back: dict[str, Sequence[str]] = {}
+        self.graphs: dict[str, Graph] = {}
         self.models: dict[str, str] = {}
-        self._facts: dict[str, Any] = {}
-        self._back: dict[str, Sequence[str]] = {}
 
-    def emit(self, name: str, dense: Sequence[str], same_as: str | None = None) -> None:
-        """Write the graph whose layers `dense` have their dense weights; `same_as`: another variant's file serves."""
-        self.job.quantize(dense, self.floating)
-        self._back[name] = dense
-        self.losses[name] = self._loss() if same_as is None else self.losses[same_as]
-        path = names_beside(self.folder / self.plan.name, [name])[name]
+    def emit(self, name: str, back: Sequence[str] = (), same_as: str | None = None) -> None:
+        """Write the graph whose layers `back` have their dense weights; `same_as`: another variant's file serves."""
+        self.back[name] = back
+        self.graphs[name] = self.wanted.graph(back)
+        path = names_beside(self.folder / self.wanted.plan.name, [name])[name]
         if same_as is None:
-            g.save(self.target.graph, path)
+            g.save(self.graphs[name].graph, path)
         self.models[name] = path.name if same_as is None else self.models[same_as]
-        self._facts[name] = {
-            "layers": list(self.target.layers), "passes": self.job.header["passes"],
-            "loss": {key: item.to_json() for key, item in self.losses[name].items()},
-        }  # fmt: skip
 
-    def recipe(self, shapes: Ranges, options: EngineOptions) -> Path:
+    def recipe(self) -> Path:
         """Write the recipe of all variants so far, the sparse one first."""
-        job, chosen = self.job, self.target.profile
+        wanted, (fingerprint, inputs, outputs) = self.wanted, self.wanted.source
         models = {name: self.models[name] for name in NAMES if name in self.models}
         digests = {file: _digest(self.folder / file) for file in dict.fromkeys(models.values())}
-        facts = {"inputs": _infos(g.inputs(job.source)), "outputs": _infos(g.outputs(job.source)),
-                 "assumes": assumed(job), "variants": self._facts, "sha256": digests}  # fmt: skip
-        path = recipe_path(self.folder / self.plan.name)
-        Recipe(path, self.plan, chosen.name, chosen.strong, models, shapes, options, job.fingerprint,
-               facts).write(nmcompile.__version__)  # fmt: skip
+        assumes = list(list(self.graphs.values())[-1].assumes)
+        variants = {name: {"layers": list(made.layers), "passes": list(made.passes),
+                           "loss": {key: item.to_json() for key, item in made.loss.items()}}
+                    for name, made in self.graphs.items()}  # fmt: skip
+        facts = {"inputs": inputs, "outputs": outputs, "assumes": assumes, "variants": variants, "sha256": digests}
+        path = recipe_path(self.folder / wanted.plan.name)
+        Recipe(path, wanted.plan, wanted.profile.name, wanted.profile.strong, models, wanted.shapes, wanted.options,
+               fingerprint, facts).write(nmcompile.__version__)  # fmt: skip
         return path
 
-    def settle(self, name: str) -> None:
-        """Bring the job to the variant that was kept."""
-        self.job.quantize(self._back[name], self.floating)
+    @property
+    def first(self) -> str:
+        return "sparse" if "sparse" in self.graphs else "dense"
+
+    def elsewhere(self, why: str) -> Engine:
+        """What there is where no engine could be built: graphs and recipe beside the plan."""
+        kept = _for_elsewhere(self.wanted.files, self.folder, self.wanted.plan)
+        return Engine(False, kept, why, self.first, back=self.back[self.first], loss=self.graphs[self.first].loss)
 
 
-def assumed(job: Job) -> list[Any]:
-    """What the graphs assume of their inputs, as SimplifyMasks has found."""
-    found = [report.detail["assumes"] for _, report, _ in job.log if "assumes" in report.detail]
-    return cast("list[Any]", found[-1]) if found else []
-
-
-def make(
-    job: Job,
-    target: TensorrtTarget,
-    options: EngineOptions,
-    plan: Path,
-    shapes: Ranges,
-    held: Mapping[str, Any],
-    loss: Callable[[], Loss],
-    without: str,
-    files: Outputs,
-) -> Engine:
+def make(wanted: Wanted) -> Engine:
     """Write graphs and recipe, and build the engine unless `without` says what this machine lacks.
 
-    held: the layers that an accuracy limit has taken back ("dense", "float"). loss(): what the graph that the target
-    holds loses. The sparse engine is built beside a dense one of the same model, both are timed and the faster stays;
-    layers that were found eligible but ran dense get their dense weights back, which costs no time. All is written
-    where `files` says and moved beside the plan when that publishes; where the builder fails, graphs and recipe are
-    kept.
+    The sparse engine is built beside a dense one of the same model, both are timed and the faster stays; layers that
+    were found eligible but ran dense get their dense weights back, which costs no time. All is written where `files`
+    says and moved beside the plan when that publishes; where the builder fails, graphs and recipe are kept.
     """
+    files, plan, python = wanted.files, wanted.plan, wanted.options.python
     folder = files.folder(plan.parent)
-    dense, floating = held.get("dense", ()), held.get("float", ())
-    variants = Variants(job, target, folder, plan, floating, loss)
-    changed = [name for name in job.changed if name not in job.closed(dense)]
-    if changed:
-        variants.emit("dense", [*dense, *changed])
-        variants.emit("sparse", dense)  # last: what is reported is the sparse one
-    elif any(layer["pattern"] and layer["int8"] for layer in target.layers):  # it came with its zeros
-        variants.emit("sparse", dense)
-        variants.emit("dense", dense, same_as="sparse")
-    else:
-        variants.emit("dense", dense)
-    first = "sparse" if "sparse" in variants.models else "dense"
-    recipe = variants.recipe(shapes, options)
-    if without:
-        return Engine(False, _for_elsewhere(files, folder, plan), without, loss=variants.losses[first])
+    variants = _emitted(wanted, folder)
+    recipe = variants.recipe()
+    if wanted.without:
+        return variants.elsewhere(wanted.without)
     built = folder / plan.name
     try:
-        build(recipe, options.python, built, job.tell)
+        build(recipe, python, built, wanted.progress)
     except NoDeviceError as error:
-        return Engine(False, _for_elsewhere(files, folder, plan), str(error), loss=variants.losses[first])
+        return variants.elsewhere(str(error))
     except NmcompileError as error:
-        kept = _for_elsewhere(files, folder, plan)
+        left = _for_elsewhere(files, folder, plan)
         files.publish()
-        raise NmcompileError(f"{error} (the graphs are kept: nmcompile build-engine {kept})") from None
-    idle = _idle(_described(built), changed)
+        raise NmcompileError(f"{error} (the graphs are kept: nmcompile build-engine {left})") from None
+    idle = _idle(_described(built), wanted.pruned)
     if _described(built)["kept"] == "sparse" and idle:
-        variants.emit("mixed", [*dense, *idle])
+        variants.emit("mixed", idle)
         with suppress(NmcompileError):  # the sparse engine is there already
-            build(variants.recipe(shapes, options), options.python, built, job.tell)
+            build(variants.recipe(), python, built, wanted.progress)
     found = _described(built)
-    variants.settle(str(found["kept"]))
+    kept = str(found["kept"])
     files.move(description_path(built), description_path(plan))
     files.move(built, plan)
-    return Engine(True, None, kept=str(found["kept"]), description=found, loss=variants.losses[str(found["kept"])])
+    return Engine(True, None, kept=kept, back=variants.back[kept], description=found, loss=variants.graphs[kept].loss)
+
+
+def _emitted(wanted: Wanted, folder: Path) -> Variants:
+    """The variants to begin with."""
+    variants = Variants(wanted, folder)
+    if wanted.pruned:
+        variants.emit("dense", wanted.pruned)
+        variants.emit("sparse")  # last: what is reported is the sparse one
+    elif any(layer["pattern"] and layer["int8"] for layer in wanted.graph(()).layers):  # it came with its zeros
+        variants.emit("sparse")
+        variants.emit("dense", same_as="sparse")
+    else:
+        variants.emit("dense")
+    return variants
 
 
 def _for_elsewhere(files: Outputs, folder: Path, plan: Path) -> Path:
@@ -208,7 +230,8 @@ def _idle(found: Mapping[str, Any], changed: Sequence[str]) -> list[str]:
     return [name for name in changed if named(name, "eligible") and not named(name, "chosen")]
 
 
-def _infos(infos: Sequence[Any]) -> list[dict[str, Any]]:
+def infos_json(infos: Sequence[TensorInfo]) -> list[dict[str, Any]]:
+    """For recipes and descriptions."""
     return [{"name": info.name, "dtype": info.dtype.name, "shape": list(info.shape)} for info in infos]
 
 
@@ -220,4 +243,4 @@ def _digest(path: Path) -> str:
 def to_json(engine: Engine) -> dict[str, Any]:
     """For the report."""
     return {"built": engine.built, "recipe": None if engine.recipe is None else str(engine.recipe), "why": engine.why,
-            "kept": engine.kept, "description": dict(engine.description)}  # fmt: skip
+            "kept": engine.kept if engine.built else "", "description": dict(engine.description)}  # fmt: skip

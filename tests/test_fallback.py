@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from compiled import held_of
 from onnx_text import parse_model
 
 import nmcompile
 from nmcompile import ir as g
 from nmcompile.compare import powers
-from nmcompile.control import Noise, hold, worst_first
 from nmcompile.errors import InputError, NmcompileError, UnsupportedError
+from nmcompile.fallback import Noise, fall_back, worst_first
 from nmcompile.metrics import Limit, cosine, disagreement, divergence, parse_limit
 from nmcompile.plan import read_plan
 
@@ -91,7 +92,7 @@ def search(harm: dict[str, float], allowed: float, float_harm: dict[str, float] 
 
     order = worst_first({name: Noise(0.0, value) for name, value in harm.items()}, harm)
     second = worst_first({name: Noise(0.0, value) for name, value in rest.items()}, rest)
-    return hold(Limit("cosine", allowed, lambda a, b: 0.0), attempt, lambda: (order, second), lambda *_: None)
+    return fall_back(Limit("cosine", allowed, lambda a, b: 0.0), attempt, lambda: (order, second), lambda *_: None)
 
 
 def test_the_fewest_layers_go_back() -> None:
@@ -105,7 +106,8 @@ def test_then_layers_go_to_float() -> None:
     found = search({"a": 1.0, "b": 2.0}, 0.5, {"a": 0.4, "b": 0.3, "c": 0.6})
     assert (found.dense, found.floating) == (("b", "a"), ("c", "a"))  # type: ignore[attr-defined]
     with pytest.raises(UnsupportedError, match="even without pruning and quantization"):
-        hold(Limit("kl", 0.1, lambda a, b: 0.0), lambda dense, floating: 1.0, lambda: (["a"], ["a"]), lambda *_: None)
+        fall_back(Limit("kl", 0.1, lambda a, b: 0.0), lambda dense, floating: 1.0, lambda: (["a"], ["a"]),
+                  lambda *_: None)  # fmt: skip
 
 
 def test_a_limit_holds_on_the_plan(tmp_path: Path) -> None:
@@ -115,20 +117,20 @@ def test_a_limit_holds_on_the_plan(tmp_path: Path) -> None:
     lost = 1 - free.loss["last_hidden_state"].cosine
     half = f"cosine={lost / 2}"
     held = nmcompile.compile(BERT, tmp_path / "held.plan", max_drop=half, **given)  # type: ignore[arg-type]
-    assert held.held["dense"] and held.held["drop"] <= lost / 2
+    assert held_of(held).dense and held_of(held).drop <= lost / 2
     dense = {layer["name"] for layer in held.layers if layer["density"] > 0.9}  # rounding makes a few
-    assert set(held.held["dense"]) <= dense
+    assert set(held_of(held).dense) <= dense
     assert 1 - held.loss["last_hidden_state"].cosine < lost
     assert read_plan(tmp_path / "held.plan").header["passes"] == [name for name, _, _ in held.passes]
     loose = nmcompile.compile(BERT, tmp_path / "loose.plan", max_drop="cosine=1", **given)  # type: ignore[arg-type]
-    assert not loose.held["dense"] and (tmp_path / "loose.plan").read_bytes() == (tmp_path / "free.plan").read_bytes()
+    assert not held_of(loose).dense and (tmp_path / "loose.plan").read_bytes() == (tmp_path / "free.plan").read_bytes()
 
 
 def test_layers_go_to_float_where_int8_is_too_coarse(tmp_path: Path) -> None:
     result = nmcompile.compile(BERT, tmp_path / "m.plan", calibration=list(samples()), max_drop="cosine=1e-5")
-    assert result.held["float"] and not result.held["dense"] and result.held["drop"] <= 1e-5
+    assert held_of(result).floating and not held_of(result).dense and held_of(result).drop <= 1e-5
     precision = {layer["name"]: layer["precision"] for layer in result.layers}
-    assert all(precision[name] != "int8" for name in result.held["float"])
+    assert all(precision[name] != "int8" for name in held_of(result).floating)
 
 
 def test_what_cannot_be_held_leaves_no_file(tmp_path: Path) -> None:

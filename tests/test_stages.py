@@ -8,15 +8,15 @@ from pathlib import Path
 import numpy as np
 import onnx_graphsurgeon as gs
 import pytest
-from compiled import MODELS
+from compiled import MODELS, held_of
 
 import nmcompile
 from nmcompile import ir as g
 from nmcompile.calibrate import Calibration, Data, open_data
 from nmcompile.compare import Comparison, real_tokens
-from nmcompile.job import Job
 from nmcompile.recipes import PRESETS
 from nmcompile.spec import parse_spec, spec
+from nmcompile.stages import Keep, Pruned, PrunePlan, Quantized, Runner, canonicalise, prune, quantize, with_dense
 from nmcompile.targets import CpuTarget
 
 BERT = MODELS / "bert-torchscript.onnx"
@@ -30,11 +30,19 @@ def data() -> Data:
     return open_data(samples, g.inputs(g.load(BERT)))
 
 
-def job_of(passes: str, data: Data) -> Job:
-    job = Job(g.load(BERT), CpuTarget(), PRESETS["fast"], "int8", parse_spec(passes), Calibration(data), False, (),
-              lambda *_: None)  # fmt: skip
-    job.prepare()
-    return job
+def pruned_by(passes: str, data: Data) -> Pruned:
+    runner = Runner(Calibration(data))
+    return prune(canonicalise(g.load(BERT), runner), PrunePlan.of(parse_spec(passes)), runner)
+
+
+def quantized(pruned: Pruned, names: Sequence[str], data: Data) -> Quantized:
+    keep = Keep(dense=tuple(names))
+    return quantize(pruned, lambda left: CpuTarget().quantizing(PRESETS["fast"], "int8", left),
+                    Runner(Calibration(data)), keep)  # fmt: skip
+
+
+def back(pruned: Pruned, names: Sequence[str], data: Data) -> gs.Graph:
+    return with_dense(pruned, names, Runner(Calibration(data)))[0]
 
 
 def lost(one: gs.Graph, other: gs.Graph, data: Data) -> float:
@@ -46,13 +54,13 @@ def lost(one: gs.Graph, other: gs.Graph, data: Data) -> float:
     return 1 - comparison.differences()["last_hidden_state"].cosine
 
 
-def mixed(job: Job, names: Sequence[str]) -> gs.Graph:
+def mixed(pruned: Pruned, names: Sequence[str]) -> gs.Graph:
     """The dense graph in which all layers but those named have what magnitude pruning leaves."""
-    pruned = {layer.name: layer.weight for layer in g.linear_layers(job.pruned)}
-    graph = g.copy(job.dense)
+    weights = {layer.name: layer.weight for layer in g.linear_layers(pruned.sparse)}
+    graph = g.copy(pruned.dense)
     for layer in g.linear_layers(graph):
-        if layer.name in job.changed and layer.name not in names:
-            g.set_weight(graph, layer, pruned[layer.name])
+        if layer.name in pruned.changed and layer.name not in names:
+            g.set_weight(graph, layer, weights[layer.name])
     return graph
 
 
@@ -66,45 +74,47 @@ def smoothed(graph: gs.Graph) -> int:
     "permute-features(pattern=4x1), smooth-activations(alpha=0)",
 ])  # fmt: skip
 def test_a_layer_that_goes_back_computes_what_it_did(after: str, data: Data) -> None:
-    job = job_of(f"{PRUNE}, {after}", data)
-    assert len(job.changed) == 12 and lost(job.pruned, job.finished, data) < 1e-6  # what came after kept the function
-    for names in (job.changed[:1], job.changed[3:9], job.changed):
-        job.quantize(names)
-        assert lost(mixed(job, names), job._with_dense(names), data) < 1e-6
-        assert lost(mixed(job, names), job.graph, data) < 0.01  # eight bits
-        assert smoothed(job._with_dense(names)) == smoothed(job.finished) > 0
-    assert [name for name, _, _ in job.middle] == [spec(pass_) for pass_ in parse_spec(after)]  # once, as given
+    pruned = pruned_by(f"{PRUNE}, {after}", data)
+    assert len(pruned.changed) == 12 and lost(pruned.sparse, pruned.graph, data) < 1e-6
+    for names in (pruned.changed[:1], pruned.changed[3:9], pruned.changed):
+        made = quantized(pruned, names, data)
+        assert lost(mixed(pruned, names), back(pruned, names, data), data) < 1e-6
+        assert lost(mixed(pruned, names), made.graph, data) < 0.01  # eight bits
+        assert smoothed(back(pruned, names, data)) == smoothed(pruned.graph) > 0
+        steps = [name for name, _, _ in made.steps[len(pruned.steps) :]]
+        assert steps[: len(pruned.after)] == [spec(pass_) for pass_ in parse_spec(after)]  # once, as given
 
 
 def test_more_pruning_after_smoothing_leaves_out_what_goes_back(data: Data) -> None:
-    job = job_of("block-prune(sparsity=0.8, include=*layer.0*), smooth-activations, "
+    pruned = pruned_by("block-prune(sparsity=0.8, include=*layer.0*), smooth-activations, "
                  "block-prune(sparsity=0.8, include=*layer.1*)", data)  # fmt: skip
-    assert len(job.changed) == 12
-    names = [name for name in job.changed if "query" in name or "layer.1" in name]
-    graph = job._with_dense(names)
+    assert len(pruned.changed) == 12
+    names = [name for name in pruned.changed if "query" in name or "layer.1" in name]
+    graph = back(pruned, names, data)
     density = {layer.name: np.count_nonzero(layer.weight) / layer.weight.size for layer in g.linear_layers(graph)}
-    assert all((density[name] > 0.9) == (name in names) for name in job.changed)
-    assert lost(job.dense, job._with_dense(job.changed), data) < 1e-6
-    job.quantize(names)
-    said = [note for note in job.notes if names[0] in note]
+    assert all((density[name] > 0.9) == (name in names) for name in pruned.changed)
+    assert lost(pruned.dense, back(pruned, pruned.changed, data), data) < 1e-6
+    notes = [note for _, report, _ in quantized(pruned, names, data).steps for note in report.notes]
+    said = list(dict.fromkeys(note for note in notes if names[0] in note))
     assert said == [f"{names[0]}: kept dense, by the search that holds the limit"]
 
 
 def test_fitted_normalisations_follow_the_layers_that_are_left(data: Data) -> None:
-    job = job_of("block-prune(sparsity=0.9, block=2x4, solver=obs, damping=0.05)", data)
-    left = job.changed[-1]
-    names = [name for name in job.changed if name != left]
-    graph = job._with_dense(names)
-    stale = g.copy(job.pruned)
-    dense = {layer.name: layer for layer in g.linear_layers(job.dense)}
+    pruned = pruned_by("block-prune(sparsity=0.9, block=2x4, solver=obs, damping=0.05)", data)
+    left = pruned.changed[-1]
+    names = [name for name in pruned.changed if name != left]
+    graph = back(pruned, names, data)
+    stale = g.copy(pruned.sparse)
+    dense = {layer.name: layer for layer in g.linear_layers(pruned.dense)}
     for layer in g.linear_layers(stale):
         if layer.name in names:
             g.set_weight(stale, layer, dense[layer.name].weight)
             if (bias := dense[layer.name].bias) is not None:
                 g.set_bias(stale, layer, bias)
-    assert lost(job.dense, graph, data) < 0.75 * lost(job.dense, stale, data)
-    assert len(fitted(job.dense, job.pruned)) == 4 and len(fitted(job.dense, graph)) == 1  # the one after that layer
-    assert fitted(job.dense, job._with_dense(job.changed)) == []
+    assert lost(pruned.dense, graph, data) < 0.75 * lost(pruned.dense, stale, data)
+    assert len(fitted(pruned.dense, pruned.sparse)) == 4
+    assert len(fitted(pruned.dense, graph)) == 1  # the one after that layer
+    assert fitted(pruned.dense, back(pruned, pruned.changed, data)) == []
 
 
 def digest(values: np.ndarray | None) -> bytes:
@@ -119,11 +129,14 @@ def fitted(dense: gs.Graph, graph: gs.Graph) -> list[str]:
 
 
 def test_layers_that_the_search_left_in_float_are_not_said_to_be_named(data: Data) -> None:
-    job = job_of("", data)
-    name = g.linear_layers(job.dense)[0].name
-    job.quantize((), [name])
-    assert f"{name}: kept float, by the search that holds the limit" in job.notes
-    assert not any("by name" in note for note in job.notes) and len(job.notes) == len(set(job.notes))
+    pruned = pruned_by("", data)
+    name = g.linear_layers(pruned.dense)[0].name
+    runner, target = Runner(Calibration(data)), CpuTarget()
+    made = quantize(pruned, lambda left: target.quantizing(PRESETS["fast"], "int8", left), runner,
+                    Keep(floating=(name,)))  # fmt: skip
+    told = target.lower(made, runner).told
+    assert f"{name}: kept float, by the search that holds the limit" in told
+    assert not any("by name" in note for note in told) and len(told) == len(set(told))
 
 
 def test_a_limit_is_held_by_layers_that_go_back_after_smoothing(tmp_path: Path) -> None:
@@ -132,5 +145,5 @@ def test_a_limit_is_held_by_layers_that_go_back_after_smoothing(tmp_path: Path) 
     samples = [{"input_ids": rng.integers(5, 200, 12)} for _ in range(32)]
     result = nmcompile.compile(BERT, tmp_path / "m.plan", calibration=samples, preset="fast", max_drop="cosine=0.01",
                                passes="block-prune(sparsity=0.9, block=1x4), smooth-activations")  # fmt: skip
-    assert result.held["dense"] and not result.held["float"] and result.held["drop"] <= 0.01
+    assert held_of(result).dense and not held_of(result).floating and held_of(result).drop <= 0.01
     assert min(item.cosine for item in result.loss.values()) > 0.98

@@ -1,4 +1,4 @@
-"""Accuracy control: which layers go back to denser forms until the model is as good as asked for."""
+"""Accuracy fallback: which layers go back to denser forms until the model is as good as asked for."""
 
 from __future__ import annotations
 
@@ -34,6 +34,24 @@ class Outcome:
     drop: float
     dense: tuple[str, ...] = ()
     floating: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Held:
+    """How a limit was held: what it took, and the drop on samples that the search did not choose by, where there were
+    any. dense, floating: layers that went back."""
+
+    metric: str
+    limit: float
+    drop: float
+    dense: tuple[str, ...] = ()
+    floating: tuple[str, ...] = ()
+    drop_apart: float | None = None
+
+    def to_json(self) -> dict[str, object]:
+        apart = {} if self.drop_apart is None else {"drop_apart": self.drop_apart}
+        return {"metric": self.metric, "limit": self.limit, "drop": self.drop, "dense": list(self.dense),
+                "float": list(self.floating), **apart}  # fmt: skip
 
 
 def layer_noise(dense: gs.Graph, other: gs.Graph, data: Data) -> dict[str, Noise]:
@@ -72,11 +90,11 @@ def _tensors(layer: g.Linear, graph: gs.Graph) -> tuple[str, str]:
     return tensor.name, layer.y.name
 
 
-def hold(
+def fall_back(
     limit: Limit,
     attempt: Callable[[Sequence[str], Sequence[str]], float],
     candidates: Callable[[], tuple[Sequence[str], Sequence[str]]],
-    tell: Callable[[str, int, int], None],
+    progress: Callable[[str, int, int], None],
 ) -> Outcome:
     """The fewest layers, worst first, that must go back for the drop to stay within the limit.
 
@@ -89,7 +107,7 @@ def hold(
 
     def drop(dense: Sequence[str], floating: Sequence[str]) -> float:
         nonlocal tried
-        tell("holding accuracy", tried, 0)
+        progress("holding accuracy", tried, 0)
         tried += 1
         return attempt(dense, floating)
 
