@@ -11,7 +11,7 @@ import string
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import numpy as np
 
@@ -207,10 +207,17 @@ def _padded(rows: Sequence[Row], pad: int) -> Feeds:
     return {"input_ids": ids, "attention_mask": mask, "token_type_ids": types}
 
 
+class Sizes(TypedDict, total=False):
+    """Of a run over a task: tokens of an input, examples of a batch, examples in all; None is the usual one."""
+
+    max_length: int | None
+    batch: int | None
+    limit: int | None
+
+
 def evaluate(
     task: Task, run: Run, tokenizer: Any, *, inputs: Collection[str] = FEEDS, labels: Sequence[str] = (),
-    max_length: int | None = None, batch: int | None = None, limit: int | None = None,
-    progress: Progress = _quiet,
+    progress: Progress = _quiet, **sizes: Unpack[Sizes],
 ) -> dict[str, float]:  # fmt: skip
     """The benchmark's metrics of a model: 0 to 1, correlations -1 to 1, SQuAD's 0 to 100, perplexity per token.
 
@@ -227,8 +234,8 @@ def evaluate(
     if labels and kind != "classes":
         raise InputError(f"task {task.benchmark.name} has no labels to order")
     model = copy_tokenizer(tokenizer)
-    engine = _Engine(run, inputs, batch or BATCH[kind], pad_id(model), progress)
-    length = max_length or LENGTH[kind]
+    engine = _Engine(run, inputs, sizes.get("batch") or BATCH[kind], pad_id(model), progress)
+    length, limit = sizes.get("max_length") or LENGTH[kind], sizes.get("limit")
     examples: Any = task.examples[:limit]  # of the class that the kind has
     if kind == "answers":
         return _answers(examples, engine, model, length, task.benchmark.unanswerable)

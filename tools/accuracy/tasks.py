@@ -82,13 +82,13 @@ class Task:
 
 def _glue(
     name: str, folder: str, texts: Sequence[str], labels: Sequence[str], *measured: str, file: str = "dev.tsv",
-    label: str = "label", header: tuple[str, ...] = (), hub: tuple[str, ...] = (), config: str = "", **quirks: Any,
+    label: str = "label", config: str = "", **columns: Any,
 ) -> Benchmark:  # fmt: skip
     split = "validation" + file.removeprefix("dev").removesuffix(".tsv")
-    columns = Columns(tuple(texts), label, header, hub, **quirks)
+    read = Columns(tuple(texts), label, **columns)
     kind: Kind = "classes" if labels else "similarity"
     return Benchmark(
-        name, kind, (folder,), (file,), ("glue", config or name), measured, split, tuple(labels), columns
+        name, kind, (folder,), (file,), ("glue", config or name), measured, split, tuple(labels), read
     )
 
 
