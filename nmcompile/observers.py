@@ -10,6 +10,7 @@ import onnx_graphsurgeon as gs
 
 from nmcompile import ir as g
 from nmcompile.errors import NmcompileError
+from nmcompile.files import write
 from nmcompile.pipeline import Observer, Pass, Report
 from nmcompile.spec import spec
 
@@ -19,19 +20,19 @@ def dump_text(folder: str | os.PathLike[str]) -> Observer:
     graph.to_text."""
     count = 0
 
-    def write(pass_: Pass, graph: gs.Graph, report: Report, seconds: float) -> None:
+    def dump(pass_: Pass, graph: gs.Graph, report: Report, seconds: float) -> None:
         nonlocal count
         count += 1
         path = Path(folder) / f"{count:02d}-{pass_.name}.txt"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(f"{spec(pass_)}: {report.changed} changed\n\n{g.to_text(graph)}")
+            write(path, f"{spec(pass_)}: {report.changed} changed\n\n{g.to_text(graph)}")
         except OSError as error:
             raise NmcompileError(
                 f"{path} cannot be written: {error.strerror or error}; choose another folder"
             ) from None
 
-    return write
+    return dump
 
 
 @dataclass

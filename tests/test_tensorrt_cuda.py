@@ -10,16 +10,16 @@ from contextlib import closing
 
 import pytest
 
-from nmcompile.backends.tensorrt import worker
+from nmcompile.backends.tensorrt import cuda_driver
 
 
 @pytest.fixture
-def cuda(driver: str) -> Iterator[worker.Cuda]:
-    with closing(worker.Cuda(driver)) as device:
+def cuda(driver: str) -> Iterator[cuda_driver.Cuda]:
+    with closing(cuda_driver.Cuda(driver)) as device:
         yield device
 
 
-def test_copies_there_and_back(cuda: worker.Cuda, driver: str) -> None:
+def test_copies_there_and_back(cuda: cuda_driver.Cuda, driver: str) -> None:
     stream, pointer = cuda.stream(), cuda.alloc(8)
     cuda.to_device(pointer, b"abcdefgh", 8, stream)
     back = ctypes.create_string_buffer(8)
@@ -44,20 +44,20 @@ def test_copies_there_and_back(cuda: worker.Cuda, driver: str) -> None:
 
 
 def test_closing_gives_everything_back(driver: str) -> None:
-    device = worker.Cuda(driver)
+    device = cuda_driver.Cuda(driver)
     device.alloc(10), device.stream(), device.event()
     device.close()
     device.close()
     assert ctypes.CDLL(driver).fakeLeft() == 0
 
 
-def test_each_thread_activates_the_context(cuda: worker.Cuda) -> None:
+def test_each_thread_activates_the_context(cuda: cuda_driver.Cuda) -> None:
     said: list[str] = []
 
     def use() -> None:
         try:
             cuda.alloc(1)
-        except worker.Failure as error:
+        except cuda_driver.Failure as error:
             said.append(str(error))
         cuda.activate()
         cuda.alloc(1)
@@ -70,11 +70,11 @@ def test_each_thread_activates_the_context(cuda: worker.Cuda) -> None:
 
 
 def test_drivers_that_have_no_gpu(driver: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(worker.Failure, match="no GPU 3: the driver shows 1"):
-        worker.Cuda(driver, device=3)
+    with pytest.raises(cuda_driver.Failure, match="no GPU 3: the driver shows 1"):
+        cuda_driver.Cuda(driver, device=3)
     monkeypatch.setenv("FAKE_CUDA_FAIL", "cuInit=803")
-    with pytest.raises(worker.Failure, match="cuInit failed with CUDA error 803; install the driver") as caught:
-        worker.Cuda(driver)
+    with pytest.raises(cuda_driver.Failure, match="cuInit failed with CUDA error 803; install the driver") as caught:
+        cuda_driver.Cuda(driver)
     assert caught.value.kind == "no-gpu"
-    with pytest.raises(worker.Failure, match=r"no CUDA driver.*nowhere\.so"):
-        worker.Cuda("nowhere.so")
+    with pytest.raises(cuda_driver.Failure, match=r"no CUDA driver.*nowhere\.so"):
+        cuda_driver.Cuda("nowhere.so")

@@ -12,7 +12,7 @@ import pytest
 from fake_tensorrt import Script, load
 from tensorrt_work import SHAPES, Work, left, write_recipe
 
-from nmcompile.backends.tensorrt import worker
+from nmcompile.backends.tensorrt import cuda_driver, worker
 
 PROFILES = ["8.6", "10", "11"]
 
@@ -36,14 +36,14 @@ def test_wrong_recipes(changes: dict[str, Any], words: list[str], work: Callable
 def test_what_is_no_recipe(content: str, tmp_path: Path) -> None:
     path = tmp_path / "r.json"
     path.write_text(content)
-    with pytest.raises(worker.Failure, match=r"r\.json.*nmcompile"):
+    with pytest.raises(cuda_driver.Failure, match=r"r\.json.*nmcompile"):
         worker.read_recipe(path)
 
 
 def test_missing_files(work: Callable[..., Work], tmp_path: Path) -> None:
     assert "gone.onnx" in work(Script(), models={"sparse": "gone.onnx"}).error("io")
     assert "make its folder" in work(Script(), plan="no/m.plan").error("io")
-    with pytest.raises(worker.Failure, match=r"cannot read .*gone\.json: No such file"):
+    with pytest.raises(cuda_driver.Failure, match=r"cannot read .*gone\.json: No such file"):
         worker.read_recipe(tmp_path / "gone.json")
 
 

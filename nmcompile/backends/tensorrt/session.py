@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from nmcompile.backends.tensorrt.worker import Cuda, Failure
+from nmcompile.backends.tensorrt.cuda_driver import Cuda, Failure
 from nmcompile.errors import InputError, NoDeviceError, PlanError
 from nmcompile.guards import check as check_guards
 from nmcompile.guards import read_guards
