@@ -14,7 +14,7 @@ import pytest
 from fake_tensorrt import Script, load
 from tensorrt_names import TABLES, table
 
-from nmcompile.backends.tensorrt import worker
+from nmcompile.backends.tensorrt import cuda_driver, worker
 
 SOURCE = Path(worker.__file__).read_text()
 TREE = ast.parse(SOURCE)
@@ -106,8 +106,12 @@ def test_names_in_strings_are_in_some_version() -> None:
 
 def test_the_worker_is_python_3_8_and_imports_little() -> None:
     ast.parse(SOURCE, feature_version=(3, 8))
+    driver = Path(cuda_driver.__file__).read_text("utf-8")
+    beside = ast.parse(driver, feature_version=(3, 8))
     imported = {name.name for node in ast.walk(TREE) if isinstance(node, ast.Import) for name in node.names}
     imported |= {str(node.module) for node in ast.walk(TREE) if isinstance(node, ast.ImportFrom)}
-    assert {name.split(".")[0] for name in imported} <= sys.stdlib_module_names | {"tensorrt"}
+    own = {"cuda_driver", "nmcompile.backends.tensorrt.cuda_driver"}
+    imported |= {name.name for node in ast.walk(beside) if isinstance(node, ast.Import) for name in node.names}
+    assert {name.split(".")[0] for name in imported - own} <= sys.stdlib_module_names | {"tensorrt"}
     at_the_top = {name.name for node in TREE.body if isinstance(node, ast.Import) for name in node.names}
     assert "tensorrt" not in at_the_top, "a process without a driver may crash on it"

@@ -285,8 +285,9 @@ def test_without_tensorrt(tmp_path: Path, driver: str) -> None:
     assert status == 0 and line["result"]["tensorrt"] is None and "libnvinfer" in line["result"]["tensorrt_error"]
 
 
-def test_a_copy_of_the_file_works_by_itself(tmp_path: Path, driver: str) -> None:
+def test_copies_of_the_two_files_work_by_themselves(tmp_path: Path, driver: str) -> None:
     copy = Path(shutil.copy(WORKER, tmp_path / "copied.py"))
+    shutil.copy(WORKER.with_name("cuda_driver.py"), tmp_path)
     environment = install(tmp_path / "site", Script(profile="11", cuda=driver, ms={"sparse": 1, "dense": 2}))
     for name in ("nmcompile", "numpy", "onnx"):
         (tmp_path / "site" / f"{name}.py").write_text("raise RuntimeError('not here')")
