@@ -22,7 +22,7 @@ from nmcompile.fallback import Held, layer_noise
 from nmcompile.holdout import Holdout
 from nmcompile.lengths import Look
 from nmcompile.options import Named, Options, Place
-from nmcompile.outputs import Outputs, real_path, staged
+from nmcompile.outputs import Outputs, pending, real_path
 from nmcompile.pipeline import Observer
 from nmcompile.request import attention_note, pruning_note
 from nmcompile.result import Result
@@ -62,10 +62,10 @@ def compile(
     passes = work.passes(canonical)
     notes = work.notes(passes)
     pruned = prune(canonical, PrunePlan.of(passes), work.runner)
-    with staged() as files:
+    with pending() as files:
         made = _made(work, pruned)
         notes += [*pruning_note(passes, pruned.changed, made.product.told),
-                  *attention_note(asked.quantize.attention, made.product.steps), *made.notes]  # fmt: skip
+                  *attention_note(asked.quantize.attention, made.product.ran), *made.notes]  # fmt: skip
         if asked.target.require == "native":
             _require_native(made.product)
         found = _cpu(work, made, files) if isinstance(made.product, CpuProduct) else _tensorrt(work, made, files)
@@ -157,8 +157,8 @@ def _tensorrt(work: Work, made: _Made, files: Outputs) -> _Found:
 
     def graph(back: Iterable[str]) -> Graph:
         product = product_of(back)
-        assumes = [report.detail["assumes"] for _, report, _ in product.steps if "assumes" in report.detail]
-        passes = [name for name, _, _ in product.steps]
+        assumes = [report.detail["assumes"] for _, report, _ in product.ran if "assumes" in report.detail]
+        passes = [name for name, _, _ in product.ran]
         return Graph(product.graph, product.layers, passes, assumes[-1] if assumes else [], loss_of(product))  # type: ignore[arg-type]
 
     engine, product = None, made.product
@@ -216,7 +216,7 @@ def _result(
     measured = work.options.control.measure
     return Result(
         plan=work.output if "plan" in sizes else None,
-        passes=product.steps,
+        passes=product.ran,
         layers=tuple(product.layers),
         segments=found.segments or tuple(product.segments),
         notes=tuple(dict.fromkeys(told)),

@@ -89,7 +89,7 @@ class Outputs:
 
 
 @contextmanager
-def staged() -> Iterator[Outputs]:
+def pending() -> Iterator[Outputs]:
     """Outputs that are gone at the end unless they were published."""
     made = Outputs()
     try:

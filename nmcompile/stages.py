@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from glob import escape
-from typing import cast
+from typing import NamedTuple, cast
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -29,8 +29,15 @@ from nmcompile.prune.selection import PruningPass
 from nmcompile.recipes import canonical_passes
 from nmcompile.spec import spec
 
-Step = tuple[str, Report, float]  # a pass as text, what it did, seconds
 Quantizing = Callable[[Sequence[str]], Sequence[Pass]]  # the passes that leave layers of these names in float
+
+
+class PassRun(NamedTuple):
+    """A pass as text, what it did, and in how many seconds."""
+
+    spec: str
+    report: Report
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -48,17 +55,17 @@ class Runner:
         """The same without observers, for what is only tried."""
         return replace(self, observers=())
 
-    def run(self, passes: Sequence[Pass], graph: gs.Graph) -> tuple[gs.Graph, tuple[Step, ...]]:
+    def run(self, passes: Sequence[Pass], graph: gs.Graph) -> tuple[gs.Graph, tuple[PassRun, ...]]:
         """The graph after the passes, and what each did; the graph given stays as it is."""
-        steps: list[Step] = []
+        ran: list[PassRun] = []
 
         def record(pass_: Pass, _graph: gs.Graph, report: Report, seconds: float) -> None:
-            steps.append((spec(pass_), report, seconds))
-            self.progress(f"pass {pass_.name}", len(steps), 0)
+            ran.append(PassRun(spec(pass_), report, seconds))
+            self.progress(f"pass {pass_.name}", len(ran), 0)
 
         pipeline = Pipeline(passes, observers=[record, *self.observers], verify=self.verify,
                             calibration=self.calibration, costs=self.costs)  # fmt: skip
-        return pipeline.run(graph)[0], tuple(steps)
+        return pipeline.run(graph)[0], tuple(ran)
 
 
 # ---- canonical form ------------------------------------------------------------------------------------------------
@@ -70,7 +77,7 @@ class Canonical:
 
     source: gs.Graph
     graph: gs.Graph
-    steps: tuple[Step, ...]
+    ran: tuple[PassRun, ...]
 
     @cached_property
     def fingerprint(self) -> str:
@@ -112,7 +119,7 @@ class PrunePlan:
 @dataclass(frozen=True)
 class Pruned:
     """dense: canonical, features in the order that pruning wants. sparse: with fewer weights. graph: after all passes
-    of the plan. changed: the layers whose weights pruning has changed, in the order of the nodes. steps: of the passes
+    of the plan. changed: the layers whose weights pruning has changed, in the order of the nodes. ran: the passes
     up to pruning, `after` those behind it."""
 
     canonical: Canonical
@@ -121,8 +128,8 @@ class Pruned:
     sparse: gs.Graph
     graph: gs.Graph
     changed: tuple[str, ...]
-    steps: tuple[Step, ...]
-    after: tuple[Step, ...]
+    ran: tuple[PassRun, ...]
+    after: tuple[PassRun, ...]
 
     def together(self, names: Iterable[str]) -> tuple[str, ...]:
         """The layers named, and those beside them that read the same tensor and were pruned: what runs as one product
@@ -137,14 +144,14 @@ def prune(canonical: Canonical, plan: PrunePlan, runner: Runner) -> Pruned:
     dense, orders = runner.run(plan.orders, canonical.graph)
     sparse, pruning = runner.run(plan.pruning, dense)
     changed = _changed(dense, sparse)
-    graph, after = sparse, cast("tuple[Step, ...]", ())
+    graph, after = sparse, cast("tuple[PassRun, ...]", ())
     for pass_ in plan.after:
         before = graph
-        graph, steps = runner.run([pass_], graph)
-        after += steps
+        graph, ran = runner.run([pass_], graph)
+        after += ran
         changed |= set() if pass_.preserves else _changed(before, graph)
     ordered = tuple(layer.name for layer in g.linear_layers(graph) if layer.name in changed)
-    return Pruned(canonical, plan, dense, sparse, graph, ordered, (*canonical.steps, *orders, *pruning), after)
+    return Pruned(canonical, plan, dense, sparse, graph, ordered, (*canonical.ran, *orders, *pruning), after)
 
 
 def _changed(before: gs.Graph, after: gs.Graph) -> set[str]:
@@ -157,8 +164,8 @@ def _changed(before: gs.Graph, after: gs.Graph) -> set[str]:
 # ---- layers that go back -------------------------------------------------------------------------------------------
 
 
-def with_dense(pruned: Pruned, names: Sequence[str], runner: Runner) -> tuple[gs.Graph, tuple[Step, ...]]:
-    """The pruned graph without what pruning did to some layers, and the steps behind pruning that led there.
+def with_dense(pruned: Pruned, names: Sequence[str], runner: Runner) -> tuple[gs.Graph, tuple[PassRun, ...]]:
+    """The pruned graph without what pruning did to some layers, and the passes behind pruning that led there.
 
     Weights and biases of these layers are those of before. What came after pruning is done again, as it saw other
     weights: smoothing has moved factors into them, an order of features is theirs too, and more pruning leaves them
@@ -168,9 +175,9 @@ def with_dense(pruned: Pruned, names: Sequence[str], runner: Runner) -> tuple[gs
     if not pruned.plan.after:
         return graph, ()
     again = [_without(pass_, names) for pass_ in pruned.plan.after]
-    graph, steps = runner.run(again, graph)
-    return graph, tuple(_told((name, report, seconds), names, "dense")
-                        for (name, _, _), (_, report, seconds) in zip(pruned.after, steps, strict=True))  # fmt: skip
+    graph, ran = runner.run(again, graph)
+    return graph, tuple(_told(PassRun(name, report, seconds), names, "dense")
+                        for (name, _, _), (_, report, seconds) in zip(pruned.after, ran, strict=True))  # fmt: skip
 
 
 def _unpruned(pruned: Pruned, names: Sequence[str], runner: Runner) -> gs.Graph:
@@ -197,12 +204,12 @@ def _without(pass_: Pass, names: Sequence[str]) -> Pass:
     return replace(pass_, exclude=(*pass_.exclude, *map(escape, names)))
 
 
-def _told(step: Step, names: Sequence[str], form: str) -> Step:
-    """A step whose remarks say of layers that were put back that they were, not that a user named them."""
-    name, report, seconds = step
+def _told(one: PassRun, names: Sequence[str], form: str) -> PassRun:
+    """A pass whose remarks say of layers that were put back that they were, not that a user named them."""
+    name, report, seconds = one
     said = {f"{layer}: kept {kept}, excluded by name": f"{layer}: kept {form}, by the search that holds the limit"
             for layer in names for kept in ("as it is", "dense")}  # fmt: skip
-    return name, replace(report, notes=tuple(said.get(note, note) for note in report.notes)), seconds
+    return PassRun(name, replace(report, notes=tuple(said.get(note, note) for note in report.notes)), seconds)
 
 
 # ---- quantization --------------------------------------------------------------------------------------------------
@@ -218,18 +225,18 @@ class Keep:
 
 @dataclass(frozen=True)
 class Quantized:
-    """The Q/DQ graph: plain ONNX that any runtime runs. floating: what it came from. steps: all that led here."""
+    """The Q/DQ graph: plain ONNX that any runtime runs. floating: what it came from. ran: all that led here."""
 
     pruned: Pruned
     keep: Keep
     floating: gs.Graph
     graph: gs.Graph
-    steps: tuple[Step, ...]
+    ran: tuple[PassRun, ...]
 
 
 def quantize(pruned: Pruned, quantizing: Quantizing, runner: Runner, keep: Keep = Keep()) -> Quantized:
     """Quantize what pruning has left, layers of `keep` as that says."""
     graph, after = with_dense(pruned, keep.dense, runner) if keep.dense else (pruned.graph, pruned.after)
-    quantized, steps = runner.run(quantizing([escape(name) for name in keep.floating]), graph)
-    told = (_told(step, keep.floating, "float") for step in steps)
-    return Quantized(pruned, keep, graph, quantized, (*pruned.steps, *(after or pruned.after), *told))
+    quantized, ran = runner.run(quantizing([escape(name) for name in keep.floating]), graph)
+    told = (_told(one, keep.floating, "float") for one in ran)
+    return Quantized(pruned, keep, graph, quantized, (*pruned.ran, *(after or pruned.after), *told))

@@ -24,7 +24,7 @@ from nmcompile.errors import UnsupportedError
 from nmcompile.plan import write_plan
 from nmcompile.plan_memory import PlanInMemory
 from nmcompile.recipes import SPARSE_MULTIPLE, Preset, legalizing_passes, quantizing_passes, tensorrt_passes
-from nmcompile.stages import Quantized, Runner, Step
+from nmcompile.stages import PassRun, Quantized, Runner
 
 Arrays = Mapping[str, np.ndarray]
 Run = Callable[[Arrays], Arrays]
@@ -36,12 +36,12 @@ class Product(ABC):
     """What a target has made of a quantized graph.
 
     graph: the Q/DQ graph as the target takes it. layers: what became of each linear layer. segments: of a plan. notes:
-    remarks; findings: every rule of the target's that the graph breaks. steps: of all passes that led here.
+    remarks; findings: every rule of the target's that the graph breaks. ran: of all passes that led here.
     """
 
     quantized: Quantized
     graph: gs.Graph
-    steps: tuple[Step, ...]
+    ran: tuple[PassRun, ...]
     layers: Sequence[Mapping[str, Any]] = ()
     segments: Sequence[Mapping[str, Any]] = ()
     notes: Sequence[str] = ()
@@ -55,12 +55,12 @@ class Product(ABC):
     def header(self) -> dict[str, Any]:
         """Where a plan comes from."""
         return {"nmcompile": nmcompile.__version__, "target": self.target,
-                "source": self.quantized.pruned.canonical.fingerprint, "passes": [name for name, _, _ in self.steps]}
+                "source": self.quantized.pruned.canonical.fingerprint, "passes": [name for name, _, _ in self.ran]}
 
     @property
     def told(self) -> list[str]:
         """Each remark once, of the passes and of the target: some passes run twice."""
-        return list(dict.fromkeys([*(note for _, report, _ in self.steps for note in report.notes), *self.notes]))
+        return list(dict.fromkeys([*(note for _, report, _ in self.ran for note in report.notes), *self.notes]))
 
     @property
     def emitted(self) -> list[str]:
@@ -96,7 +96,7 @@ class CpuProduct(Product):
     target: ClassVar[str] = "cpu"
     quantized: Quantized
     graph: gs.Graph
-    steps: tuple[Step, ...]
+    ran: tuple[PassRun, ...]
     lowered: Lowered
 
     @property
@@ -148,7 +148,7 @@ class CpuTarget(Target):
         runner.progress("choosing kernels", 0, 1)
         graph = g.copy(quantized.graph)
         g.infer_shapes(graph)
-        return CpuProduct(quantized, graph, quantized.steps, lower(graph, self.tuner or by_cost_model))
+        return CpuProduct(quantized, graph, quantized.ran, lower(graph, self.tuner or by_cost_model))
 
 
 # ---- TensorRT ------------------------------------------------------------------------------------------------------
@@ -161,7 +161,7 @@ class TensorrtProduct(Product):
     target: ClassVar[str] = "tensorrt"
     quantized: Quantized
     graph: gs.Graph
-    steps: tuple[Step, ...]
+    ran: tuple[PassRun, ...]
     layers: Sequence[Mapping[str, Any]]
     notes: Sequence[str]
     findings: Sequence[rules.Finding]
@@ -191,7 +191,7 @@ class TensorrtTarget(Target):
 
     def lower(self, quantized: Quantized, runner: Runner) -> TensorrtProduct:
         """Legalize, and check every rule; UnsupportedError names the first that TensorRT would break on."""
-        graph, steps = runner.run(legalizing_passes(self.profile, self.weights), quantized.graph)
+        graph, ran = runner.run(legalizing_passes(self.profile, self.weights), quantized.graph)
         g.infer_shapes(graph)
         findings = rules.check(graph, self.profile)
         broken = [finding for finding in findings if finding.level == "error"]
@@ -199,7 +199,7 @@ class TensorrtTarget(Target):
             more = f" (and {len(broken) - 1} more)" if len(broken) > 1 else ""
             raise UnsupportedError(f"TensorRT {self.profile.name} will not take the model: {broken[0]}{more}")
         layers = [asdict(verdict) for verdict in rules.explain(graph, self.profile)]
-        return TensorrtProduct(quantized, graph, (*quantized.steps, *steps), layers, _grouped(findings), findings)
+        return TensorrtProduct(quantized, graph, (*quantized.ran, *ran), layers, _grouped(findings), findings)
 
 
 def _grouped(findings: Sequence[rules.Finding]) -> list[str]:

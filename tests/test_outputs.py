@@ -18,7 +18,7 @@ import nmcompile
 from nmcompile import ir as g
 from nmcompile import outputs
 from nmcompile.errors import NmcompileError
-from nmcompile.outputs import real_path, staged
+from nmcompile.outputs import pending, real_path
 
 BERT = MODELS / "bert-torchscript.onnx"
 
@@ -30,7 +30,7 @@ def samples(count: int = 16) -> Iterator[dict[str, np.ndarray]]:
 
 
 def test_files_move_when_all_are_made(tmp_path: Path) -> None:
-    with staged() as files:
+    with pending() as files:
         for name in ("a", "b"):
             files.place(tmp_path / name).write_text(name)
         assert [path.name for path in tmp_path.iterdir() if path.is_file()] == []
@@ -40,7 +40,7 @@ def test_files_move_when_all_are_made(tmp_path: Path) -> None:
 
 def test_what_is_not_published_is_gone(tmp_path: Path) -> None:
     (tmp_path / "a").write_text("before")
-    with pytest.raises(ZeroDivisionError), staged() as files:
+    with pytest.raises(ZeroDivisionError), pending() as files:
         files.place(tmp_path / "a").write_text("half")
         raise ZeroDivisionError
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a": "before"}
@@ -49,7 +49,7 @@ def test_what_is_not_published_is_gone(tmp_path: Path) -> None:
 def test_where_one_cannot_be_moved_all_is_as_before(tmp_path: Path) -> None:
     (tmp_path / "old").write_text("before")
     (tmp_path / "folder").mkdir()
-    with pytest.raises(NmcompileError, match=r"cannot write .*folder"), staged() as files:
+    with pytest.raises(NmcompileError, match=r"cannot write .*folder"), pending() as files:
         for name in ("old", "new", "folder"):
             files.place(tmp_path / name).write_text("made")
         files.publish()
@@ -58,7 +58,7 @@ def test_where_one_cannot_be_moved_all_is_as_before(tmp_path: Path) -> None:
 
 
 def test_what_a_killed_compile_left_is_swept_and_a_running_one_is_not(tmp_path: Path) -> None:
-    with staged() as running:
+    with pending() as running:
         kept = running.folder(tmp_path)
         left = tmp_path / f"{outputs.PREFIX}killed"
         left.mkdir()
@@ -66,7 +66,7 @@ def test_what_a_killed_compile_left_is_swept_and_a_running_one_is_not(tmp_path: 
         long_ago = time.time() - 2 * outputs.SETTLED
         for folder in (kept, left):
             os.utime(folder, (long_ago, long_ago))
-        with staged() as files:
+        with pending() as files:
             files.folder(tmp_path)
             assert kept.exists() and not left.exists()
 

@@ -81,8 +81,8 @@ def test_a_layer_that_goes_back_computes_what_it_did(after: str, data: Data) -> 
         assert lost(mixed(pruned, names), back(pruned, names, data), data) < 1e-6
         assert lost(mixed(pruned, names), made.graph, data) < 0.01  # eight bits
         assert smoothed(back(pruned, names, data)) == smoothed(pruned.graph) > 0
-        steps = [name for name, _, _ in made.steps[len(pruned.steps) :]]
-        assert steps[: len(pruned.after)] == [spec(pass_) for pass_ in parse_spec(after)]  # once, as given
+        ran = [name for name, _, _ in made.ran[len(pruned.ran) :]]
+        assert ran[: len(pruned.after)] == [spec(pass_) for pass_ in parse_spec(after)]  # once, as given
 
 
 def test_more_pruning_after_smoothing_leaves_out_what_goes_back(data: Data) -> None:
@@ -94,7 +94,7 @@ def test_more_pruning_after_smoothing_leaves_out_what_goes_back(data: Data) -> N
     density = {layer.name: np.count_nonzero(layer.weight) / layer.weight.size for layer in g.linear_layers(graph)}
     assert all((density[name] > 0.9) == (name in names) for name in pruned.changed)
     assert lost(pruned.dense, back(pruned, pruned.changed, data), data) < 1e-6
-    notes = [note for _, report, _ in quantized(pruned, names, data).steps for note in report.notes]
+    notes = [note for _, report, _ in quantized(pruned, names, data).ran for note in report.notes]
     said = list(dict.fromkeys(note for note in notes if names[0] in note))
     assert said == [f"{names[0]}: kept dense, by the search that holds the limit"]
 
