@@ -10,13 +10,14 @@ import onnx_graphsurgeon as gs
 
 from nmcompile import graph as g
 from nmcompile.calibrate import Data
-from nmcompile.compare import Comparison, Difference, real_tokens
+from nmcompile.compare import Comparison, Difference
 from nmcompile.control import hold, layer_noise, worst_first
 from nmcompile.errors import PassError
 from nmcompile.holdout import Holdout
 from nmcompile.job import Job
 from nmcompile.lengths import Look, lengths_of, look
 from nmcompile.metrics import METRICS, Limit, parse_limit
+from nmcompile.roles import real_tokens
 from nmcompile.targets import Run
 
 Progress = Callable[[str, int, int], None]
@@ -36,7 +37,7 @@ def limit_for(asked: str | Limit | None, source: gs.Graph, data: Data, can_run: 
         raise PassError("a limit on the loss needs a plan to measure; give an output")
     if not isinstance(asked, str):
         return asked
-    limit = parse_limit(asked, list(data))
+    limit = parse_limit(asked, list(data), data.inputs)
     if limit.name in METRICS:  # before the long part
         limit.score(model := reference(source), model)
     return limit
@@ -47,7 +48,7 @@ def measured_loss(source: gs.Graph, run: Run, data: Data, tell: Progress) -> Map
     comparison, model = Comparison(g.outputs(source)), reference(source)
     done = 0
     for feeds in data:
-        comparison.add(model(feeds), run(feeds), real_tokens(feeds))
+        comparison.add(model(feeds), run(feeds), real_tokens(feeds, data.inputs))
         done += len(next(iter(feeds.values())))
         tell("measuring the loss", done, data.samples)
     return comparison.differences()
@@ -72,14 +73,15 @@ def hold_limit(
     held = _search(job, limit, parts.chosen, scratch)
     if not parts.apart or not isinstance(asked, str) or limit.name not in METRICS:
         return held, parts, []
-    apart = parse_limit(asked, list(parts.measured))
+    apart = parse_limit(asked, list(parts.measured), parts.measured.inputs)
     drop = apart.score(reference(job.source), job.target.opened(scratch, job.header))
     if drop <= limit.value:
         return {**held, "drop_apart": drop}, parts, []
     every = parts.together()
     note = (f"{limit.name} dropped by {drop:.4g} on samples that the search had not chosen by: the limit is held by "
             "all held-out samples, and none was left to measure on")  # fmt: skip
-    return _search(job, parse_limit(asked, list(every.chosen)), every.chosen, scratch), every, [note]
+    limit = parse_limit(asked, list(every.chosen), every.chosen.inputs)
+    return _search(job, limit, every.chosen, scratch), every, [note]
 
 
 def _search(job: Job, limit: Limit, data: Data, scratch: Path) -> dict[str, Any]:

@@ -7,13 +7,14 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import onnx_graphsurgeon as gs
 
 from nmcompile import graph as g
+from nmcompile import input_roles
 from nmcompile.accuracy import Progress, hold_limit, limit_for, look_beyond, measured_loss
 from nmcompile.backends.cpu.tuning import Tuner, keep, open_tuner
 from nmcompile.backends.tensorrt.recipe import EngineOptions
@@ -43,9 +44,11 @@ from nmcompile.request import (
     without_effect,
 )
 from nmcompile.result import Result
+from nmcompile.roles import stated
 from nmcompile.session import load_cpu
 from nmcompile.sizes import Model, external_files, model_bytes, size_note, zeros_for
 from nmcompile.targets import CpuTarget, TensorrtTarget
+from nmcompile.tensorinfo import TensorInfo
 
 __all__ = ["DEFAULT_TUNING", "NO_DATA", "Model", "Progress", "Result", "compile", "fingerprint", "model_bytes"]
 
@@ -118,7 +121,8 @@ def compile(
     tell("reading the model", 0, 1)
     source = g.admit(model)
     shapes = parse_shapes(options.shapes, g.inputs(source)) if target == "tensorrt" and output is not None else {}
-    data = _data(source, calibration, target, chosen, tokenizer, max_length)
+    infos = input_roles.inputs(source)
+    data = _data(source, infos, calibration, target, chosen, tokenizer, max_length)
     source = source if data.synthetic else g.separate_dims(source, data)
     check_ids(source, data)
     parts = hold_out(data, limited=max_drop is not None)
@@ -130,7 +134,7 @@ def compile(
         tuning=tuning, target=target)  # fmt: skip
     job = Job(source, made, chosen, attention or made.attention, given,
               Calibration(parts.seen, tell, None if checkpoints is None else Path(checkpoints)), verify,
-              tuple(observers), tell, fingerprint(source))  # fmt: skip
+              tuple(observers), tell, fingerprint(source), roles=stated(infos))  # fmt: skip
     job.prepare()
     notes += [*pruning_note(given, job.changed, job.notes), *attention_note(attention, job.log)]
     with staged() as files:
@@ -184,19 +188,21 @@ def compile(
 
 
 def _data(
-    source: gs.Graph, calibration: Source | Data | None, target: str, preset: Preset, tokenizer: str | Path | None,
-    max_length: int | None,
+    source: gs.Graph, infos: tuple[TensorInfo, ...], calibration: Source | Data | None, target: str, preset: Preset,
+    tokenizer: str | Path | None, max_length: int | None,
 ) -> Data:  # fmt: skip
-    """The samples, made up where there are none."""
+    """The samples of inputs with their roles, made up where there are none."""
     length = MAX_LENGTH if max_length is None else max_length
     if isinstance(calibration, Data):
-        return calibration
+        roles = {info.name: info.role for info in infos}
+        known = tuple(replace(info, role=info.role or roles.get(info.name)) for info in calibration.inputs)
+        return replace(calibration, inputs=known)
     if calibration is not None:
-        return open_data(calibration, g.inputs(source), tokenizer=tokenizer, max_length=length, limit=preset.limit)
+        return open_data(calibration, infos, tokenizer=tokenizer, max_length=length, limit=preset.limit)
     if target == "tensorrt":
         raise CalibrationError("target tensorrt needs calibration data; give samples of the model's real inputs "
                                "with --calibration")  # fmt: skip
-    return open_data(None, g.inputs(source), max_length=longest(source, length), limit=preset.made_up)
+    return open_data(None, infos, max_length=longest(source, length, infos), limit=preset.made_up)
 
 
 def _trial(model: Model, pattern: str | None) -> Callable[[Path, float], None]:

@@ -109,7 +109,8 @@ class Variants:
         models = {name: self.models[name] for name in NAMES if name in self.models}
         digests = {file: _digest(self.folder / file) for file in dict.fromkeys(models.values())}
         facts = {"inputs": _infos(g.inputs(job.source)), "outputs": _infos(g.outputs(job.source)),
-                 "assumes": assumed(job), "variants": self._facts, "sha256": digests}  # fmt: skip
+                 "assumes": assumed(job), "variants": self._facts, "sha256": digests,
+                 **({"roles": job.roles} if job.roles else {})}  # fmt: skip
         path = recipe_path(self.folder / self.plan.name)
         Recipe(path, self.plan, chosen.name, chosen.strong, models, shapes, options, job.fingerprint,
                facts).write(nmcompile.__version__)  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from glob import escape
 from typing import Any
@@ -39,6 +39,7 @@ class Job:
     observers: Sequence[Observer]
     tell: Progress
     fingerprint: str = ""
+    roles: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # of inputs, where names do not tell them
     first: list[Step] = field(default_factory=list)
     middle: list[Step] = field(default_factory=list)
     last: list[Step] = field(default_factory=list)
@@ -101,7 +102,8 @@ class Job:
     def header(self) -> dict[str, Any]:
         """Where a plan comes from."""
         return {"nmcompile": nmcompile.__version__, "target": self.target.name, "source": self.fingerprint,
-                "passes": [name for name, _, _ in self.log]}  # fmt: skip
+                "passes": [name for name, _, _ in self.log],
+                **({"roles": self.roles} if self.roles else {})}  # fmt: skip
 
     def _run(self, passes: Sequence[Pass], graph: gs.Graph, log: list[Step]) -> gs.Graph:
         def record(pass_: Pass, _graph: gs.Graph, result: Report, seconds: float) -> None:
