@@ -16,7 +16,7 @@ import onnx_graphsurgeon as gs
 from nmcompile import graph as g
 from nmcompile.derive import Derivation, Underived
 from nmcompile.graph_edit import subgraph_tensors
-from nmcompile.roles import HIDDEN, HIDES, Role, by_name
+from nmcompile.roles import HIDDEN, HIDES, Role, by_name, called_ids
 from nmcompile.symbolic import (
     ONE,
     ZERO,
@@ -108,7 +108,7 @@ class _Uses:
         named = by_name(info).kind
         if named == "positions" or (named == "types" and (own <= FEW_TYPES or own < most)):
             return named
-        if own == most or len(info.shape) > 2 or "input_ids" in info.name.lower():
+        if own == most or len(info.shape) > 2 or called_ids(info):
             return "ids"
         if own <= FEW_TYPES:
             return "types"

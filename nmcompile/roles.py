@@ -73,10 +73,15 @@ def roles_by_name(infos: Iterable[TensorInfo]) -> dict[str, Role]:
     return {info.name: by_name(info) for info in infos}
 
 
+def called_ids(info: TensorInfo) -> bool:
+    """Whether the name says that it is tokens, where `by_name` only finds nothing else."""
+    return "input_ids" in info.name.lower()
+
+
 def ids_input(infos: Sequence[TensorInfo]) -> TensorInfo | None:
     """The tokens [batch, tokens] that a text becomes: of several, the one named input_ids, or the first."""
     tokens = [info for info in infos if len(info.shape) == 2 and kind_of(info) == "ids"]
-    return next((info for info in tokens if "input_ids" in info.name.lower()), tokens[0] if tokens else None)
+    return next(filter(called_ids, tokens), tokens[0] if tokens else None)
 
 
 def first_of(infos: Iterable[TensorInfo], kind: str) -> TensorInfo | None:
