@@ -14,6 +14,7 @@ from onnx_text import parse, parse_model
 import nmcompile
 from nmcompile import graph as g
 from nmcompile import input_roles
+from nmcompile.bench import bench
 from nmcompile.calibrate import open_data
 from nmcompile.cli import cli
 from nmcompile.roles import Role, real_tokens
@@ -74,6 +75,25 @@ def test_ids_masks_and_types_of_any_name() -> None:
 def test_a_mask_where_true_hides_and_one_that_is_added_to_scores() -> None:
     assert roles(KEY_PADDING)["x1"] == Role("mask", keeps="zero")
     assert roles(ADDED)["x1"] == Role("mask", keeps="added")
+
+
+def test_a_mask_of_rows_that_is_added_to_scores() -> None:
+    """float [batch, tokens] is a mask of 0 and 1 by most names: here it is added."""
+    text = layer("int64[B,S] x0, float[B,S] attention_mask", first="h = Identity(w)",
+                 scores=f"{LOWEST}  m = Unsqueeze(attention_mask, axes)  t = Add(s, m)")  # fmt: skip
+    infos = input_roles.inputs(parse(text))
+    assert infos[1].role == Role("mask", keeps="added")
+    (batch,) = open_data([{"x0": np.arange(n)} for n in COUNTS], infos)
+    mask = batch["attention_mask"]
+    assert (mask == 0).sum(axis=1).tolist() == list(COUNTS) and mask.min() < -5e3
+
+
+def test_features_added_before_a_softmax_are_no_mask() -> None:
+    text = """(float[B,S,4] x, float[B,2,S,S] bias) => (float[B,S,4] y, float[B,2,S,S] z) <float[4,4] w>
+        { a = MatMul(x, w)  b = Add(x, a)  y = Softmax(b)
+          n = Transpose <perm = [0, 2, 1]> (x)  o = Constant <value_ints = [1]> ()  p = MatMul(x, n)
+          q = Unsqueeze(p, o)  r = Add(q, bias)  z = Softmax(r) }"""
+    assert roles(text) == {"x": Role("features"), "bias": Role("features")}
 
 
 def test_positions_are_looked_up_in_a_table_whose_rows_are_added_to_those_of_the_ids() -> None:
@@ -187,6 +207,22 @@ def test_bert_with_other_names_loses_what_bert_loses(tmp_path: Path) -> None:
         data = [dict(zip(names, values, strict=True))]
         found.append(nmcompile.compile(graph, tmp_path / "m.plan", calibration=data, tuning="off", preset="fast").loss)
     assert found[0] == found[1] and found[0]["last_hidden_state"].values == keep.sum() * 64
+
+
+def test_data_that_were_opened_for_the_names_alone_get_the_roles(tmp_path: Path) -> None:
+    graph = parse(KEY_PADDING)
+    data = open_data(samples("inverted"), g.inputs(graph))
+    assert nmcompile.compile(graph, tmp_path / "m.plan", calibration=data, tuning="off", preset="fast",
+                             sparsity=0.0).loss["y"].values == sum(COUNTS) * 8  # fmt: skip
+
+
+def test_side_by_side_all_get_the_inputs_that_the_plan_states(tmp_path: Path) -> None:
+    """By their names types are ids, of which the table has no such rows."""
+    model, plan = tmp_path / "m.onnx", tmp_path / "m.plan"
+    onnx.save(parse_model(PLAIN), model)
+    nmcompile.compile(model, plan, calibration=samples("plain"), tuning="off", preset="fast", measure=False)
+    found = bench([model, plan], shapes=[(2, 9)], seconds=0.05, threads=1)
+    assert [item.latencies[0].tokens for item in found] == [9, 9]
 
 
 @pytest.mark.parametrize(("text", "hides"), [(PLAIN, 0), (KEY_PADDING, True)])
