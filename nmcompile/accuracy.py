@@ -9,13 +9,14 @@ import onnx_graphsurgeon as gs
 
 from nmcompile import ir as g
 from nmcompile.calibrate import Data
-from nmcompile.compare import Comparison, Difference, real_tokens
+from nmcompile.compare import Comparison, Difference
 from nmcompile.contract import Progress
 from nmcompile.errors import PassError
 from nmcompile.fallback import Held, fall_back, layer_noise, worst_first
 from nmcompile.holdout import Holdout
 from nmcompile.lengths import Look, lengths_of, look
 from nmcompile.metrics import METRICS, Limit, parse_limit
+from nmcompile.roles import real_tokens
 from nmcompile.stages import Keep, Pruned
 from nmcompile.targets import Arrays, Product, Run
 
@@ -62,7 +63,7 @@ def limit_for(asked: str | Limit | None, model: Model, data: Data, can_run: bool
         raise PassError("a limit on the loss needs a plan to measure; give an output")
     if not isinstance(asked, str):
         return asked
-    limit = parse_limit(asked, list(data))
+    limit = parse_limit(asked, list(data), data.inputs)
     if limit.name in METRICS:  # before the long part
         limit.score(model.run, model.run)
     return limit
@@ -73,7 +74,7 @@ def measured_loss(model: Model, run: Run, data: Data, progress: Progress) -> Map
     comparison = Comparison(g.outputs(model.graph))
     done = 0
     for feeds in data:
-        comparison.add(model.run(feeds), run(feeds), real_tokens(feeds))
+        comparison.add(model.run(feeds), run(feeds), real_tokens(feeds, data.inputs))
         done += len(next(iter(feeds.values())))
         progress("measuring the loss", done, data.samples)
     return comparison.differences()
@@ -116,14 +117,15 @@ def held_by(
     product, held = _searched(search, limit, parts.chosen)
     if not parts.apart or not isinstance(asked, str) or limit.name not in METRICS:
         return product, held, parts, []
-    apart = parse_limit(asked, list(parts.measured))
+    apart = parse_limit(asked, list(parts.measured), parts.measured.inputs)
     drop = apart.score(search.model.run, product.run)
     if drop <= limit.value:
         return product, replace(held, drop_apart=drop), parts, []
     every = parts.together()
     note = (f"{limit.name} dropped by {drop:.4g} on samples that the search had not chosen by: the limit is held by "
             "all held-out samples, and none was left to measure on")  # fmt: skip
-    return *_searched(search, parse_limit(asked, list(every.chosen)), every.chosen), every, [note]
+    again = parse_limit(asked, list(every.chosen), every.chosen.inputs)
+    return *_searched(search, again, every.chosen), every, [note]
 
 
 def _searched(search: Search, limit: Limit, data: Data) -> tuple[Product, Held]:

@@ -28,6 +28,7 @@ from nmcompile.errors import InputError, NmcompileError
 from nmcompile.json_process import Json, JsonProcess
 from nmcompile.made_up import made_up
 from nmcompile.ort_options import open_foreign
+from nmcompile.roles import read_roles, stated
 from nmcompile.session import is_plan, load
 from nmcompile.tensorinfo import TensorInfo, dtype_named
 
@@ -50,7 +51,7 @@ class PlanRunner:
         self.inputs = self.session.inputs
         vocabulary, longest = self.session.limits()
         self.facts: Json = {"runtime": "nmcompile", "isa": self.session.isa, "threads": self.session.threads,
-                            "vocabulary": vocabulary, "longest": longest}  # fmt: skip
+                            "vocabulary": vocabulary, "longest": longest, "roles": stated(self.inputs)}  # fmt: skip
 
     def run(self, feeds: Arrays) -> object:
         return self.session.run(feeds)
@@ -69,7 +70,7 @@ class OrtRunner:
             raise InputError(f"onnxruntime cannot open {path}: {_first_line(error)}") from None
         self.inputs = tuple(_ort_info(item) for item in self.session.get_inputs())
         self.facts: Json = {"runtime": f"onnxruntime {ort.__version__}", "isa": "", "threads": count,
-                            "vocabulary": {}, "longest": None}  # fmt: skip
+                            "vocabulary": {}, "longest": None, "roles": {}}  # fmt: skip
 
     def run(self, feeds: Arrays) -> object:
         try:
@@ -121,7 +122,8 @@ def worker() -> None:
             elif request["do"] == "feed":
                 _check_shape(runner.inputs, request["batch"], request["tokens"])
                 tokens = request["tokens"] or request["default_tokens"]
-                feeds = made_up(runner.inputs, request["batch"], tokens, vocabulary=request["vocabulary"])
+                infos = read_roles(request.get("roles", {}), runner.inputs)
+                feeds = made_up(infos, request["batch"], tokens, vocabulary=request["vocabulary"])
                 answer = {"batch": max((len(array) for array in feeds.values() if array.ndim), default=1),
                           "tokens": _tokens(runner.inputs, feeds)}  # fmt: skip
             else:
@@ -253,14 +255,17 @@ def bench(
             workers.append(Worker(os.fspath(path), threads))
             threads = threads or int(workers[0].facts["threads"])
         vocabulary: dict[str, int] = {}
+        roles: Json = {}
         for item in workers:
+            roles |= item.facts["roles"]  # a plan states what names do not tell onnxruntime's worker
             for name, rows in item.facts["vocabulary"].items():
                 vocabulary[name] = min(rows, vocabulary.get(name, rows))
         default = min([TOKENS, *(item.facts["longest"] for item in workers if item.facts["longest"])])
         _check_same(workers)
         latencies: list[list[Latency]] = [[] for _ in workers]
         for index, shape in enumerate(shapes):
-            feed = {"batch": shape[0], "tokens": shape[1], "default_tokens": default, "vocabulary": vocabulary}
+            feed = {"batch": shape[0], "tokens": shape[1], "default_tokens": default, "vocabulary": vocabulary,
+                    "roles": roles}  # fmt: skip
             told = [0]
 
             def step(index: int = index, told: list[int] = told) -> None:

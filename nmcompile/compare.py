@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from nmcompile.errors import CalibrationError, InputError
+from nmcompile.errors import InputError
+from nmcompile.roles import real_tokens as real_tokens  # which tokens `Comparison.add` takes
 from nmcompile.tensorinfo import TensorInfo
 
 Arrays = Mapping[str, np.ndarray]
@@ -137,26 +137,6 @@ def _same_top(a: np.ndarray, b: np.ndarray) -> int:
     """Rows whose largest element is the same; one that holds NaN has none."""
     known = np.isfinite(a).all(axis=1) & np.isfinite(b).all(axis=1)
     return int(((a.argmax(1) == b.argmax(1)) & known).sum())
-
-
-def is_mask(name: str) -> bool:
-    """Named like a mask of padding: attention_mask, input_mask:0, but not masked_positions."""
-    return re.search(r"mask([:._]\d+)?$", name.lower()) is not None
-
-
-def real_tokens(feeds: Arrays) -> np.ndarray | None:
-    """bool [batch, tokens] of the tokens that an attention mask among the inputs keeps, None when nothing is padded.
-
-    CalibrationError for a mask that keeps nothing.
-    """
-    for name, values in feeds.items():
-        array = np.asarray(values)
-        if is_mask(name) and array.ndim == 2 and array.size and array.min() >= 0:  # additive masks have negative values
-            real = array != 0
-            if not real.any():
-                raise CalibrationError(f"input '{name}' masks every token of a batch; mend the data")
-            return None if real.all() else real
-    return None
 
 
 def worst(differences: Iterable[Difference]) -> Difference | None:

@@ -177,7 +177,7 @@ def _wanted(work: Work, product: Product, files: Outputs, graph: Callable[[Itera
     source = (pruned.canonical.fingerprint, infos_json(g.inputs(work.source)), infos_json(g.outputs(work.source)))
     left = [name for name in pruned.changed if name not in product.quantized.keep.dense]
     return Wanted(real_path(work.output), files, work.engine, work.target.profile, work.shapes, work.without, source,
-                  left, graph, work.runner.progress)  # fmt: skip
+                  left, graph, work.runner.progress, pruned.canonical.roles)  # fmt: skip
 
 
 def _written(work: Work, found: _Found, files: Outputs) -> tuple[dict[str, int], list[str]]:

@@ -11,9 +11,10 @@ import onnx_graphsurgeon as gs
 from nmcompile import ir as g
 from nmcompile.calibrate import Data
 from nmcompile.calibrate.collect import without_padding
-from nmcompile.compare import powers, real_tokens
+from nmcompile.compare import powers
 from nmcompile.errors import UnsupportedError
 from nmcompile.metrics import Limit
+from nmcompile.roles import real_tokens
 
 SAMPLES = 16  # that the noise of layers is measured on
 
@@ -65,7 +66,7 @@ def layer_noise(dense: gs.Graph, other: gs.Graph, data: Data) -> dict[str, Noise
     count = 0
     for feed in data:
         values = [run(feed) for run in runs]
-        real = real_tokens(feed)
+        real = real_tokens(feed, data.inputs)
         for i, (first, second) in enumerate(pairs):
             for j, (a, b) in enumerate(zip(_tensors(first, dense), _tensors(second, other), strict=True)):
                 x, y = (without_padding(found[name], real) for found, name in zip(values, (a, b), strict=True))

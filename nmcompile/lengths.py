@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from nmcompile.calibrate import Data
-from nmcompile.compare import Comparison, Difference, is_mask, real_tokens
+from nmcompile.compare import Comparison, Difference
 from nmcompile.errors import NmcompileError
+from nmcompile.roles import described, kept, kind_of, real_tokens, role_of, written
 from nmcompile.tensorinfo import TensorInfo
 
 Arrays = dict[str, np.ndarray]
@@ -82,7 +83,7 @@ def _along(array: np.ndarray, axis: int, size: int, info: TensorInfo) -> np.ndar
     if size <= now:
         return np.asarray(np.take(array, np.arange(size), axis=axis))
     steps = np.diff(array, axis=axis)
-    if info.dtype.kind in "iu" and "pos" in info.name.lower() and now > 1 and (steps == 1).all():  # 0, 1, 2, ...
+    if info.dtype.kind in "iu" and kind_of(info) == "positions" and now > 1 and (steps == 1).all():  # 0, 1, 2, ...
         more = np.arange(1, size - now + 1, dtype=array.dtype)
         last = np.take(array, [now - 1], axis=axis)
         shape = [1] * array.ndim
@@ -118,38 +119,41 @@ def batch_size(infos: Sequence[TensorInfo], otherwise: int) -> int:
     return next((info.shape[0] for info in infos if info.shape and isinstance(info.shape[0], int)), otherwise)
 
 
-def masks(feeds: Mapping[str, np.ndarray]) -> list[str]:
+def masks(feeds: Mapping[str, np.ndarray], infos: Sequence[TensorInfo] = ()) -> list[TensorInfo]:
     """The inputs that are masks of padding, [batch, tokens]."""
-    return [name for name, array in feeds.items() if is_mask(name) and array.ndim == 2]
+    return [info for info in described(feeds, infos) if kind_of(info) == "mask" and len(info.shape) == 2]
 
 
-def left_padded(feeds: Mapping[str, np.ndarray]) -> Arrays | None:
+def left_padded(feeds: Mapping[str, np.ndarray], infos: Sequence[TensorInfo] = ()) -> Arrays | None:
     """The batch with a third of the first row's tokens masked at its begin, more of the next; None without a mask."""
-    return _masked(feeds, lambda tokens, row: np.arange(tokens) >= (row * tokens) // 3 % max(tokens, 1))
+    return _masked(feeds, infos, lambda tokens, row: np.arange(tokens) >= (row * tokens) // 3 % max(tokens, 1))
 
 
-def with_holes(feeds: Mapping[str, np.ndarray]) -> Arrays | None:
+def with_holes(feeds: Mapping[str, np.ndarray], infos: Sequence[TensorInfo] = ()) -> Arrays | None:
     """The batch with every third token masked, other ones in each row; None without a mask."""
-    return _masked(feeds, lambda tokens, row: (np.arange(tokens) + row) % 3 != 1)
+    return _masked(feeds, infos, lambda tokens, row: (np.arange(tokens) + row) % 3 != 1)
 
 
-def _masked(feeds: Mapping[str, np.ndarray], keep: Callable[[int, int], np.ndarray]) -> Arrays | None:
-    found = masks(feeds)
+def _masked(
+    feeds: Mapping[str, np.ndarray], infos: Sequence[TensorInfo], keep: Callable[[int, int], np.ndarray]
+) -> Arrays | None:
+    found = masks(feeds, infos)
     if not found:
         return None
     made = dict(feeds)
-    for name in found:
-        rows, tokens = feeds[name].shape
-        kept = np.stack([keep(tokens, row + 1) for row in range(rows)])
-        kept[:, -1] |= ~kept.any(axis=1)  # a row of nothing means nothing
-        made[name] = kept.astype(feeds[name].dtype)
+    for info in found:
+        rows, tokens = feeds[info.name].shape
+        shown = np.stack([keep(tokens, row + 1) for row in range(rows)])
+        shown[:, -1] |= ~shown.any(axis=1)  # a row of nothing means nothing
+        made[info.name] = written(shown, info)
     return made
 
 
-def ends_padded(feeds: Mapping[str, np.ndarray]) -> bool:
+def ends_padded(feeds: Mapping[str, np.ndarray], infos: Sequence[TensorInfo] = ()) -> bool:
     """Whether masks of padding, if there are any, keep a prefix of each row."""
-    return all((np.diff(feeds[name] != 0, axis=1).sum(axis=1) <= 1).all() and (feeds[name][:, 0] != 0).all()
-               for name in masks(feeds))  # fmt: skip
+    shown = (kept(feeds[info.name], role_of(info)) for info in masks(feeds, infos))
+    return all((np.diff(keep, axis=1).sum(axis=1) <= 1).all() and keep[:, 0].all()
+               for keep in shown if keep is not None)  # fmt: skip
 
 
 # ---- the look at the end of a compile ----------------------------------------------------------------------------
@@ -212,7 +216,7 @@ def look(
                          f"not: {error}")  # fmt: skip
             continue
         comparison = Comparison(outputs)
-        comparison.add(expected, found, real_tokens(given))
+        comparison.add(expected, found, real_tokens(given, data.inputs))
         seen.append(Seen(length, comparison.differences()))
         notes += [f"at {length} tokens output '{name}' has {what}; calibration had {_span(least, most)} tokens: "
                   "give samples of the lengths that the model will see, or compare with nmcompile compare"
@@ -306,11 +310,11 @@ def _keys(infos: Sequence[TensorInfo]) -> list[str]:
     return list(dict.fromkeys(key for found in token_axes(infos).values() for key in found.values()))
 
 
-def variants(feeds: Arrays) -> Iterator[Arrays]:
+def variants(feeds: Arrays, infos: Sequence[TensorInfo]) -> Iterator[Arrays]:
     """The inputs, and what is left of them with padding at the left and with holes in the mask."""
     yield feeds
-    if any(feeds[name].shape[1] > 2 for name in masks(feeds)):
-        yield from filter(None, (left_padded(feeds), with_holes(feeds)))
+    if any(feeds[info.name].shape[1] > 2 for info in masks(feeds, infos)):
+        yield from filter(None, (left_padded(feeds, infos), with_holes(feeds, infos)))
 
 
 def of_samples(data: Data) -> Iterator[Arrays]:
@@ -326,4 +330,4 @@ def of_samples(data: Data) -> Iterator[Arrays]:
             wanted = sizes if factor == 1 else scaled(sizes, factor * most + 1)
             feeds = feeds_at(data, [sample] * count, lead, wanted)
             if feeds is not None:
-                yield from variants(feeds)
+                yield from variants(feeds, data.inputs)

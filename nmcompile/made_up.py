@@ -1,4 +1,4 @@
-"""Made-up inputs for a model, known only by what its inputs are called and shaped like; numpy only."""
+"""Made-up inputs for a model, known only by its inputs and their roles; numpy only."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 
 from nmcompile.errors import InputError
+from nmcompile.roles import FEW_IDS, made, role_of
 from nmcompile.tensorinfo import TensorInfo
 
 Arrays = dict[str, np.ndarray]
 LARGEST = 1 << 28  # elements of all inputs together
-FEW_IDS = 20  # ids when the vocabulary is not known
 
 
 def made_up(
@@ -39,34 +39,11 @@ def made_up(
         if count > LARGEST:
             raise InputError(f"input {info} has {math.prod(shape):,} elements, too many to make up; give inputs")
         rng = np.random.default_rng([seed, zlib.crc32(info.name.encode())])
-        feeds[info.name] = _content(info, shape, rng, (vocabulary or {}).get(info.name), ragged)
+        rows = (vocabulary or {}).get(info.name) or role_of(info).rows or FEW_IDS
+        lengths = np.random.default_rng(shape) if ragged and len(shape) == 2 else None  # all masks alike
+        low = 3 if rows > 2 * 3 else 0  # 0, 1 and 2 are padding in one model or another
+        feeds[info.name] = made(info, shape, rng, lengths=lengths, ids=(low, rows), types=1)
     return feeds
-
-
-def _content(
-    info: TensorInfo, shape: tuple[int, ...], rng: np.random.Generator, rows: int | None, ragged: bool
-) -> np.ndarray:
-    name = info.name.lower()
-    if "mask" in name:
-        if len(shape) == 2 and ragged:
-            lengths = np.random.default_rng(shape).integers(1, shape[1] + 1, shape[0])  # all masks alike
-            lengths[:1] = shape[1]
-            return (np.arange(shape[1]) < lengths[:, None]).astype(info.dtype)
-        added = info.dtype.kind == "f" and len(shape) != 2  # such a mask is added to the scores
-        return np.zeros(shape, info.dtype) if added else np.ones(shape, info.dtype)
-    if info.dtype.kind in "iu":
-        if "position" in name and shape:
-            return np.broadcast_to(np.arange(shape[-1]), shape).astype(info.dtype)
-        if "token_type" in name or "segment" in name:
-            return np.zeros(shape, info.dtype)
-        high = rows or FEW_IDS
-        low = 3 if high > 2 * 3 else 0  # 0, 1 and 2 are padding in one model or another
-        return rng.integers(low, high, shape).astype(info.dtype)
-    if info.dtype.kind == "b":
-        return rng.integers(0, 2, shape).astype(bool)
-    if info.dtype.kind not in "fV":
-        raise InputError(f"input {info} cannot be made up; only numbers can")
-    return rng.standard_normal(shape).astype(info.dtype)
 
 
 def limits(header: Mapping[str, Any], rows: Callable[[str], int]) -> tuple[dict[str, int], int | None]:

@@ -11,6 +11,7 @@ import onnx_graphsurgeon as gs
 
 from nmcompile.derive import Derivation, Underived
 from nmcompile.derive.value import aligned
+from nmcompile.roles import HIDDEN
 from nmcompile.symbolic import (
     ONE,
     ZERO,
@@ -31,7 +32,6 @@ from nmcompile.symbolic import (
 )
 
 LOWEST = float(np.finfo(np.float32).min)  # added to a score: its key is never seen
-HIDDEN = -5e3  # a score below this hides its key: exporters add -10000 or the lowest float
 ABSORBS = -1e30  # added to a score, nothing is left of it
 MAX_CONDITIONS = 6
 

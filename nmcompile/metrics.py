@@ -9,8 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
-from nmcompile.compare import cosines, is_float, parts, real_tokens
+from nmcompile.compare import cosines, is_float, parts
 from nmcompile.errors import InputError, NmcompileError
+from nmcompile.roles import real_tokens
+from nmcompile.tensorinfo import TensorInfo
 
 Arrays = Mapping[str, np.ndarray]
 Pair = tuple[np.ndarray, np.ndarray]
@@ -26,14 +28,14 @@ class Limit:
     score: Callable[[Run, Run], float]  # (dense model, compressed model) -> drop, 0 when nothing is lost
 
 
-def parse_limit(text: str, samples: Iterable[Arrays]) -> Limit:
+def parse_limit(text: str, samples: Iterable[Arrays], inputs: Sequence[TensorInfo] = ()) -> Limit:
     """"cosine=0.01", "kl=0.05", "top1=0.02" or "FILE.py:FUNCTION=0.5"; InputError tells what is wrong.
 
     cosine: 1 - mean cosine of the outputs' vectors; single scores, one for each sample, are one vector. kl: mean
     Kullback-Leibler divergence of softmax(outputs), in nats. top1: share of vectors whose largest element is another,
     and of labels that are others. A function takes run(feeds) -> outputs and gives a number that is higher for better
     models; the drop is the dense model's less the compressed one's. Measuring raises InputError where outputs hold
-    nothing of the kind.
+    nothing of the kind. inputs: the model's, whose roles tell padding from tokens.
     """
     name, equals, number = text.rpartition("=")
     try:
@@ -44,7 +46,7 @@ def parse_limit(text: str, samples: Iterable[Arrays]) -> Limit:
         raise InputError(f"--max-drop {text!r} is not METRIC=VALUE; for example cosine=0.01 or score.py:accuracy=0.5")
     if name in METRICS:
         measure = METRICS[name]
-        return Limit(name, value, lambda dense, other: measure(dense, other, samples))
+        return Limit(name, value, lambda dense, other: measure(dense, other, samples, inputs))
     if ":" not in name:
         raise InputError(f"metric {name!r} is not known; choose {', '.join(METRICS)} or FILE.py:FUNCTION")
     score = user_function(name)
@@ -95,11 +97,13 @@ class Held:
         return "vectors" if self.vectors else "scores" if self.scores else "labels" if self.labels else "nothing"
 
 
-def gather(dense: Run, other: Run, samples: Iterable[Arrays]) -> dict[str, Held]:
+def gather(
+    dense: Run, other: Run, samples: Iterable[Arrays], inputs: Sequence[TensorInfo] = ()
+) -> dict[str, Held]:
     """What the outputs hold in all samples, float64, padding left out. InputError for outputs of other shapes."""
     found: dict[str, Held] = {}
     for feeds in samples:
-        real = real_tokens(feeds)
+        real = real_tokens(feeds, inputs)
         first, second = dense(feeds), other(feeds)
         for name, a in first.items():
             held, b = found.setdefault(name, Held()), second[name]
@@ -117,10 +121,10 @@ def _all(pairs: Sequence[Pair]) -> Pair:
 # ---- the metrics -------------------------------------------------------------------------------------------------
 
 
-def cosine(dense: Run, other: Run, samples: Iterable[Arrays]) -> float:
+def cosine(dense: Run, other: Run, samples: Iterable[Arrays], inputs: Sequence[TensorInfo] = ()) -> float:
     """1 - mean cosine of vectors; of single scores, 1 - the cosine of all of them as one vector. The greatest where a
     model has both."""
-    held = gather(dense, other, samples)
+    held = gather(dense, other, samples, inputs)
     drops = [1 - float(np.mean(np.concatenate([cosines(a, b) for a, b in pairs])))
              for pairs in [[pair for item in held.values() for pair in item.vectors]] if pairs]  # fmt: skip
     scores = [_all(item.scores) for item in held.values() if item.kind == "scores"]
@@ -128,9 +132,9 @@ def cosine(dense: Run, other: Run, samples: Iterable[Arrays]) -> float:
     return _most("cosine", drops, held)
 
 
-def divergence(dense: Run, other: Run, samples: Iterable[Arrays]) -> float:
+def divergence(dense: Run, other: Run, samples: Iterable[Arrays], inputs: Sequence[TensorInfo] = ()) -> float:
     """Mean KL(softmax(dense) | softmax(other)), nats."""
-    held = gather(dense, other, samples)
+    held = gather(dense, other, samples, inputs)
     found = []
     for a, b in (pair for item in held.values() for pair in item.vectors):
         p, q = _log_softmax(a), _log_softmax(b)
@@ -138,10 +142,10 @@ def divergence(dense: Run, other: Run, samples: Iterable[Arrays]) -> float:
     return _most("kl", [float(np.mean(np.concatenate(found)))] if found else [], held)
 
 
-def disagreement(dense: Run, other: Run, samples: Iterable[Arrays]) -> float:
+def disagreement(dense: Run, other: Run, samples: Iterable[Arrays], inputs: Sequence[TensorInfo] = ()) -> float:
     """Share of vectors whose largest element is another; of labels (whole numbers), share that are others. The greatest
     where a model has both."""
-    held = gather(dense, other, samples)
+    held = gather(dense, other, samples, inputs)
     found = [a.argmax(axis=1) != b.argmax(axis=1) for item in held.values() for a, b in item.vectors]
     drops = [float(np.mean(np.concatenate(found)))] if found else []
     labels = [_all(item.labels) for item in held.values() if item.kind == "labels"]

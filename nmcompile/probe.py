@@ -9,6 +9,7 @@ import onnx_graphsurgeon as gs
 
 from nmcompile import ir as g
 from nmcompile.derive import Derivation
+from nmcompile.roles import kind_of
 from nmcompile.tensorinfo import TensorInfo
 
 Feeds = dict[str, np.ndarray]
@@ -60,7 +61,7 @@ def binary_feeds(graph: gs.Graph, draw: int) -> Feeds:
     feeds = g.random_feeds(infos, seed=draw, dims=free_sizes(infos, draw))
     rng = np.random.default_rng(977 + draw)
     for info in infos:
-        if len(info.shape) == 2 and (info.dtype.kind in "iub" or "mask" in info.name):
+        if len(info.shape) == 2 and (info.dtype.kind in "iub" or kind_of(info) == "mask"):
             values = rng.integers(0, 2, feeds[info.name].shape)
             values[:, 0] = 1
             feeds[info.name] = values.astype(info.dtype)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from glob import escape
@@ -20,6 +20,7 @@ from typing import NamedTuple, cast
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from nmcompile import input_roles
 from nmcompile import ir as g
 from nmcompile.calibrate import Calibration
 from nmcompile.contract import Costs, Pass, Progress, Report
@@ -27,6 +28,7 @@ from nmcompile.pipeline import Observer, Pipeline
 from nmcompile.prune.fitting import fit_norms, restore_norms
 from nmcompile.prune.selection import PruningPass
 from nmcompile.recipes import canonical_passes
+from nmcompile.roles import stated
 from nmcompile.spec import spec
 
 Quantizing = Callable[[Sequence[str]], Sequence[Pass]]  # the passes that leave layers of these names in float
@@ -78,6 +80,11 @@ class Canonical:
     source: gs.Graph
     graph: gs.Graph
     ran: tuple[PassRun, ...]
+
+    @cached_property
+    def roles(self) -> Mapping[str, Mapping[str, str]]:
+        """Of the inputs whose names do not tell them."""
+        return stated(input_roles.inputs(self.source))
 
     @cached_property
     def fingerprint(self) -> str:

@@ -54,8 +54,10 @@ class Product(ABC):
     @property
     def header(self) -> dict[str, Any]:
         """Where a plan comes from."""
-        return {"nmcompile": nmcompile.__version__, "target": self.target,
-                "source": self.quantized.pruned.canonical.fingerprint, "passes": [name for name, _, _ in self.ran]}
+        canonical = self.quantized.pruned.canonical
+        return {"nmcompile": nmcompile.__version__, "target": self.target, "source": canonical.fingerprint,
+                "passes": [name for name, _, _ in self.ran],
+                **({"roles": canonical.roles} if canonical.roles else {})}  # fmt: skip
 
     @property
     def told(self) -> list[str]:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
-from typing import TypeGuard
+from typing import TYPE_CHECKING, TypeGuard
 
 import numpy as np
 
 from nmcompile.errors import InputError, PlanError
+
+if TYPE_CHECKING:
+    from nmcompile.roles import Role
 
 STORED = (
     *("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
@@ -20,11 +23,13 @@ MOST_TENSORS, MOST_DIMS, MOST_CHARACTERS = 4096, 64, 1000
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """A named tensor; `shape` holds sizes, names of free dimensions, or None where nothing is known."""
+    """A named tensor; `shape` holds sizes, names of free dimensions, or None where nothing is known. role: what an
+    input is for, None where only its name can tell (nmcompile.roles)."""
 
     name: str
     dtype: np.dtype
     shape: tuple[int | str | None, ...]
+    role: Role | None = field(default=None, compare=False)
 
     def __str__(self) -> str:
         dims = ", ".join("?" if dim is None else str(dim) for dim in self.shape)

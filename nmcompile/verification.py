@@ -9,13 +9,13 @@ import numpy as np
 import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
+from nmcompile import input_roles, lengths
 from nmcompile import ir as g
-from nmcompile import lengths
 from nmcompile.calibrate import Data
 from nmcompile.calibrate.collect import without_padding
-from nmcompile.compare import real_tokens
 from nmcompile.contract import Pass
 from nmcompile.errors import GraphError, PassError
+from nmcompile.roles import real_tokens, role_of
 from nmcompile.tensorinfo import TensorInfo
 
 Array = npt.NDArray[Any]
@@ -33,6 +33,7 @@ class Check:
         self._data = data
         self._graph: gs.Graph | None = None  # a copy from before the pass
         self._known: list[tuple[Values, Values]] = []  # inputs and outputs; kept while passes preserve them
+        self._infos: tuple[TensorInfo, ...] = ()
 
     def before(self, pass_: Pass, graph: gs.Graph) -> None:
         if not pass_.preserves:
@@ -42,7 +43,8 @@ class Check:
         self._known = self._known or self._run(graph)
 
     def _run(self, graph: gs.Graph) -> list[tuple[Values, Values]]:
-        infos, run = g.inputs(graph), g.runner(graph)
+        infos, run = input_roles.inputs(graph), g.runner(graph)
+        self._infos = infos
         found: list[tuple[Values, Values]] = []
         refused: GraphError | None = None
 
@@ -55,13 +57,12 @@ class Check:
                 return False
             return True
 
-        tables = _tables(graph)
         for sizes in lengths.small_sizes(infos):
-            for feeds in lengths.variants(_made_up(infos, sizes, 2, tables)):
+            for feeds in lengths.variants(_made_up(infos, sizes, 2), infos):
                 runs(feeds)
         for feeds in lengths.of_samples(self._data) if self._data is not None and not self._data.synthetic else ():
             runs(feeds)
-        any(runs(_made_up(infos, sizes, 1, tables)) for sizes in lengths.far_sizes(infos))
+        any(runs(_made_up(infos, sizes, 1)) for sizes in lengths.far_sizes(infos))
         if not found and refused is not None:
             raise PassError(f"cannot be verified, as the graph before it runs on no made-up inputs: {refused}; "
                             "give samples with --calibration")  # fmt: skip
@@ -77,7 +78,7 @@ class Check:
         try:
             run = g.runner(graph)
             for number, (feeds, expected) in enumerate(self._known):
-                problem = _problem(self._graph, graph, feeds, expected, run(feeds))
+                problem = _problem(self._graph, graph, self._infos, (feeds, expected, run(feeds)))
                 if problem:
                     where = f", with inputs {_shapes(feeds)}" if number else ""
                     raise PassError(f"does not preserve what the graph computes: {problem}{where}")
@@ -85,11 +86,15 @@ class Check:
             raise PassError(f"the graph after it does not run: {error}") from error
 
 
-def _problem(before: gs.Graph, after: gs.Graph, feeds: Values, expected: Values, found: Values) -> str:
-    """The first difference, "" for none. What stands where the mask has holes is nobody's to read."""
-    real = None if lengths.ends_padded(feeds) else real_tokens(feeds)
-    for name, values in expected.items():
-        problem = difference(*(without_padding(array, real) for array in (values, found[name])))
+def _problem(
+    before: gs.Graph, after: gs.Graph, infos: Sequence[TensorInfo], values: tuple[Values, Values, Values]
+) -> str:
+    """The first difference of (inputs, outputs before, outputs after), "" for none. What stands where the mask has
+    holes is nobody's to read."""
+    feeds, expected, found = values
+    real = None if lengths.ends_padded(feeds, infos) else real_tokens(feeds, infos)
+    for name, array in expected.items():
+        problem = difference(*(without_padding(item, real) for item in (array, found[name])))
         if problem:
             return (_first_difference(before, after, feeds) if real is None else "") or f"output '{name}' {problem}"
     return ""
@@ -99,29 +104,16 @@ def _shapes(feeds: Values) -> str:
     return ", ".join(f"{name} {list(array.shape)}" for name, array in feeds.items())
 
 
-def _made_up(
-    infos: Sequence[TensorInfo], sizes: Mapping[str, int], batch: int, tables: Mapping[str, int]
-) -> dict[str, Array]:
+def _made_up(infos: Sequence[TensorInfo], sizes: Mapping[str, int], batch: int) -> dict[str, Array]:
     """Seeded inputs, ids over all rows of their tables."""
     dims = {info.shape[0]: batch for info in infos if info.shape and isinstance(info.shape[0], str)} | dict(sizes)
     feeds = g.random_feeds(infos, seed=0, dims=dims)
     rng = np.random.default_rng(1)
-    return {name: rng.integers(0, tables[name], array.shape).astype(array.dtype) if name in tables else array
-            for name, array in feeds.items()}  # fmt: skip
-
-
-def _tables(graph: gs.Graph) -> dict[str, int]:
-    """Rows of the tables that inputs of ids are looked up in."""
-    rows: dict[str, int] = {}
-    for node in graph.nodes:
-        table = g.constant(node.inputs[0]) if node.op == "Gather" and not node.attrs.get("axis") else None
-        if table is not None and table.ndim > 1:
-            ids = node.inputs[1]
-            while (maker := g.producer(ids)) is not None and maker.op in ("Cast", "Identity"):
-                ids = maker.inputs[0]
-            rows[ids.name] = min(len(table), rows.get(ids.name, len(table)))
-    words = ("token_type", "segment", "position")
-    return {name: count for name, count in rows.items() if not any(word in name.lower() for word in words)}
+    for info in infos:
+        role = role_of(info)
+        if role.kind == "ids" and role.rows is not None:
+            feeds[info.name] = rng.integers(0, role.rows, feeds[info.name].shape).astype(info.dtype)
+    return feeds
 
 
 def difference(expected: Any, found: Any) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import onnx_graphsurgeon as gs
 
+from nmcompile import input_roles
 from nmcompile import ir as g
 from nmcompile.accuracy import Model as Reference
 from nmcompile.accuracy import limit_for
@@ -27,6 +28,7 @@ from nmcompile.request import MAX_LENGTH, check_files, check_options, passes_for
 from nmcompile.sizes import Model, model_bytes, sparsity_for
 from nmcompile.stages import Canonical, PrunePlan, Quantizing, Runner, prune, quantize
 from nmcompile.targets import CpuTarget, Target, TensorrtTarget
+from nmcompile.tensorinfo import TensorInfo
 
 NO_DATA = ("no calibration data: activation ranges come from made-up inputs and are not to be trusted; "
            "give samples of the model's real inputs with --calibration")  # fmt: skip
@@ -109,8 +111,9 @@ def prepared(
     without = lacking(engine, target.profile) if isinstance(target, TensorrtTarget) and output is not None else ""
     progress("reading the model", 0, 1)
     source = g.admit(model)
+    infos = input_roles.inputs(source)
     shapes = parse_shapes(engine.shapes, g.inputs(source)) if writes else {}
-    data = read_data(source, options.data, target, preset)
+    data = read_data(source, infos, options.data, target, preset)
     source = source if data.synthetic else g.separate_dims(source, data)
     check_ids(source, data)
     parts = hold_out(data, limited=options.control.max_drop is not None)
@@ -132,15 +135,19 @@ def _target(options: Options, tuning: Place | None) -> Target:
     return TensorrtTarget(choose_profile(engine), engine.outputs, engine.weights)
 
 
-def read_data(source: gs.Graph, asked: DataOptions, target: Target, preset: Preset) -> Data:
-    """The samples, made up where there are none."""
+def read_data(
+    source: gs.Graph, infos: tuple[TensorInfo, ...], asked: DataOptions, target: Target, preset: Preset
+) -> Data:
+    """The samples of inputs with their roles, made up where there are none."""
     length = MAX_LENGTH if asked.max_length is None else asked.max_length
     given = asked.calibration
     if isinstance(given, Data):
-        return given
+        roles = {info.name: info.role for info in infos}
+        known = tuple(replace(info, role=info.role or roles.get(info.name)) for info in given.inputs)
+        return replace(given, inputs=known)
     if given is not None:
-        return open_data(given, g.inputs(source), tokenizer=asked.tokenizer, max_length=length, limit=preset.limit)
+        return open_data(given, infos, tokenizer=asked.tokenizer, max_length=length, limit=preset.limit)
     if target.name == "tensorrt":
         raise CalibrationError("target tensorrt needs calibration data; give samples of the model's real inputs "
                                "with --calibration")  # fmt: skip
-    return open_data(None, g.inputs(source), max_length=longest(source, length), limit=preset.made_up)
+    return open_data(None, infos, max_length=longest(source, length, infos), limit=preset.made_up)

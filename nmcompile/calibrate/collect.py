@@ -14,8 +14,9 @@ import onnx_graphsurgeon as gs
 from nmcompile import ir as graphs
 from nmcompile.calibrate.data import Data
 from nmcompile.calibrate.statistics import Statistics
-from nmcompile.compare import real_tokens
 from nmcompile.errors import CalibrationError, EndlessError, GraphError, NmcompileError
+from nmcompile.roles import kind_of, real_tokens
+from nmcompile.tensorinfo import TensorInfo
 
 Array = npt.NDArray[Any]
 
@@ -56,7 +57,7 @@ class Calibration:
                 raise CalibrationError(
                     f"the model does not run on the calibration data: {error}; are they this model's inputs?"
                 ) from None
-            real = real_tokens(feed)
+            real = real_tokens(feed, self.data.inputs)
             for name, kinds in needs.items():
                 statistics.add(name, without_padding(values[name], real), kinds)
             statistics.count += next((array.shape[0] for array in feed.values() if array.ndim), 1)
@@ -97,16 +98,19 @@ def without_padding(values: Array, real: Array | None) -> Array:
     return values
 
 
-def longest(graph: gs.Graph, length: int) -> int:
-    """The greatest number of tokens up to `length` that the model takes (its position table may hold fewer)."""
-    infos = graphs.inputs(graph)
+def longest(graph: gs.Graph, length: int, infos: Sequence[TensorInfo] = ()) -> int:
+    """The greatest number of tokens up to `length` that the model takes (its position table may hold fewer).
+
+    infos: its inputs, with their roles."""
+    infos = infos or graphs.inputs(graph)
+    ids = {info.name for info in infos if kind_of(info) == "ids"}
     if not any(len(info.shape) > 1 and isinstance(info.shape[1], str) for info in infos):
         return length
     while length > SHORT:
         dims = {dim: length for info in infos for dim in info.shape[1:] if isinstance(dim, str)}
         feeds = graphs.random_feeds(infos, dims=dims)
         for name, values in feeds.items():
-            if values.ndim == 2 and values.dtype.kind in "iu" and values.max() > 1:
+            if name in ids and values.ndim == 2 and values.max() > 1:
                 feeds[name] = np.full_like(values, 2)  # no padding token, which RoBERTa's positions do not count
         try:
             graphs.run(graph, feeds)

@@ -14,8 +14,8 @@ import numpy.typing as npt
 
 from nmcompile import ir as graphs
 from nmcompile.calibrate.sources import Record, Source, Tokenizer, load_tokenizer, records
-from nmcompile.compare import is_mask
 from nmcompile.errors import CalibrationError
+from nmcompile.roles import first_of, ids_input, kind_of, made, written
 from nmcompile.tensorinfo import TensorInfo
 
 Array = npt.NDArray[Any]
@@ -62,7 +62,7 @@ class Data:
         fixed, one = self.fixed, shared(self.inputs)
         size = fixed or self.batch
         # A model without a mask would read padding as tokens, so there a batch has one shape.
-        runs = [self.rows] if _mask_input(self.inputs) else _equal_shapes(self.rows)
+        runs = [self.rows] if first_of(self.inputs, "mask") else _equal_shapes(self.rows)
         for run in itertools.chain.from_iterable(_equal_values(run, one) for run in runs):
             for start in range(0, len(run), size):
                 group = run[start : start + size]
@@ -159,7 +159,7 @@ def _tokenized(record: Record, infos: tuple[TensorInfo, ...], text: Tokenizer | 
         return record
     if text is None:
         raise CalibrationError(f"{where} holds text; give the tokenizer of the model (a tokenizer.json)")
-    ids, types = _ids_input(infos), _input_like(infos, "token_type", "segment")
+    ids, types = ids_input(infos), first_of(infos, "types")
     if ids is None:
         raise CalibrationError(f"{where} holds text, but the model takes no tokens ({_text(infos)})")
     tokens, kinds = text.encode(record)
@@ -213,26 +213,20 @@ def _complete(feed: Feed, infos: tuple[TensorInfo, ...], where: str, has: Sequen
     """The feed with the inputs that can be made from its tokens; they take the tokens' shape, batch axis or
     not.
     """
-    tokens = _ids_input(infos)
+    tokens = ids_input(infos)
     shape = feed[tokens.name].shape if tokens and tokens.name in feed else _token_shape(feed, infos)
-    made: Feed = {}
+    rng, found = np.random.default_rng(0), dict(feed)
     for info in infos:
         if info.name in feed:
             continue
-        low = info.name.lower()
-        known = is_mask(low) or any(word in low for word in ("token_type", "segment", "position_ids"))
+        known = kind_of(info) in ("mask", "types", "positions")
         if not shape or len(info.shape) != 2 or not known:
             raise CalibrationError(
                 f"{where}: input '{info.name}' is missing (the data have: {', '.join(map(str, has))}); "
                 "name the arrays like the model's inputs"
             )
-        if is_mask(low):
-            made[info.name] = np.ones(shape, info.dtype)
-        elif "position" in low:
-            made[info.name] = np.broadcast_to(np.arange(shape[-1]), shape).astype(info.dtype)
-        else:
-            made[info.name] = np.zeros(shape, info.dtype)
-    return feed | made
+        found[info.name] = made(info, shape, rng, types=1)
+    return found
 
 
 def _token_shape(feed: Feed, infos: tuple[TensorInfo, ...]) -> tuple[int, ...] | None:
@@ -272,7 +266,7 @@ def _check_shape(sample: Feed, infos: tuple[TensorInfo, ...], where: str) -> Non
     for info in infos:
         sizes = sample[info.name].shape
         for size, dim in zip(sizes, info.shape[1:], strict=False):
-            short = len(info.shape) == 2 and (info.dtype.kind in "iu" or is_mask(info.name))
+            short = len(info.shape) == 2 and (info.dtype.kind in "iu" or kind_of(info) == "mask")
             if isinstance(dim, int) and (size > dim or (size < dim and not short)):
                 raise CalibrationError(
                     f"{where}: a sample of shape {list(sizes)} does not fit the model's input {info}"
@@ -289,17 +283,24 @@ def shared(infos: Sequence[TensorInfo]) -> frozenset[str]:
 
 
 def _stack(rows: Sequence[Feed], infos: tuple[TensorInfo, ...], pad_token: int) -> Feed:
-    ids, one = _ids_input(infos), shared(infos)
+    one, fills = shared(infos), _fills(infos, pad_token)
     return {
         info.name: _pad([row[info.name] for row in (rows[:1] if info.name in one else rows)], info,
-                        pad_token if info is ids else 0)
+                        fills.get(info.name, 0))
         if info.shape
         else rows[0][info.name]
         for info in infos
     }
 
 
-def _pad(values: Sequence[Array], info: TensorInfo, fill: int) -> Array:
+def _fills(infos: Sequence[TensorInfo], pad_token: int) -> dict[str, int | float]:
+    """What inputs hold where a sample is padded, if it is not 0: ids the padding token, masks what hides."""
+    ids = ids_input(infos)
+    masks = {info.name: written(np.zeros((), bool), info).item() for info in infos if kind_of(info) == "mask"}
+    return masks | ({ids.name: pad_token} if ids else {})
+
+
+def _pad(values: Sequence[Array], info: TensorInfo, fill: int | float) -> Array:
     """[batch, ...]: the first axis of each sample padded at its end to the longest, or to the model's fixed
     size.
     """
@@ -347,31 +348,8 @@ def _text(infos: tuple[TensorInfo, ...]) -> str:
     return ", ".join(map(str, infos))
 
 
-# What an input is for, by its name.
-
-
-def _input_like(infos: tuple[TensorInfo, ...], *words: str) -> TensorInfo | None:
-    return next((info for info in infos if any(word in info.name.lower() for word in words)), None)
-
-
-def _mask_input(infos: tuple[TensorInfo, ...]) -> TensorInfo | None:
-    return next((info for info in infos if len(info.shape) == 2 and is_mask(info.name)), None)
-
-
-def _ids_input(infos: tuple[TensorInfo, ...]) -> TensorInfo | None:
-    """The tokens [batch, tokens]: named input_ids, or else the first integers that are nothing else."""
-    tokens = tuple(
-        info
-        for info in infos
-        if len(info.shape) == 2
-        and info.dtype.kind in "iu"
-        and not any(word in info.name.lower() for word in ("mask", "token_type", "segment", "position"))
-    )
-    return _input_like(tokens, "input_ids") or (tokens[0] if tokens else None)
-
-
 def _token_limit(infos: tuple[TensorInfo, ...], max_length: int) -> int:
-    ids = _ids_input(infos)
+    ids = ids_input(infos)
     fixed = ids.shape[1] if ids else None
     return min(max_length, fixed) if isinstance(fixed, int) else max_length
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -99,11 +99,12 @@ def open_model(path: Path) -> Model:
     if is_plan(path):
         session = load(path)
         return Model(session.inputs, session.outputs, session.run)
+    from nmcompile import input_roles
     from nmcompile import ir as g
 
     graph = g.admit(path)
     outputs = g.outputs(graph)
-    return Model(g.inputs(graph), outputs, g.runner(graph, [info.name for info in outputs]))
+    return Model(input_roles.inputs(graph), outputs, g.runner(graph, [info.name for info in outputs]))
 
 
 def _check_inputs(a: Path, one: Model, b: Path, other: Model) -> None:
@@ -121,16 +122,18 @@ def differences(
     one: Model, other: Model, data: Path | None, tokenizer: Path | None, max_length: int, progress: terminal.Progress
 ) -> tuple[dict[str, Difference], int]:
     """(per output, number of samples): `other` against `one` on the data, or on made-up inputs."""
-    from nmcompile.compare import Comparison, real_tokens
+    from nmcompile.compare import Comparison
+    from nmcompile.roles import real_tokens
 
     comparison = Comparison(one.outputs)
     count = 0
+    inputs = told_by_either(one.inputs, other.inputs)
     if data is None:
-        batches, total = made_up_batches(one.inputs), sum(batch for batch, _ in SHAPES)
+        batches, total = made_up_batches(inputs), sum(batch for batch, _ in SHAPES)
     else:
         from nmcompile.calibrate import open_data
 
-        opened = open_data(data, one.inputs, tokenizer=tokenizer, max_length=max_length, limit=1 << 30)
+        opened = open_data(data, inputs, tokenizer=tokenizer, max_length=max_length, limit=1 << 30)
         batches, total = iter(opened), opened.samples
     for feeds in batches:
         try:
@@ -140,12 +143,18 @@ def differences(
                 break  # longer than the model's positions; the shorter batches serve
             raise
         try:
-            comparison.add(expected, other.run(feeds), real_tokens(feeds))
+            comparison.add(expected, other.run(feeds), real_tokens(feeds, inputs))
         except ValueError as error:
             raise InputError(f"the outputs cannot be compared: {error}") from None
         count += max((len(array) for array in feeds.values() if array.ndim), default=1)
         progress("comparing", count, total)
     return comparison.differences(), count
+
+
+def told_by_either(one: Sequence[TensorInfo], other: Sequence[TensorInfo]) -> tuple[TensorInfo, ...]:
+    """The inputs of one model, with the roles that either knows: a graph does, a plan states what names do not tell."""
+    more = {info.name: info.role for info in other}
+    return tuple(replace(info, role=info.role or more.get(info.name)) for info in one)
 
 
 def made_up_batches(infos: Sequence[TensorInfo]) -> Iterator[Arrays]:

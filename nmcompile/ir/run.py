@@ -24,6 +24,7 @@ from nmcompile.ir.integer import exact_products
 from nmcompile.ir.model import weightless
 from nmcompile.ir.tensor import element_type
 from nmcompile.ort_options import session_options
+from nmcompile.roles import made
 from nmcompile.tensorinfo import TensorInfo
 
 LARGEST = 1 << 24  # elements of all made-up inputs together
@@ -188,9 +189,8 @@ def _reason(error: Exception) -> str:
 def random_feeds(infos: Sequence[TensorInfo], seed: int = 0, dims: Mapping[str, int] | None = None) -> dict[str, Array]:
     """Made-up inputs that a Transformer accepts, the same for the same seed.
 
-    Free dimensions are those of `dims`, else 2 for the first and 8 for others. Names tell the content: *mask*
-    a prefix of ones per row, *token_type* and *segment* 0 or 1, *position* 0, 1, 2, ...; other integers 0 to
-    19, floats normal.
+    Free dimensions are those of `dims`, else 2 for the first and 8 for others. The content is that of each input's
+    role (nmcompile.roles): masks keep a prefix of each row, ids are 0 to 19, types 0 or 1.
     """
     rng = np.random.default_rng(seed)
     sizes = [tuple(_size(dim, index, dims or {}) for index, dim in enumerate(info.shape)) for info in infos]
@@ -198,28 +198,7 @@ def random_feeds(infos: Sequence[TensorInfo], seed: int = 0, dims: Mapping[str, 
     for info, shape in zip(infos, sizes, strict=True):
         if total > LARGEST and math.prod(shape) * len(infos) >= total:
             raise GraphError(f"input '{info.name}' is of {math.prod(shape)} elements, too many to make up; give inputs")
-    return {info.name: _feed(info, shape, rng) for info, shape in zip(infos, sizes, strict=True)}
-
-
-def _feed(info: TensorInfo, shape: tuple[int, ...], rng: np.random.Generator) -> Array:
-    name = info.name.lower()
-    if info.dtype.kind in "OSUT":
-        return np.full(shape, "text", object)
-    if "mask" in name and len(shape) == 2:
-        lengths = rng.integers(1, max(2, shape[1] + 1), shape[0])
-        lengths[:1] = shape[1]  # one full row
-        return (np.arange(shape[1]) < lengths[:, None]).astype(info.dtype)
-    if "mask" in name:
-        return np.ones(shape, info.dtype) if info.dtype.kind in "iub" else np.zeros(shape, info.dtype)
-    if info.dtype.kind == "b":
-        return rng.integers(0, 2, shape).astype(bool)
-    if info.dtype.kind in "iu":
-        if "position" in name and shape:
-            return np.broadcast_to(np.arange(shape[-1]), shape).astype(info.dtype)
-        if "token_type" in name or "segment" in name:
-            return rng.integers(0, 2, shape).astype(info.dtype)
-        return rng.integers(0, 20, shape).astype(info.dtype)
-    return rng.standard_normal(shape).astype(info.dtype)
+    return {info.name: made(info, shape, rng, lengths=rng) for info, shape in zip(infos, sizes, strict=True)}
 
 
 def _size(dim: int | str | None, index: int, dims: Mapping[str, int]) -> int:

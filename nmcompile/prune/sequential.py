@@ -17,8 +17,8 @@ import onnx_graphsurgeon as gs
 from nmcompile import ir as g
 from nmcompile.calibrate.collect import without_padding
 from nmcompile.calibrate.data import Data
-from nmcompile.compare import real_tokens
 from nmcompile.errors import CalibrationError, GraphError
+from nmcompile.roles import real_tokens
 
 Array = npt.NDArray[Any]
 
@@ -97,7 +97,7 @@ class SequentialCalibration:
     def __init__(self, graph: gs.Graph, dense: gs.Graph, data: Data, todo: Sequence[Stage]) -> None:
         self.graph, self.dense, self.stages = graph, dense, list(todo)
         self.feeds = list(data)
-        self.real = [real_tokens(feed) for feed in self.feeds]
+        self.real = [real_tokens(feed, data.inputs) for feed in self.feeds]
         self._inputs = [info.name for info in g.inputs(graph)]
         self._known: tuple[list[dict[str, Array]], ...] = ([{} for _ in self.feeds], [{} for _ in self.feeds])
         self._last = self._lifetimes()

@@ -14,7 +14,7 @@ import onnx_graphsurgeon as gs
 from nmcompile.derive import Derivation, Underived
 from nmcompile.derive.elementwise import ELEMENTWISE
 from nmcompile.derive.movement import MOVEMENT, axes_of
-from nmcompile.masks import HIDDEN
+from nmcompile.roles import HIDDEN
 from nmcompile.symbolic import (
     ONE,
     ZERO,

@@ -20,6 +20,7 @@ from nmcompile.guards import read_guards
 from nmcompile.made_up import limits
 from nmcompile.ort_options import session_options
 from nmcompile.plan import Plan
+from nmcompile.roles import read_roles
 from nmcompile.tensorinfo import check_feeds, chosen_outputs, read_infos
 
 Arrays = dict[str, np.ndarray]
@@ -87,7 +88,7 @@ class Session:
         self.threads = threads or _native.default_threads()
         self._allowed = budget.allowed(memory)
         try:
-            self.inputs = read_infos(header["inputs"], "inputs")
+            self.inputs = read_roles(header.get("roles", {}), read_infos(header["inputs"], "inputs"))
             self.outputs = read_infos(header["outputs"], "outputs")
             _check_counts(header["segments"], header.get("layers", []))
             if native_only and any(segment["kind"] != "native" for segment in header["segments"]):

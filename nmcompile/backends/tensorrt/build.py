@@ -120,7 +120,7 @@ def _description(recipe: dict[str, Any], result: dict[str, Any]) -> dict[str, An
         "tensorrt": result["tensorrt"], "gpu": result["gpu"],
         "kept": result["kept"], **by_variant.get(result["kept"], {}), "variants": variants,
         "timed": {"batch": result.get("batch"), "shapes": result.get("shapes")},
-        "warnings": result.get("warnings", []),
+        "warnings": result.get("warnings", []), **({"roles": facts["roles"]} if "roles" in facts else {}),
     }  # fmt: skip
 
 

@@ -25,6 +25,7 @@ from nmcompile.tensorinfo import TensorInfo
 
 Loss = Mapping[str, Difference]
 Infos = Sequence[Mapping[str, Any]]
+Stated = Mapping[str, Mapping[str, str]]  # roles of inputs, as plans state them
 NAMES: tuple[str, ...] = ("sparse", "mixed", "dense")
 NEWEST = "10"  # the profile where no TensorRT is at hand: strongly typed, which 11 reads too
 
@@ -97,8 +98,8 @@ class Wanted:
     """An engine that is to be made.
 
     plan: where it goes; files: where all is written first. without: what this machine lacks to build it, "" nothing.
-    source: fingerprint of the model, and its inputs and outputs as JSON. pruned: layers with fewer weights, whose dense
-    ones `graph(names)` gives back.
+    source: fingerprint of the model, and its inputs and outputs as JSON; roles: of inputs whose names do not tell them.
+    pruned: layers with fewer weights, whose dense ones `graph(names)` gives back.
     """
 
     plan: Path
@@ -111,6 +112,7 @@ class Wanted:
     pruned: Sequence[str]
     graph: Callable[[Sequence[str]], Graph]
     progress: Callable[[str, int, int], None]
+    roles: Stated = field(default_factory=dict)
 
 
 class Variants:
@@ -140,7 +142,8 @@ class Variants:
         variants = {name: {"layers": list(made.layers), "passes": list(made.passes),
                            "loss": {key: item.to_json() for key, item in made.loss.items()}}
                     for name, made in self.graphs.items()}  # fmt: skip
-        facts = {"inputs": inputs, "outputs": outputs, "assumes": assumes, "variants": variants, "sha256": digests}
+        facts = {"inputs": inputs, "outputs": outputs, "assumes": assumes, "variants": variants, "sha256": digests,
+                 **({"roles": wanted.roles} if wanted.roles else {})}  # fmt: skip
         path = recipe_path(self.folder / wanted.plan.name)
         Recipe(path, wanted.plan, wanted.profile.name, wanted.profile.strong, models, wanted.shapes, wanted.options,
                fingerprint, facts).write(nmcompile.__version__)  # fmt: skip

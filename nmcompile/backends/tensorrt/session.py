@@ -14,6 +14,7 @@ from nmcompile.backends.tensorrt.cuda_driver import Cuda, Failure
 from nmcompile.errors import InputError, NoDeviceError, PlanError
 from nmcompile.guards import check as check_guards
 from nmcompile.guards import read_guards
+from nmcompile.roles import read_roles
 from nmcompile.tensorinfo import check_feeds, chosen_outputs, converted, read_infos
 
 Arrays = dict[str, np.ndarray]
@@ -47,7 +48,7 @@ class EngineSession:
     def __init__(self, path: Path, description: Mapping[str, Any], cuda: str = "libcuda.so.1") -> None:
         self.header: dict[str, Any] = dict(description)
         try:
-            self.inputs = read_infos(description["inputs"], "inputs")
+            self.inputs = read_roles(description.get("roles", {}), read_infos(description["inputs"], "inputs"))
             self.outputs = read_infos(description["outputs"], "outputs")
             self.guards = read_guards(description.get("assumes", []), [info.name for info in self.inputs])
             built, gpu = str(description["tensorrt"]), description["gpu"]
