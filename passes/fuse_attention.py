@@ -370,7 +370,10 @@ def _spell_mask(graph: gs.Graph, item: Attention, masks: Masks) -> int:
     """Write the mask of an attention that is canonical but for that."""
     if item.biased is None or is_built(item.biased.inputs[1], item.mask):
         return 0
-    item.biased.inputs[1] = _mask(graph, item.mask, item.q, masks)
+    mask = _mask(graph, item.mask, item.q, masks)
+    if mask is None:  # it adds nothing: 0 is as good as any spelling
+        return 0
+    item.biased.inputs[1] = mask
     return 1
 
 

@@ -168,7 +168,10 @@ def _initializer(model: onnx.ModelProto, rng: np.random.Generator) -> None:
     elif kind == 3:
         tensor.dims.extend([1] * int(rng.integers(1, 70)))
     elif kind == 4:
-        array = onnx.numpy_helper.to_array(tensor).copy()
+        try:
+            array = onnx.numpy_helper.to_array(tensor).copy()
+        except ValueError:  # damaged by an earlier mutation
+            return
         if array.size and array.dtype.kind in "iuf":
             array.reshape(-1)[int(rng.integers(array.size))] = _size(rng) & 0x7F if array.dtype.kind != "f" else np.nan
             tensor.CopyFrom(onnx.numpy_helper.from_array(array, tensor.name))

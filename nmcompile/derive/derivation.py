@@ -97,8 +97,8 @@ class Derivation:
         except Underived as stop:
             values = []
             reason = str(stop)
-        except (IndexError, KeyError, TypeError, ValueError, ZeroDivisionError, OverflowError) as error:
-            values = []  # attributes or inputs that the standard does not allow
+        except MALFORMED as error:
+            values = []
             reason = f"{type(error).__name__}"
         else:
             reason = "no rule for it"
@@ -133,6 +133,10 @@ class Derivation:
         return found
 
 
+# what rules raise for attributes and inputs that the standard does not allow
+MALFORMED = (IndexError, KeyError, TypeError, ValueError, ZeroDivisionError, OverflowError, AttributeError)
+
+
 def _made(name: str, shape: Shape, at: At | None, kind: str) -> Value:
     """With the rule's elements; where those stop, elements that stand for themselves."""
     itself = opaque(name, shape, kind)
@@ -142,7 +146,7 @@ def _made(name: str, shape: Shape, at: At | None, kind: str) -> Value:
     def element(index: Shape) -> Poly:
         try:
             return at(index)
-        except (Underived, RecursionError):
+        except (Underived, RecursionError, *MALFORMED):
             return itself.at(index)
 
     return Value(shape, kind, element)

@@ -48,6 +48,8 @@ def axes_of(node: gs.Node, args: Sequence[Value | None], place: int, rank: int) 
 def _transpose(node: gs.Node, args: Sequence[Value | None]) -> Made:
     x = given(args, 0)
     perm = [int(axis) for axis in node.attrs.get("perm", range(len(x.shape))[::-1])]
+    if sorted(perm) != list(range(len(x.shape))):
+        raise Underived("axes that there are not")
 
     def at(index: Shape) -> Poly:
         own = dict(zip(perm, index, strict=True))

@@ -204,10 +204,22 @@ def infer_shapes(graph: gs.Graph) -> None:
     del model.graph.value_info[:]
     model.graph.value_info.extend(infos)
     try:
-        inferred = onnx.shape_inference.infer_shapes(model, strict_mode=False, data_prop=facts[PROPAGATES])
+        propagates = facts[PROPAGATES] and not _long_ranges(graph)
+        inferred = onnx.shape_inference.infer_shapes(model, strict_mode=False, data_prop=propagates)
     except Exception:
         return
     _annotate(graph, inferred.graph)
+
+
+def _long_ranges(graph: gs.Graph) -> bool:
+    """Whether inference may write a Range out that is longer than anything a model has: one of a constant end, or of a
+    size of the inputs."""
+    if not any(node.op == "Range" for node in graph.nodes):
+        return False
+    ends = [constant(x) for node in graph.nodes if node.op == "Range" for x in node.inputs]
+    sizes = [dim for tensor in graph.inputs for dim in tensor.shape or () if isinstance(dim, int)]
+    return any(size > RANK_ONE for size in sizes) or any(
+        end is not None and end.size and bool((np.abs(end.astype(np.float64)) > RANK_ONE).any()) for end in ends)
 
 
 def _annotate(graph: gs.Graph, proto: onnx.GraphProto) -> None:
