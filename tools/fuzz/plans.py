@@ -27,6 +27,7 @@ BASES: dict[str, dict[str, Any]] = {
     "bert-torchscript": {"pattern": "2x4", "sparsity": 0.6}, "gpt2-torchscript": {}, "vit-torchscript": {},
     "t5-torchscript": {},
 }  # fmt: skip
+DEEP = 100  # of lists and objects in one another that are changed
 WILD: tuple[Any, ...] = (
     *(-1, 0, 1, 2, 3, 7, 63, 65, 255, 256, 1023, 1024, 4096, 2**16, 2**20, 2**31 - 1, 2**31, 2**40, -(2**62), 2**63),
     *(0.0, -0.0, 1e-45, 1e-38, 1e-8, 0.5, 64.5, 100.0, 1e4, 1e20, 3e38, 1e39, 1e300, -1.0),
@@ -62,10 +63,10 @@ def write(path: Path, header: Any, members: dict[str, bytes]) -> None:
 
 
 def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """Every value inside lists and objects."""
+    """Every value inside lists and objects, down to DEEP of them in one another."""
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     found = [path] if path else []
-    for key, item in items:
+    for key, item in items if len(path) < DEEP else ():
         found += places(item, (*path, key))
     return found
 
@@ -77,8 +78,8 @@ def value_at(value: Any, path: tuple[Any, ...]) -> Any:
 
 
 def _change_json(rng: random.Random, header: dict[str, Any], members: dict[str, bytes]) -> None:
-    segments = [("segments", *path) for path in places(header["segments"])]
-    chosen = segments if rng.random() < 0.8 else places(header)
+    segments = [("segments", *path) for path in places(header.get("segments"))]
+    chosen = (segments if rng.random() < 0.8 else []) or places(header)
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
         path = rng.choice(chosen)
         try:
@@ -131,8 +132,8 @@ def changed_bytes(rng: random.Random, data: bytes) -> bytes:
 
 def _change_array(rng: random.Random, header: dict[str, Any], members: dict[str, bytes]) -> None:
     """Other values of the same size in an array: indices out of bounds, floats that are none."""
-    name = rng.choice([name for name in members if name.endswith(".npy")])
-    data = bytearray(members[name])
+    name = rng.choice([name for name in members if name.endswith(".npy")] or [""])
+    data = bytearray(members.get(name, b""))
     start = 10 + int.from_bytes(data[8:10], "little")
     if start >= len(data):
         return
@@ -148,7 +149,10 @@ def _change_array(rng: random.Random, header: dict[str, Any], members: dict[str,
 
 def _change_shape(rng: random.Random, header: dict[str, Any], members: dict[str, bytes]) -> None:
     """An array of another type or shape, described as it is."""
-    name = rng.choice([name for name in members if name.endswith(".npy")])
+    names = [name for name in members if name.endswith(".npy")]
+    if not names or not isinstance(header.get("members"), dict):
+        return  # an earlier change took it away
+    name = rng.choice(names)
     data = members[name][10 + int.from_bytes(members[name][8:10], "little") :]
     dtype = DTYPES[rng.choice([*DTYPES])]
     values = np.frombuffer(data[: len(data) // dtype.itemsize * dtype.itemsize], dtype)
@@ -162,7 +166,7 @@ def _change_shape(rng: random.Random, header: dict[str, Any], members: dict[str,
 
 def _change_blob(rng: random.Random, header: dict[str, Any], members: dict[str, bytes]) -> None:
     names = [name for name in members if name.endswith(".onnx")]
-    if names:
+    if names and isinstance(header.get("members"), dict):
         name = rng.choice(names)
         members[name] = changed_bytes(rng, members[name])
         header["members"][name] = f"blob[{len(members[name])}]"
