@@ -41,7 +41,7 @@ def _structure(graph: gs.Graph, stage: str, outer: dict[str, gs.Tensor], named: 
         named[node.name] = node
         parts = node.attrs.get("num_outputs")
         if node.op == "Split" and parts is not None and parts != len(node.outputs):
-            raise GraphError(f"{stage}: node '{node.name}' (Split) has {len(node.outputs)} outputs and says num_outputs "
+            raise GraphError(f"{stage}: node '{node.name}' (Split) has {len(node.outputs)} outputs, num_outputs says "
                              f"{parts}; the file is damaged, export it again")  # fmt: skip
         for tensor in node.inputs:
             _check_read(tensor, node, stage, known, own)
