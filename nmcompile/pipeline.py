@@ -9,14 +9,13 @@ from dataclasses import dataclass, field
 import onnx_graphsurgeon as gs
 
 from nmcompile import ir as g
-from nmcompile import probe
 from nmcompile.calibrate import Calibration
-from nmcompile.contract import NEEDS_DATA, SHAPES, Context, Costs, Pass, Report
+from nmcompile.contract import DERIVATION, NEEDS_DATA, SHAPES, Context, Costs, Pass, Report
 from nmcompile.errors import CalibrationError, NmcompileError, PassError
 from nmcompile.spec import parse_spec, spec
 from nmcompile.verification import Check
 
-__all__ = ["SHAPES", "Context", "Observer", "Pass", "Pipeline", "Report", "parse_spec", "spec"]
+__all__ = ["DERIVATION", "SHAPES", "Context", "Observer", "Pass", "Pipeline", "Report", "parse_spec", "spec"]
 
 Observer = Callable[[Pass, gs.Graph, Report, float], None]  # (pass, graph after it, its report, seconds)
 
@@ -71,12 +70,13 @@ class Pipeline:
 
 def _run(pass_: Pass, graph: gs.Graph, context: Context) -> Report:
     """One pass with what it requires and needs."""
-    derivation = probe.annotate(graph) if SHAPES in pass_.requires else None
+    if SHAPES in pass_.requires:
+        context.infer(graph)
     needs = pass_.needs(graph)
     if needs and context.calibration is None:
         raise PassError(NEEDS_DATA)
     statistics = context.collect(graph, needs) if needs else None
-    return pass_.run(graph, context.given(statistics, derivation))
+    return pass_.run(graph, context.given(statistics, graph if DERIVATION in pass_.requires else None))
 
 
 def _told(pass_: Pass, error: NmcompileError, done: Sequence[str]) -> str:

@@ -10,7 +10,7 @@ import onnx_graphsurgeon as gs
 
 from nmcompile import ir as g
 from nmcompile.builder import Builder
-from nmcompile.contract import Context, Pass, Report
+from nmcompile.contract import SHAPES, Context, Pass, Report
 from nmcompile.unflatten import unflatten
 
 
@@ -23,9 +23,9 @@ class CanonicaliseLinear(Pass):
     """
 
     preserves: ClassVar[bool] = True
+    requires: ClassVar[tuple[str, ...]] = (SHAPES,)
 
     def run(self, graph: gs.Graph, context: Context) -> Report:
-        g.infer_shapes(graph)
         notes: list[str] = []
         stored: dict[tuple[str, bool, float], gs.Constant] = {}
         gemms = [_gemm(graph, node, notes, stored) for node in list(graph.nodes) if node.op == "Gemm"]
@@ -33,13 +33,13 @@ class CanonicaliseLinear(Pass):
             if node.op == "Add" and g.constant(node.inputs[0]) is not None and g.constant(node.inputs[1]) is None:
                 node.inputs = [node.inputs[1], node.inputs[0]]  # the constant second, one form for readers
         g.cleanup(graph)
-        g.infer_shapes(graph)
+        context.infer(graph)
         flat = unflatten(graph)
         g.cleanup(graph)
         split = sum(_split(graph, node) for node in list(graph.nodes) if node.op == "Split")
         g.cleanup(graph)
         if flat or split or any(gemms):
-            g.infer_shapes(graph)
+            context.infer(graph)
         return Report(changed=sum(gemms) + flat + split, detail={"linear": len(g.linear_layers(graph))},
                       notes=tuple(notes))  # fmt: skip
 

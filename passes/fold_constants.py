@@ -10,7 +10,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from nmcompile import ir as g
-from nmcompile.contract import Context, Pass, Report
+from nmcompile.contract import SHAPES, Context, Pass, Report
 from nmcompile.errors import GraphError
 
 # Their result is not a function of their inputs, or carries quantization that backends must see.
@@ -26,11 +26,11 @@ class FoldConstants(Pass):
     """
 
     preserves: ClassVar[bool] = True
+    requires: ClassVar[tuple[str, ...]] = (SHAPES,)
     max_bytes: int = 1 << 24  # a result larger than its inputs and than this stays a node (Expand, Tile)
     max_growth: int = 1 << 26  # bytes by which all results together may be larger than their inputs
 
     def run(self, graph: gs.Graph, context: Context) -> Report:
-        g.infer_shapes(graph)
         foldable: set[int] = set()
         known: set[str] = set()
         for node in graph.nodes:

@@ -12,7 +12,7 @@ from nmcompile import ir as g
 from nmcompile import probe
 from nmcompile.builder import Builder
 from nmcompile.canonical import Attention, attentions, build_attention
-from nmcompile.contract import Context, Pass, Report
+from nmcompile.contract import DERIVATION, Context, Pass, Report
 from nmcompile.derive import Derivation, Underived
 from nmcompile.errors import NmcompileError
 from nmcompile.mask_form import build_mask, is_built
@@ -59,10 +59,11 @@ class FuseAttention(Pass):
     """
 
     preserves: ClassVar[bool] = True
+    requires: ClassVar[tuple[str, ...]] = (DERIVATION,)
 
     def run(self, graph: gs.Graph, context: Context) -> Report:
         softmaxes = [node for node in graph.nodes if node.op == "Softmax"]
-        known = {item.name: item for item in attentions(graph)} if softmaxes else {}
+        known = {item.name: item for item in attentions(graph, context.shapes)} if softmaxes else {}
         roots = [node for node in softmaxes if node.name not in known]
         done = len(softmaxes) - len(roots)
         masks: Masks = {}
@@ -71,7 +72,7 @@ class FuseAttention(Pass):
             g.cleanup(graph)
         if not roots:
             return Report(changed=spelt, detail={"matched": f"{done}/{done}"} if done else {})
-        d = probe.annotate(graph)
+        d = context.derive(graph)
         notes: list[str] = []
         found: list[tuple[gs.Node, _Found]] = []
         attention = 0

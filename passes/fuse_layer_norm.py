@@ -11,7 +11,7 @@ import onnx_graphsurgeon as gs
 
 from nmcompile import ir as g
 from nmcompile.builder import Builder
-from nmcompile.contract import Context, Pass, Report
+from nmcompile.contract import SHAPES, Context, Pass, Report
 
 
 @dataclass(frozen=True)
@@ -23,9 +23,9 @@ class FuseLayerNorm(Pass):
     """
 
     preserves: ClassVar[bool] = True
+    requires: ClassVar[tuple[str, ...]] = (SHAPES,)
 
     def run(self, graph: gs.Graph, context: Context) -> Report:
-        g.infer_shapes(graph)
         notes: list[str] = []
         own = {id(node) for node in graph.nodes}
         already = sum(_tidy(node) for node in graph.nodes)
@@ -46,7 +46,7 @@ class FuseLayerNorm(Pass):
             fused += 1
         if fused:
             g.cleanup(graph)
-            g.infer_shapes(graph)
+            context.infer(graph)
         return Report(changed=fused, detail={"matched": f"{fused + already}/{total + already}"}, notes=tuple(notes))
 
 

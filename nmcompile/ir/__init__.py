@@ -42,12 +42,13 @@ from nmcompile.ir.model import DOMAINS, export_model, import_model, weightless
 from nmcompile.ir.pairs import Pair, read_pair
 from nmcompile.ir.proto import Dim, Export, annotate
 from nmcompile.ir.run import LARGEST, random_feeds, run, runner
-from nmcompile.ir.tensor import Array
+from nmcompile.ir.tensor import LARGE, Array
 from nmcompile.ir.text import to_text
 from nmcompile.ir.verify import verify
 from nmcompile.tensorinfo import TensorInfo
 
 __all__ = [
+    "LARGE",
     "LARGEST",
     "Linear",
     "Pair",
@@ -167,14 +168,14 @@ def _name_nodes(graph: gs.Graph) -> None:
 def save(graph: gs.Graph, path: str | os.PathLike[str], *, external: bool | None = None) -> None:
     """Write the graph to `path`: all of it or nothing. external=True puts weights into `NAME.data` beside it,
     None does so from 1.9 GB. GraphError when the folder cannot be written."""
-    export = Export(aside=tensors.LARGE)
+    export = Export(aside=LARGE)
     model = export_model(graph, export)
     files.write(Path(path), model, export.weights, external=external)
 
 
 def to_model(graph: gs.Graph) -> onnx.ModelProto:
     """The graph as one message, weights included; GraphError above protobuf's 2 GB."""
-    export = Export(aside=tensors.LARGE)
+    export = Export(aside=LARGE)
     model = export_model(graph, export)
     if sum(values.nbytes for values in export.weights.values()) > files.INLINE_LIMIT:
         raise GraphError("the model is larger than the 2 GB that one message holds; save it to a file instead")
