@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from inspect import signature
 
 import onnx_graphsurgeon as gs
 
@@ -39,6 +40,8 @@ class Pipeline:
 
         PassError, one line: the pass, what is wrong, and the passes that ran before it.
         """
+        for pass_ in self.passes:
+            _check_contract(pass_)
         graph = g.copy(graph)
         reports: list[Report] = []
         done: list[str] = []
@@ -66,6 +69,23 @@ class Pipeline:
             for observer in self.observers:
                 observer(pass_, graph, report, seconds)
         return graph, tuple(reports)
+
+
+def _check_contract(pass_: Pass) -> None:
+    """PassError for a pass of an older contract, whose run took the graph alone, or statistics or calibration data
+    beside it."""
+    try:
+        parameters = signature(pass_.run).parameters.values()
+    except (TypeError, ValueError):
+        return  # code that Python cannot look into
+    places = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    needed = [p for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    takes = len(places) > 1 or any(p.kind is p.VAR_POSITIONAL for p in parameters)
+    older = any(p.name in ("statistics", "calibration") for p in places[1:2])
+    if not takes or older or any(p not in places[:2] for p in needed):
+        names = ", ".join(p.name for p in parameters)
+        raise PassError(f"{pass_.name}: its run({names}) is of an older contract; write run(self, graph, context): "
+                        "context.statistics holds what needs() asked for, context.data the samples")  # fmt: skip
 
 
 def _run(pass_: Pass, graph: gs.Graph, context: Context) -> Report:
