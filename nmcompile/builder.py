@@ -29,6 +29,10 @@ class Builder:
     def constant(self, values: np.ndarray, stem: str = "const") -> gs.Constant:
         return gs.Constant(self.fresh(stem), np.asarray(values))
 
+    def derived(self, tensor: gs.Tensor, stem: str, *operations: g.Operation) -> gs.Constant:
+        """A constant made of another, whose source it keeps."""
+        return g.derived(tensor, self.fresh(stem), *operations)
+
     def ints(self, *values: int) -> gs.Constant:
         return self.constant(np.array(values, np.int64), "ints")
 

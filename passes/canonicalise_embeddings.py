@@ -102,7 +102,8 @@ def _canonicalise(graph: gs.Graph, d: Derivation, node: gs.Node, found: Ids) -> 
     if found.kind == "row":
         if not _is_added(graph, d, y, None) or not 0 <= found.first < table.shape[0]:
             raise Underived(f"it always gives row {found.first}, and is not added to other embeddings")
-        g.rewire(graph, y, Builder(graph, node.name).constant(table.values[found.first].copy(), "row"))
+        row = g.Slice(0, found.first, found.first + 1), g.Reshape(tuple(table.shape[1:]))
+        g.rewire(graph, y, Builder(graph, node.name).derived(table, "row", *row))
         return
     if found.kind == "position" and not _is_added(graph, d, y, found.length):
         raise Underived("it gives rows by position, and is not added to other embeddings")

@@ -113,7 +113,8 @@ def _like(x: gs.Tensor) -> dict[str, Any]:
 def _transpose_last(b: Builder, x: gs.Tensor) -> gs.Tensor:
     value = g.constant(x)
     if value is not None:
-        return b.constant(np.ascontiguousarray(value.swapaxes(-1, -2)), "transposed")
+        axes = list(range(value.ndim))
+        return b.derived(x, "transposed", g.Transpose((*axes[:-2], axes[-1], axes[-2])))
     rank = len(x.shape) if x.shape is not None else 4
     return b("Transpose", x, perm=[*range(rank - 2), rank - 1, rank - 2], **_like(x))
 
@@ -218,9 +219,9 @@ def _microsoft_attention(b: Builder, node: gs.Node) -> list[gs.Tensor | None]:
         raise Keep(f"its sizes {sizes}, {heads} heads and weight {list(weight.shape)} do not fit")
     parts, start = [], 0
     for size in sizes:
-        y = b("MatMul", x, b.constant(np.ascontiguousarray(weight[:, start : start + size]), "weight"), **_like(x))
-        if offsets is not None:
-            y = b("Add", y, b.constant(offsets[start : start + size], "bias"), **_like(x))
+        y = b("MatMul", x, b.derived(node.inputs[1], "weight", g.Slice(1, start, start + size)), **_like(x))
+        if bias is not None:
+            y = b("Add", y, b.derived(bias, "bias", g.Slice(0, start, start + size)), **_like(x))
         parts.append(y)
         start += size
     scale = float(node.attrs.get("scale", 0) or (sizes[0] // heads) ** -0.5)
@@ -242,11 +243,11 @@ def _multi_head(b: Builder, node: gs.Node) -> list[gs.Tensor | None]:
     sizes = [int(t.shape[-1]) for t in parts]
     bias = _input(node, 3)
     offsets = g.constant(bias) if bias is not None else None
-    if offsets is not None:
+    if bias is not None and offsets is not None:
         if offsets.shape != (sum(sizes),):
             raise Keep(f"its bias of shape {list(offsets.shape)} does not fit")
         bounds = np.cumsum([0, *sizes])
-        parts = [b("Add", t, b.constant(offsets[s:e], "bias"), shape=t.shape)
+        parts = [b("Add", t, b.derived(bias, "bias", g.Slice(0, int(s), int(e))), shape=t.shape)
                  for t, s, e in zip(parts, bounds[:-1], bounds[1:], strict=True)]  # fmt: skip
     elif bias is not None:
         raise Keep("its bias is not constant")

@@ -46,6 +46,8 @@ class FoldConstants(Pass):
             return Report()
         values, notes = _values(graph, [y.name for y in wanted])
         notes += self._drop(values, wanted)
+        lineage = g.Lineage()
+        sources = {y.name: lineage.of(y) for y in wanted if y.name in values}
         for y in wanted:
             if y.name not in values:
                 continue
@@ -54,7 +56,7 @@ class FoldConstants(Pass):
                 # the node may stay for another of its outputs, which must keep its place
                 left = gs.Variable(g.fresh(graph, f"{y.name}/folded"), y.dtype, y.shape)
                 maker.outputs[place] = left if len(maker.outputs) > 1 else gs.Variable.empty()
-            y.to_constant(np.asarray(values[y.name]))
+            g.with_source(y.to_constant(np.asarray(values[y.name])), sources[y.name])
         if values:
             g.cleanup(graph)
         return Report(changed=len(values), notes=notes)

@@ -266,9 +266,11 @@ def _project(graph: gs.Graph, operand: Operand, stem: str, part: str) -> gs.Tens
     shape = [*operand.source.shape[:2], len(order)]
     if layer is None or layer.quantized:
         return b("Gather", operand.source, b.constant(order, "features"), axis=-1, shape=shape)
-    stored = g.constant(layer.node.inputs[1])
-    assert stored is not None
-    y = b("MatMul", layer.x, b.constant(np.ascontiguousarray(stored[:, order]), "weight"), shape=shape)
-    if layer.bias is None:
+    places = tuple(int(place) for place in order)
+    weight = b.derived(layer.node.inputs[1], "weight", g.Take(1, places))
+    y = b("MatMul", layer.x, weight, shape=shape)
+    offsets = g.bias_of(layer)
+    if offsets is None:
         return y
-    return b("Add", y, b.constant(layer.bias[order].astype(stored.dtype), "bias"), shape=shape)
+    bias = b.derived(offsets, "bias", g.Take(0, places), g.Cast("float32"), g.Cast(weight.dtype.name))
+    return b("Add", y, bias, shape=shape)

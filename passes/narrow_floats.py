@@ -216,7 +216,7 @@ class _Edges:
         made: gs.Tensor
         if isinstance(tensor, gs.Constant):
             values = np.asarray(tensor.values)
-            made = gs.Constant(name, _half(values) if kind == HALF else values.astype(kind))
+            made = g.changed(gs.Constant(name, _half(values) if kind == HALF else values.astype(kind)), tensor)
         else:
             made = gs.Variable(name, kind, tensor.shape)
             cast = g.fresh(self.graph, f"{tensor.name}/to_{kind.name}")

@@ -55,6 +55,10 @@ def _set_aside_softmax(graph: gs.Graph, context: Context) -> None:
             node.domain = ASIDE
 
 
+def _graphs(graph: gs.Graph) -> list[gs.Graph]:
+    return [graph, *graph.subgraphs(recursive=True)]
+
+
 def _convert(graph: gs.Graph, version: int, context: Context) -> gs.Graph:
     """onnx's own converter on a copy whose large weights stand aside as inputs, so that size does not matter."""
     bare = g.copy(graph)
@@ -77,9 +81,12 @@ def _convert(graph: gs.Graph, version: int, context: Context) -> gs.Graph:
         if node.domain == ASIDE:
             node.domain = None
     raised.import_domains = [item for item in raised.import_domains if item.domain != ASIDE]
+    held = {t.name: t for one in _graphs(graph) for t in one.tensors().values() if isinstance(t, gs.Constant)}
+    for tensor in [t for one in _graphs(raised) for t in one.tensors().values() if isinstance(t, gs.Constant)]:
+        g.with_source(tensor, g.source(held[tensor.name]) if tensor.name in held else None)
     by_name = raised.tensors()
     for name, values in weights.items():
         if name in by_name:
-            by_name[name].to_constant(values)
+            g.with_source(by_name[name].to_constant(values), g.source(held[name]))
     raised.inputs[:] = [by_name.get(t.name, t) for t in inputs]
     return raised

@@ -1,8 +1,8 @@
 """Reads, writes, checks and edits models: the only place that knows GraphSurgeon's quirks. Import its names from here.
 
 onnx_file reads and writes files; graph_model, graph_proto and graph_tensor turn messages into graphs and back;
-graph_edit walks and rewires, graph_linear finds linear layers, graph_integer has 8-bit products computed alike on every
-CPU, graph_run runs, graph_text prints, graph_verify checks.
+graph_edit walks and rewires, graph_linear finds linear layers, provenance and lineage know where constants come from,
+graph_integer has 8-bit products computed alike on every CPU, graph_run runs, graph_text prints, graph_verify checks.
 """
 
 from __future__ import annotations
@@ -37,10 +37,39 @@ from nmcompile.ir.edit import (
 from nmcompile.ir.entry import check_types, compute_constant_outputs, part_dims
 from nmcompile.ir.forecast import RANK_ONE, by_name, forecast
 from nmcompile.ir.integer import exact_products, may_saturate
-from nmcompile.ir.linear import Linear, dequantized, linear_layers, per_feature, set_bias, set_weight
+from nmcompile.ir.lineage import Lineage
+from nmcompile.ir.linear import (
+    Linear,
+    bias_of,
+    dequantized,
+    layer_keys,
+    linear_layers,
+    per_feature,
+    reorder,
+    set_bias,
+    set_weight,
+    weight_of,
+)
 from nmcompile.ir.model import DOMAINS, export_model, import_model, weightless
 from nmcompile.ir.pairs import Pair, read_pair
 from nmcompile.ir.proto import Dim, Export, annotate
+from nmcompile.ir.provenance import (
+    Broadcast,
+    Cast,
+    Operation,
+    Reshape,
+    Scale,
+    Slice,
+    Source,
+    Take,
+    Transpose,
+    changed,
+    computed,
+    derived,
+    permuted,
+    source,
+    with_source,
+)
 from nmcompile.ir.run import LARGEST, random_feeds, run, runner
 from nmcompile.ir.tensor import LARGE, Array
 from nmcompile.ir.text import to_text
@@ -50,30 +79,47 @@ from nmcompile.tensorinfo import TensorInfo
 __all__ = [
     "LARGE",
     "LARGEST",
+    "Broadcast",
+    "Cast",
+    "Lineage",
     "Linear",
+    "Operation",
     "Pair",
+    "Reshape",
+    "Scale",
+    "Slice",
+    "Source",
+    "Take",
     "TensorInfo",
+    "Transpose",
     "admit",
+    "bias_of",
+    "changed",
     "cleanup",
+    "computed",
     "constant",
     "consumers",
     "copy",
     "dequantized",
+    "derived",
     "exact_products",
     "extract",
     "fresh",
     "infer_shapes",
     "inputs",
     "is_output",
+    "layer_keys",
     "linear_layers",
     "load",
     "may_saturate",
     "names",
     "outputs",
     "per_feature",
+    "permuted",
     "producer",
     "random_feeds",
     "read_pair",
+    "reorder",
     "rewire",
     "run",
     "runner",
@@ -81,11 +127,14 @@ __all__ = [
     "separate_dims",
     "set_bias",
     "set_weight",
+    "source",
     "to_model",
     "to_text",
     "unused",
     "verify",
+    "weight_of",
     "weightless",
+    "with_source",
 ]
 
 

@@ -17,6 +17,7 @@ import onnx_graphsurgeon as gs
 from nmcompile.errors import GraphError
 
 Array = npt.NDArray[Any]
+SOURCE = "source"  # attribute of a constant: where it comes from (nmcompile.ir.provenance)
 CARRIED = ("doc_string", "opset", "import_domains", "producer_name", "producer_version", "ir_version")
 
 
@@ -69,7 +70,10 @@ def _copy(
 
 def _copy_tensor(tensor: gs.Tensor) -> gs.Tensor:
     if isinstance(tensor, gs.Constant):
-        return gs.Constant(tensor.name, tensor.values)
+        copied = gs.Constant(tensor.name, tensor.values)
+        if SOURCE in tensor.__dict__:
+            copied.__dict__[SOURCE] = tensor.__dict__[SOURCE]
+        return copied
     shape = None if tensor.shape is None else list(tensor.shape)
     new = gs.Variable(tensor.name, tensor.dtype, shape, getattr(tensor, "type", "tensor_type"))
     if hasattr(tensor, "type_proto"):

@@ -18,6 +18,7 @@ import onnx_graphsurgeon as gs
 from nmcompile.errors import GraphError
 from nmcompile.ir import tensor as tensors
 from nmcompile.ir.budget import Sparse, check_dims
+from nmcompile.ir.provenance import Source, with_source
 from nmcompile.ir.tensor import Array
 
 Dim = int | str | None
@@ -43,9 +44,9 @@ def _graph(
 ) -> gs.Graph:
     local: dict[str, gs.Tensor] = {}
     for initializer in proto.initializer:
-        _declare(local, gs.Constant(initializer.name, _value(initializer, weights)), "initializer")
+        _declare(local, _constant(initializer.name, _value(initializer, weights)), "initializer")
     for sparse in proto.sparse_initializer:
-        _declare(local, gs.Constant(sparse.values.name, tensors.dense(sparse, budget)), "initializer")
+        _declare(local, _constant(sparse.values.name, tensors.dense(sparse, budget)), "initializer")
     inputs = []
     for info in proto.input:
         check_dims(info.name, (max(dim.dim_value, 0) for dim in info.type.tensor_type.shape.dim), "input")
@@ -81,7 +82,7 @@ def _graph(
         if values is not None:
             earlier = local.get(node.output[0])
             constant = gs.Constant(node.output[0], values) if earlier is None else earlier.to_constant(values)
-            local[constant.name] = constant
+            local[constant.name] = with_source(constant, Source((constant.name,)))
             continue
         ins = [tensor(name) for name in node.input]
         outs = [tensor(name) for name in node.output]
@@ -89,6 +90,10 @@ def _graph(
         nodes.append(gs.Node(node.op_type, node.name, attrs, ins, outs, domain=node.domain or None))
     outputs = [tensor(info.name) for info in proto.output]
     return gs.Graph(nodes, inputs, outputs, proto.name, proto.doc_string or None, opset, opsets)
+
+
+def _constant(name: str, values: Array) -> gs.Constant:
+    return with_source(gs.Constant(name, values), Source((name,)))
 
 
 def _declare(local: dict[str, gs.Tensor], tensor: gs.Tensor, kind: str) -> None:
