@@ -20,9 +20,7 @@ class Builder:
 
     def fresh(self, stem: str) -> str:
         """A name that neither the graph nor a constant of this builder has."""
-        name = g.fresh(self.graph, f"{self.stem}/{stem}")
-        if name in self._given:
-            name = g.unused(self._given | g.names(self.graph), f"{self.stem}/{stem}")
+        name = g.fresh(self.graph, f"{self.stem}/{stem}", self._given)
         self._given.add(name)
         return name
 

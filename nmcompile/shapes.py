@@ -109,11 +109,12 @@ def _state(graph: gs.Graph, known: Known, shape: Callable[[gs.Variable], Hashabl
 
 def _tensor(tensor: gs.Tensor, shape: Callable[[gs.Variable], Hashable]) -> Hashable:
     if not isinstance(tensor, gs.Constant):
-        return tensor.name, shape(tensor), str(tensor.dtype), getattr(tensor, "type", None)
+        dtype = (tensor.dtype.num,) if isinstance(tensor.dtype, np.dtype) else tensor.dtype
+        return tensor.name, shape(tensor), dtype, getattr(tensor, "type", None)
     values = np.asarray(tensor.values)
     # onnx's inference sees the elements of no larger one (nmcompile.ir.weightless)
     seen = values.tobytes() if values.nbytes < g.LARGE and not values.dtype.hasobject else id(tensor)
-    return tensor.name, values.shape, values.dtype.str, seen
+    return tensor.name, values.shape, values.dtype.num, seen
 
 
 def _attribute(value: Any, known: Known, shape: Callable[[gs.Variable], Hashable]) -> Hashable:
@@ -124,7 +125,7 @@ def _attribute(value: Any, known: Known, shape: Callable[[gs.Variable], Hashable
         found = value.SerializeToString()
     elif isinstance(value, (gs.Tensor, np.ndarray)):
         array = np.asarray(getattr(value, "values", value))
-        found = array.shape, array.dtype.str, checksum(array)
+        found = array.shape, array.dtype.num, checksum(array)
     elif isinstance(value, (list, tuple)):
         found = tuple(value)
     return found

@@ -19,20 +19,18 @@ import onnx_graphsurgeon as gs
 from nmcompile.errors import GraphError
 from nmcompile.ir import onnx_file as files
 from nmcompile.ir import tensor as tensors
+from nmcompile.ir.bodies import bodies
 from nmcompile.ir.edit import (
     cleanup,
     constant,
     consumers,
     copy,
     extract,
-    fresh,
     is_output,
     model_facts,
-    names,
     producer,
     rewire,
     sort,
-    unused,
 )
 from nmcompile.ir.entry import check_types, compute_constant_outputs, part_dims
 from nmcompile.ir.forecast import RANK_ONE, by_name, forecast
@@ -51,6 +49,7 @@ from nmcompile.ir.linear import (
     weight_of,
 )
 from nmcompile.ir.model import DOMAINS, export_model, import_model, weightless
+from nmcompile.ir.names import fresh, names, unused
 from nmcompile.ir.pairs import Pair, read_pair
 from nmcompile.ir.proto import Dim, Export, annotate
 from nmcompile.ir.provenance import (
@@ -208,7 +207,7 @@ def _name_nodes(graph: gs.Graph) -> None:
                 node.name = numbered(node.name or f"{node.op}_{len(seen)}")
                 taken.add(node.name)
             seen.add(node.name)
-            for sub in node.subgraphs():
+            for sub in bodies(node):
                 visit(sub)
 
     visit(graph)

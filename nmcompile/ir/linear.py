@@ -13,7 +13,8 @@ import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
 from nmcompile.errors import GraphError
-from nmcompile.ir.edit import constant, consumers, fresh, is_output, producer, source_constant
+from nmcompile.ir.edit import constant, consumers, is_output, producer, source_constant
+from nmcompile.ir.names import fresh
 from nmcompile.ir.provenance import Take, changed, derived, permuted, source, with_source
 
 Array = npt.NDArray[Any]

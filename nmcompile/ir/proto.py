@@ -17,6 +17,7 @@ import onnx_graphsurgeon as gs
 
 from nmcompile.errors import GraphError
 from nmcompile.ir import tensor as tensors
+from nmcompile.ir.bodies import bodies, inner_graphs
 from nmcompile.ir.budget import Sparse, check_dims
 from nmcompile.ir.provenance import Source, with_source
 from nmcompile.ir.tensor import Array
@@ -275,7 +276,7 @@ def _own_constants(graph: gs.Graph) -> list[gs.Tensor]:
     elsewhere.
     """
     found = {id(t): t for t in _direct_constants(graph)}
-    inner = [t for node in graph.nodes for sub in node.subgraphs() for t in all_constants(sub)]
+    inner = [t for node in graph.nodes for sub in bodies(node) for t in all_constants(sub)]
     uses = Counter(id(t) for t in inner)
     meanings: dict[str, set[int]] = {}
     for tensor in [*found.values(), *inner, *_variables(graph)]:
@@ -289,7 +290,7 @@ def _own_constants(graph: gs.Graph) -> list[gs.Tensor]:
 
 def _variables(graph: gs.Graph) -> list[gs.Tensor]:
     """What nodes compute and inputs bring, in subgraphs too."""
-    graphs = [graph, *graph.subgraphs(recursive=True)]
+    graphs = [graph, *inner_graphs(graph)]
     return [t for one in graphs for t in [*one.inputs, *(y for node in one.nodes for y in node.outputs)]]
 
 
@@ -301,7 +302,7 @@ def _direct_constants(graph: gs.Graph) -> list[gs.Tensor]:
 
 def all_constants(graph: gs.Graph) -> list[gs.Tensor]:
     """Constants read by the graph or by its subgraphs, each once per subgraph."""
-    inner = [t for node in graph.nodes for sub in node.subgraphs() for t in all_constants(sub)]
+    inner = [t for node in graph.nodes for sub in bodies(node) for t in all_constants(sub)]
     return [*_direct_constants(graph), *inner]
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from nmcompile.errors import GraphError
+from nmcompile.ir.bodies import bodies
 from nmcompile.ir.edit import constant, consumers
 
 
@@ -41,7 +42,7 @@ def _structure(graph: gs.Graph, stage: str, outer: dict[str, gs.Tensor], named: 
         named[node.name] = node
         for tensor in node.inputs:
             _check_read(tensor, node, stage, known, own)
-        for sub in node.subgraphs():
+        for sub in bodies(node):
             _structure(sub, stage, known, named)
         for tensor in node.outputs:
             _check_made(tensor, node, stage, known)
