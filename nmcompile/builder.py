@@ -20,14 +20,16 @@ class Builder:
 
     def fresh(self, stem: str) -> str:
         """A name that neither the graph nor a constant of this builder has."""
-        name = g.fresh(self.graph, f"{self.stem}/{stem}")
-        if name in self._given:
-            name = g.unused(self._given | g.names(self.graph), f"{self.stem}/{stem}")
+        name = g.fresh(self.graph, f"{self.stem}/{stem}", self._given)
         self._given.add(name)
         return name
 
     def constant(self, values: np.ndarray, stem: str = "const") -> gs.Constant:
         return gs.Constant(self.fresh(stem), np.asarray(values))
+
+    def derived(self, tensor: gs.Tensor, stem: str, *operations: g.Operation) -> gs.Constant:
+        """A constant made of another, whose source it keeps."""
+        return g.derived(tensor, self.fresh(stem), *operations)
 
     def ints(self, *values: int) -> gs.Constant:
         return self.constant(np.array(values, np.int64), "ints")

@@ -10,12 +10,13 @@ from typing import Any, ClassVar, Protocol
 
 import onnx_graphsurgeon as gs
 
-from nmcompile import probe
 from nmcompile.calibrate import Calibration, Data, Statistics
 from nmcompile.derive import Derivation
 from nmcompile.errors import PassError
+from nmcompile.shapes import Shapes
 
-SHAPES = "shapes"  # a pass requires: the shape of every tensor, and the derivation that they come from
+SHAPES = "shapes"  # a pass requires: shapes and types by onnx's inference, written on every tensor
+DERIVATION = "derivation"  # a pass requires: what tensors hold (nmcompile.derive), made when it asks for it
 
 Progress = Callable[[str, int, int], None]  # (what, done, total)
 NEEDS_DATA = "needs calibration data; give the pipeline calibration=..., or --calibration"
@@ -40,21 +41,24 @@ class Costs(Protocol):
 class Context:
     """What a pass is given beside its graph.
 
-    derivation: what the pass that requires SHAPES is told of the graph as it enters. calibration: the samples, None
-    where there are none. gathered: the statistics that the pass's `needs` asked for. costs: of layers on the target.
+    calibration: the samples, None where there are none. gathered: the statistics that the pass's `needs` asked for.
+    costs: of layers on the target. known: infers and derives shapes, and remembers them from pass to pass. graph: the
+    pass's own, where it requires DERIVATION.
     """
 
     calibration: Calibration | None = None
     gathered: Statistics | None = None
-    derivation: Derivation | None = None
     costs: Costs | None = None
+    known: Shapes = field(default_factory=Shapes, repr=False)
+    graph: gs.Graph | None = field(default=None, repr=False)
 
     @property
     def shapes(self) -> Derivation:
-        """The derivation of the graph as the pass got it; PassError for a pass that does not require SHAPES."""
-        if self.derivation is None:
-            raise PassError("reads shapes without requiring them; add SHAPES to what it requires")
-        return self.derivation
+        """The derivation of the pass's graph, to be asked before the graph is changed. PassError for a pass that does
+        not require DERIVATION."""
+        if self.graph is None:
+            raise PassError("asks for a derivation without requiring it; add DERIVATION to what it requires")
+        return self.known.read(self.graph)
 
     @property
     def statistics(self) -> Statistics:
@@ -82,13 +86,17 @@ class Context:
         """Statistics of a graph's tensors, as `Calibration.collect` takes them."""
         return self._calibrated.collect(graph, needs)
 
-    def derive(self, graph: gs.Graph) -> Derivation:
-        """Shapes of a graph that the pass has changed since it began, written on its tensors."""
-        return probe.annotate(graph)
+    def infer(self, graph: gs.Graph) -> None:
+        """Shapes and types of a graph that the pass has made, or changed since it began, written on its tensors."""
+        self.known.infer(graph)
 
-    def given(self, statistics: Statistics | None, derivation: Derivation | None) -> Context:
+    def derive(self, graph: gs.Graph) -> Derivation:
+        """The same with all that can be derived; for a graph that is as the pass got it too."""
+        return self.known.derive(graph)
+
+    def given(self, statistics: Statistics | None, graph: gs.Graph | None) -> Context:
         """The same for one pass."""
-        return replace(self, gathered=statistics, derivation=derivation)
+        return replace(self, gathered=statistics, graph=graph)
 
     @property
     def _calibrated(self) -> Calibration:
@@ -102,7 +110,7 @@ class Pass:
     tuple[str, ...].
 
     name: the kebab-case of the class name unless given. preserves: the pass keeps what the graph computes, which the
-    pipeline can check. requires: what the runner sees to before the pass runs (SHAPES).
+    pipeline can check. requires: what the runner provides (SHAPES, DERIVATION), so that no pass infers shapes itself.
     """
 
     name: ClassVar[str] = "pass"

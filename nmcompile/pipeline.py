@@ -5,18 +5,18 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from inspect import signature
 
 import onnx_graphsurgeon as gs
 
 from nmcompile import ir as g
-from nmcompile import probe
 from nmcompile.calibrate import Calibration
-from nmcompile.contract import NEEDS_DATA, SHAPES, Context, Costs, Pass, Report
+from nmcompile.contract import DERIVATION, NEEDS_DATA, SHAPES, Context, Costs, Pass, Report
 from nmcompile.errors import CalibrationError, NmcompileError, PassError
 from nmcompile.spec import parse_spec, spec
 from nmcompile.verification import Check
 
-__all__ = ["SHAPES", "Context", "Observer", "Pass", "Pipeline", "Report", "parse_spec", "spec"]
+__all__ = ["DERIVATION", "SHAPES", "Context", "Observer", "Pass", "Pipeline", "Report", "parse_spec", "spec"]
 
 Observer = Callable[[Pass, gs.Graph, Report, float], None]  # (pass, graph after it, its report, seconds)
 
@@ -40,6 +40,8 @@ class Pipeline:
 
         PassError, one line: the pass, what is wrong, and the passes that ran before it.
         """
+        for pass_ in self.passes:
+            _check_contract(pass_)
         graph = g.copy(graph)
         reports: list[Report] = []
         done: list[str] = []
@@ -69,14 +71,32 @@ class Pipeline:
         return graph, tuple(reports)
 
 
+def _check_contract(pass_: Pass) -> None:
+    """PassError for a pass of an older contract, whose run took the graph alone, or statistics or calibration data
+    beside it."""
+    try:
+        parameters = signature(pass_.run).parameters.values()
+    except (TypeError, ValueError):
+        return  # code that Python cannot look into
+    places = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    needed = [p for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    takes = len(places) > 1 or any(p.kind is p.VAR_POSITIONAL for p in parameters)
+    older = any(p.name in ("statistics", "calibration") for p in places[1:2])
+    if not takes or older or any(p not in places[:2] for p in needed):
+        names = ", ".join(p.name for p in parameters)
+        raise PassError(f"{pass_.name}: its run({names}) is of an older contract; write run(self, graph, context): "
+                        "context.statistics holds what needs() asked for, context.data the samples")  # fmt: skip
+
+
 def _run(pass_: Pass, graph: gs.Graph, context: Context) -> Report:
     """One pass with what it requires and needs."""
-    derivation = probe.annotate(graph) if SHAPES in pass_.requires else None
+    if SHAPES in pass_.requires:
+        context.infer(graph)
     needs = pass_.needs(graph)
     if needs and context.calibration is None:
         raise PassError(NEEDS_DATA)
     statistics = context.collect(graph, needs) if needs else None
-    return pass_.run(graph, context.given(statistics, derivation))
+    return pass_.run(graph, context.given(statistics, graph if DERIVATION in pass_.requires else None))
 
 
 def _told(pass_: Pass, error: NmcompileError, done: Sequence[str]) -> str:

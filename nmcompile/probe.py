@@ -31,12 +31,17 @@ def annotate(graph: gs.Graph) -> Derivation:
     """
     g.infer_shapes(graph)
     d = Derivation(graph)
+    write(graph, d)
+    return d
+
+
+def write(graph: gs.Graph, d: Derivation) -> None:
+    """Set the shape of every tensor to what is derived."""
     for node in graph.nodes:
         for y in node.outputs:
             if y.name and isinstance(y, gs.Variable):
                 dims = d.dims(y)
                 y.shape = dims if dims is not None else _numbers(y.shape)
-    return d
 
 
 def _numbers(shape: Sequence[int | str | None] | None) -> list[int | None] | None:

@@ -8,21 +8,19 @@ value   = 3 | 0.9 | true | none | word | "any text" | item|item|...          the
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import json
 import math
 import re
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from importlib.metadata import entry_points
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from nmcompile.contract import Pass
 from nmcompile.errors import PassError
+from nmcompile.passes import BUILTIN
 
-if TYPE_CHECKING:
-    from nmcompile.contract import Pass
-
-GROUP = "nmcompile.passes"  # both the package of the built-in passes and the entry-point group of others
+GROUP = "nmcompile.passes"  # the entry-point group of other packages' passes
 QUOTED = re.compile(r'"(?:[^"\\]|\\.)*"')
 PLAIN = re.compile(r'[^\s,()|="]+')
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
@@ -184,7 +182,7 @@ def registry(name: str | None = None) -> dict[str, type[Pass]]:
 
     With a `name` that is built in, the other packages are not imported.
     """
-    found: dict[str, type[Pass]] = {item.name: item for item in importlib.import_module(GROUP).BUILTIN}
+    found: dict[str, type[Pass]] = {item.name: item for item in BUILTIN}
     if name is not None and name in found:
         return found
     for entry in entry_points(group=GROUP):

@@ -9,9 +9,8 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from nmcompile import ir as g
-from nmcompile import probe
 from nmcompile.builder import Builder
-from nmcompile.contract import Context, Pass, Report
+from nmcompile.contract import DERIVATION, Context, Pass, Report
 from nmcompile.derive import Derivation, Underived
 from nmcompile.lookups import Ids, build_ids, columns, explained, read_ids
 from nmcompile.symbolic import ONE, Element, Index, Poly, poly
@@ -28,6 +27,7 @@ class CanonicaliseEmbeddings(Pass):
     """
 
     preserves: ClassVar[bool] = True
+    requires: ClassVar[tuple[str, ...]] = (DERIVATION,)
 
     def run(self, graph: gs.Graph, context: Context) -> Report:
         candidates = [node for node in graph.nodes if _is_lookup(node) or _is_slice(node)]
@@ -37,7 +37,7 @@ class CanonicaliseEmbeddings(Pass):
         done = len(candidates) - len(left)
         if not left:
             return Report(detail={"matched": f"{done}/{done}"} if done else {})
-        d = probe.annotate(graph)
+        d = context.derive(graph)
         lookups = [node for node in left if node.op != "Slice" or _cuts(d, node)]
         notes: list[str] = []
         changed = 0
@@ -102,7 +102,8 @@ def _canonicalise(graph: gs.Graph, d: Derivation, node: gs.Node, found: Ids) -> 
     if found.kind == "row":
         if not _is_added(graph, d, y, None) or not 0 <= found.first < table.shape[0]:
             raise Underived(f"it always gives row {found.first}, and is not added to other embeddings")
-        g.rewire(graph, y, Builder(graph, node.name).constant(table.values[found.first].copy(), "row"))
+        row = g.Slice(0, found.first, found.first + 1), g.Reshape(tuple(table.shape[1:]))
+        g.rewire(graph, y, Builder(graph, node.name).derived(table, "row", *row))
         return
     if found.kind == "position" and not _is_added(graph, d, y, found.length):
         raise Underived("it gives rows by position, and is not added to other embeddings")

@@ -10,7 +10,7 @@ import onnx_graphsurgeon as gs
 
 from nmcompile import ir as g
 from nmcompile.builder import Builder
-from nmcompile.contract import Context, Pass, Report
+from nmcompile.contract import SHAPES, Context, Pass, Report
 from nmcompile.unflatten import unflatten
 
 
@@ -23,9 +23,9 @@ class CanonicaliseLinear(Pass):
     """
 
     preserves: ClassVar[bool] = True
+    requires: ClassVar[tuple[str, ...]] = (SHAPES,)
 
     def run(self, graph: gs.Graph, context: Context) -> Report:
-        g.infer_shapes(graph)
         notes: list[str] = []
         stored: dict[tuple[str, bool, float], gs.Constant] = {}
         gemms = [_gemm(graph, node, notes, stored) for node in list(graph.nodes) if node.op == "Gemm"]
@@ -33,13 +33,13 @@ class CanonicaliseLinear(Pass):
             if node.op == "Add" and g.constant(node.inputs[0]) is not None and g.constant(node.inputs[1]) is None:
                 node.inputs = [node.inputs[1], node.inputs[0]]  # the constant second, one form for readers
         g.cleanup(graph)
-        g.infer_shapes(graph)
+        context.infer(graph)
         flat = unflatten(graph)
         g.cleanup(graph)
         split = sum(_split(graph, node) for node in list(graph.nodes) if node.op == "Split")
         g.cleanup(graph)
         if flat or split or any(gemms):
-            g.infer_shapes(graph)
+            context.infer(graph)
         return Report(changed=sum(gemms) + flat + split, detail={"linear": len(g.linear_layers(graph))},
                       notes=tuple(notes))  # fmt: skip
 
@@ -60,22 +60,22 @@ def _gemm(
     if bias.size > 1 and (bias.size != outputs or bias.shape[-1] != outputs):
         notes.append(f"{node.name}: Gemm kept, its bias of shape {list(bias.shape)} is not one value per output")
         return 0
-    matrix = weight.T if node.attrs.get("transB", 0) else weight
+    operations: list[g.Operation] = [g.Transpose((1, 0))] if node.attrs.get("transB", 0) else []
     if alpha != 1.0:
-        matrix = matrix * weight.dtype.type(alpha)
+        operations.append(g.Scale(alpha))
     b = Builder(graph, node.name)
     key = (node.inputs[1].name, bool(node.attrs.get("transB", 0)), alpha)
-    if matrix is weight:
+    if not operations:
         known.setdefault(key, node.inputs[1])
     elif key not in known:  # layers that share a weight go on sharing it
-        known[key] = b.constant(np.ascontiguousarray(matrix), "weight")
+        known[key] = b.derived(node.inputs[1], "weight", *operations)
     stored = known[key]
     product = gs.Variable(g.fresh(graph, f"{y.name}/product"), y.dtype, y.shape)
     graph.nodes.append(gs.Node("MatMul", node.name, inputs=[x, stored], outputs=[product]))
     node.name = g.fresh(graph, f"{node.name}/bias")
     if bias.size:
-        full = np.broadcast_to(bias.reshape(-1) * bias.dtype.type(beta), (matrix.shape[1],)).copy()
-        graph.nodes.append(gs.Node("Add", node.name, inputs=[product, b.constant(full, "bias")], outputs=[y]))
+        full = b.derived(node.inputs[2], "bias", g.Reshape((bias.size,)), g.Scale(beta), g.Broadcast((outputs,)))
+        graph.nodes.append(gs.Node("Add", node.name, inputs=[product, full], outputs=[y]))
         node.outputs.clear()
     else:
         node.outputs.clear()
@@ -91,7 +91,7 @@ def _split(graph: gs.Graph, node: gs.Node) -> int:
     rank = len(y.shape) if y.shape is not None else None
     if layer is None or (axis != -1 and axis + 1 != rank) or len(g.consumers(y)) != 1 or g.is_output(graph, y):
         return 0
-    total = layer.weight.shape[0]
+    total, stored = layer.shape[0], layer.node.inputs[1]
     parts = g.constant(node.inputs[1]) if len(node.inputs) > 1 else None
     outputs = list(node.outputs)
     count = len(outputs)
@@ -99,18 +99,18 @@ def _split(graph: gs.Graph, node: gs.Node) -> int:
     if sum(sizes) != total:
         return 0
     start = 0
-    stored = g.constant(layer.node.inputs[1])
-    assert stored is not None
+    offsets = g.bias_of(layer)
     for index, (size, part) in enumerate(zip(sizes, outputs, strict=True)):
         b = Builder(graph, f"{layer.name}/part{index}")
-        weight = b.constant(np.ascontiguousarray(stored[:, start : start + size]), "weight")
+        weight = b.derived(stored, "weight", g.Slice(1, start, start + size))
         shape = [*y.shape[:-1], size]
         name = g.fresh(graph, f"{layer.name}/part{index}")
-        target = part if layer.bias is None else gs.Variable(f"{name}_out", part.dtype, shape)
+        target = part if offsets is None else gs.Variable(f"{name}_out", part.dtype, shape)
         part.inputs.clear()
         graph.nodes.append(gs.Node("MatMul", name, inputs=[layer.x, weight], outputs=[target]))
-        if layer.bias is not None:
-            bias = b.constant(layer.bias[start : start + size].astype(stored.dtype), "bias")
+        if offsets is not None:
+            bias = b.derived(offsets, "bias", g.Slice(0, start, start + size), g.Cast("float32"),
+                            g.Cast(weight.dtype.name))  # fmt: skip
             graph.nodes.append(gs.Node("Add", f"{name}/bias", inputs=[target, bias], outputs=[part]))
         part.shape = shape
         start += size

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -113,7 +113,8 @@ def _like(x: gs.Tensor) -> dict[str, Any]:
 def _transpose_last(b: Builder, x: gs.Tensor) -> gs.Tensor:
     value = g.constant(x)
     if value is not None:
-        return b.constant(np.ascontiguousarray(value.swapaxes(-1, -2)), "transposed")
+        axes = list(range(value.ndim))
+        return b.derived(x, "transposed", g.Transpose((*axes[:-2], axes[-1], axes[-2])))
     rank = len(x.shape) if x.shape is not None else 4
     return b("Transpose", x, perm=[*range(rank - 2), rank - 1, rank - 2], **_like(x))
 
@@ -218,14 +219,14 @@ def _microsoft_attention(b: Builder, node: gs.Node) -> list[gs.Tensor | None]:
         raise Keep(f"its sizes {sizes}, {heads} heads and weight {list(weight.shape)} do not fit")
     parts, start = [], 0
     for size in sizes:
-        y = b("MatMul", x, b.constant(np.ascontiguousarray(weight[:, start : start + size]), "weight"), **_like(x))
-        if offsets is not None:
-            y = b("Add", y, b.constant(offsets[start : start + size], "bias"), **_like(x))
+        y = b("MatMul", x, b.derived(node.inputs[1], "weight", g.Slice(1, start, start + size)), **_like(x))
+        if bias is not None:
+            y = b("Add", y, b.derived(bias, "bias", g.Slice(0, start, start + size)), **_like(x))
         parts.append(y)
         start += size
     scale = float(node.attrs.get("scale", 0) or (sizes[0] // heads) ** -0.5)
     causal = bool(node.attrs.get("unidirectional", 0))
-    return [_attend(b, parts, [heads] * 3, sizes, scale, _padding(node, mask), causal, _input(node, 5))]
+    return [_attend(b, parts, _Plain(heads, sizes, scale, _padding(node, mask), causal, _input(node, 5)))]
 
 
 def _multi_head(b: Builder, node: gs.Node) -> list[gs.Tensor | None]:
@@ -242,17 +243,17 @@ def _multi_head(b: Builder, node: gs.Node) -> list[gs.Tensor | None]:
     sizes = [int(t.shape[-1]) for t in parts]
     bias = _input(node, 3)
     offsets = g.constant(bias) if bias is not None else None
-    if offsets is not None:
+    if bias is not None and offsets is not None:
         if offsets.shape != (sum(sizes),):
             raise Keep(f"its bias of shape {list(offsets.shape)} does not fit")
         bounds = np.cumsum([0, *sizes])
-        parts = [b("Add", t, b.constant(offsets[s:e], "bias"), shape=t.shape)
+        parts = [b("Add", t, b.derived(bias, "bias", g.Slice(0, int(s), int(e))), shape=t.shape)
                  for t, s, e in zip(parts, bounds[:-1], bounds[1:], strict=True)]  # fmt: skip
     elif bias is not None:
         raise Keep("its bias is not constant")
     scale = float(node.attrs.get("scale", 0) or (sizes[0] // heads) ** -0.5)
     causal = bool(node.attrs.get("unidirectional", 0))
-    return [_attend(b, parts, [heads] * 3, sizes, scale, _padding(node, _input(node, 4)), causal, _input(node, 5))]
+    return [_attend(b, parts, _Plain(heads, sizes, scale, _padding(node, _input(node, 4)), causal, _input(node, 5)))]
 
 
 def _heads(node: gs.Node, name: str) -> int:
@@ -307,38 +308,49 @@ def _onnx_attention(b: Builder, node: gs.Node) -> list[gs.Tensor | None]:
     elif bias is not None:
         bias = b("Where", b("LessOrEqual", bias, b.scalar(LOWEST), dtype=bool), endless, bias)
     mask = Mask(lowest=float("-inf"))
-    return [_attend(b, [q, k, v], [heads] * 3, sizes, scale, mask, causal, bias, bias is not None)]
+    return [_attend(b, [q, k, v], _Plain(heads, sizes, scale, mask, causal, bias, bias is not None))]
 
 
-def _attend(b: Builder, qkv: list[gs.Tensor], heads: list[int], sizes: list[int], scale: float, mask: Mask,
-            causal: bool, bias: gs.Tensor | None, guarded: bool = False) -> gs.Tensor:  # fmt: skip
-    """Plain attention over [batch, tokens, heads * size] or [batch, heads, tokens, size] tensors.
+@dataclass(frozen=True)
+class _Plain:
+    """Attention written out. sizes: features of q, k and v, all heads together. bias: added to the scores before the
+    mask is. guarded: queries of which every key is hidden by -inf get 0."""
 
-    guarded: queries of which every key is hidden by -inf get 0.
-    """
+    heads: int
+    sizes: Sequence[int]
+    scale: float
+    mask: Mask
+    causal: bool
+    bias: gs.Tensor | None
+    guarded: bool = False
+
+
+def _attend(b: Builder, qkv: Sequence[gs.Tensor], form: _Plain) -> gs.Tensor:
+    """Attention over [batch, tokens, heads * size] or [batch, heads, tokens, size] tensors."""
     split = qkv[0].shape is not None and len(qkv[0].shape) == 4
-    if split and causal:
+    if split and form.causal:
         raise Keep("a causal mask over four dimensions")
     parts = []
-    for tensor, count, size in zip(qkv, heads, sizes, strict=True):
+    for tensor, size in zip(qkv, form.sizes, strict=True):
         if split:
             parts.append(tensor)
         else:
-            by_head = b("Reshape", tensor, b.ints(0, 0, count, size // count))
+            by_head = b("Reshape", tensor, b.ints(0, 0, form.heads, size // form.heads))
             parts.append(b("Transpose", by_head, perm=[0, 2, 1, 3]))
     scores = b("MatMul", parts[0], b("Transpose", parts[1], perm=[0, 1, 3, 2]))
-    scores = b("Mul", scores, b.scalar(scale))
-    whole = replace(mask, causal=causal, triangle=LOWEST if causal and mask.padding is not None else None)
-    for extra in (bias, build_mask(b, whole, qkv[0])):
+    scores = b("Mul", scores, b.scalar(form.scale))
+    triangle = LOWEST if form.causal and form.mask.padding is not None else None
+    whole = replace(form.mask, causal=form.causal, triangle=triangle)
+    for extra in (form.bias, build_mask(b, whole, qkv[0])):
         if extra is not None:
             scores = b("Add", scores, extra)
     shares = b("Softmax", scores, axis=-1)
-    if guarded:
+    if form.guarded:
         shares = b("Where", b("IsNaN", shares, dtype=bool), b.scalar(0.0), shares)
     context = b("MatMul", shares, parts[2])
     if split:
         return context
-    return b("Reshape", b("Transpose", context, perm=[0, 2, 1, 3]), b.ints(0, 0, sizes[2]))
+    return b("Reshape", b("Transpose", context, perm=[0, 2, 1, 3]), b.ints(0, 0, form.sizes[2]))
 
 
 Expansion = Callable[[Builder, gs.Node], "list[gs.Tensor | None]"]

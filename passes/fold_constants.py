@@ -10,7 +10,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from nmcompile import ir as g
-from nmcompile.contract import Context, Pass, Report
+from nmcompile.contract import SHAPES, Context, Pass, Report
 from nmcompile.errors import GraphError
 
 # Their result is not a function of their inputs, or carries quantization that backends must see.
@@ -26,11 +26,11 @@ class FoldConstants(Pass):
     """
 
     preserves: ClassVar[bool] = True
+    requires: ClassVar[tuple[str, ...]] = (SHAPES,)
     max_bytes: int = 1 << 24  # a result larger than its inputs and than this stays a node (Expand, Tile)
     max_growth: int = 1 << 26  # bytes by which all results together may be larger than their inputs
 
     def run(self, graph: gs.Graph, context: Context) -> Report:
-        g.infer_shapes(graph)
         foldable: set[int] = set()
         known: set[str] = set()
         for node in graph.nodes:
@@ -46,6 +46,8 @@ class FoldConstants(Pass):
             return Report()
         values, notes = _values(graph, [y.name for y in wanted])
         notes += self._drop(values, wanted)
+        lineage = g.Lineage()
+        sources = {y.name: lineage.of(y) for y in wanted if y.name in values}
         for y in wanted:
             if y.name not in values:
                 continue
@@ -54,7 +56,7 @@ class FoldConstants(Pass):
                 # the node may stay for another of its outputs, which must keep its place
                 left = gs.Variable(g.fresh(graph, f"{y.name}/folded"), y.dtype, y.shape)
                 maker.outputs[place] = left if len(maker.outputs) > 1 else gs.Variable.empty()
-            y.to_constant(np.asarray(values[y.name]))
+            g.with_source(y.to_constant(np.asarray(values[y.name])), sources[y.name])
         if values:
             g.cleanup(graph)
         return Report(changed=len(values), notes=notes)

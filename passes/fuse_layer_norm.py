@@ -11,7 +11,7 @@ import onnx_graphsurgeon as gs
 
 from nmcompile import ir as g
 from nmcompile.builder import Builder
-from nmcompile.contract import Context, Pass, Report
+from nmcompile.contract import SHAPES, Context, Pass, Report
 
 
 @dataclass(frozen=True)
@@ -23,9 +23,9 @@ class FuseLayerNorm(Pass):
     """
 
     preserves: ClassVar[bool] = True
+    requires: ClassVar[tuple[str, ...]] = (SHAPES,)
 
     def run(self, graph: gs.Graph, context: Context) -> Report:
-        g.infer_shapes(graph)
         notes: list[str] = []
         own = {id(node) for node in graph.nodes}
         already = sum(_tidy(node) for node in graph.nodes)
@@ -46,7 +46,7 @@ class FuseLayerNorm(Pass):
             fused += 1
         if fused:
             g.cleanup(graph)
-            g.infer_shapes(graph)
+            context.infer(graph)
         return Report(changed=fused, detail={"matched": f"{fused + already}/{total + already}"}, notes=tuple(notes))
 
 
@@ -54,8 +54,8 @@ class FuseLayerNorm(Pass):
 class _Match:
     x: gs.Tensor
     y: gs.Tensor
-    gamma: np.ndarray
-    beta: np.ndarray | None
+    gamma: gs.Tensor | None  # constants of one value, or one per feature
+    beta: gs.Tensor | None
     eps: float
     rms: bool
 
@@ -97,8 +97,7 @@ def _match(graph: gs.Graph, own: Collection[int], root: gs.Node) -> _Match | str
     sizes = (int(width), len(x.shape))
     gamma, y = _next(graph, own, scaled, "Mul", *sizes)
     beta, y = (None, y) if rms else _next(graph, own, y, "Add", *sizes)
-    ones = np.ones(int(width), np.float32 if x.dtype is None else x.dtype)
-    return _Match(x, y, ones if gamma is None else gamma, beta, float(eps.item()), rms)
+    return _Match(x, y, gamma, beta, float(eps.item()), rms)
 
 
 def _with_constant(node: gs.Node) -> tuple[gs.Tensor | None, np.ndarray | None]:
@@ -169,24 +168,34 @@ def _alike(a: gs.Tensor, b: gs.Tensor) -> bool:
 
 def _next(
     graph: gs.Graph, own: Collection[int], tensor: gs.Tensor, op: str, width: int, rank: int
-) -> tuple[np.ndarray | None, gs.Tensor]:
+) -> tuple[gs.Tensor | None, gs.Tensor]:
     """The per-feature constant that the only consumer multiplies or adds, and that consumer's output."""
     users = g.consumers(tensor)
     if len(users) != 1 or users[0].op != op or id(users[0]) not in own or g.is_output(graph, tensor):
         return None, tensor
-    _, value = _with_constant(users[0])
+    other, value = _with_constant(users[0])
     if value is None or value.ndim > rank or (value.size > 1 and not value.size == value.shape[-1] == width):
         return None, tensor
-    return np.broadcast_to(value.reshape(-1), (width,)).copy(), users[0].outputs[0]
+    return next(x for x in users[0].inputs if x is not other), users[0].outputs[0]
 
 
 def _replace(graph: gs.Graph, stem: str, match: _Match) -> None:
     b = Builder(graph, stem.rsplit("/", 1)[0] or stem)
-    dtype = match.gamma.dtype
-    tensors = [match.x, b.constant(match.gamma, "gamma")]
-    if not match.rms:
-        zeros = np.zeros(match.gamma.shape, dtype)
-        tensors.append(b.constant(match.beta.astype(dtype) if match.beta is not None else zeros, "beta"))
+    width = int(match.x.shape[-1])
+    gamma = b.constant(np.ones(width, match.x.dtype or np.float32), "gamma") if match.gamma is None else _spread(
+        b, match.gamma, "gamma", width)  # fmt: skip
+    tensors = [match.x, gamma]
+    if not match.rms and match.beta is None:
+        tensors.append(b.constant(np.zeros(width, gamma.dtype), "beta"))
+    elif match.beta is not None:
+        tensors.append(_spread(b, match.beta, "beta", width, g.Cast(gamma.dtype.name)))
     op = "RMSNormalization" if match.rms else "LayerNormalization"
     y = b(op, *tensors, dtype=match.y.dtype, shape=match.y.shape, axis=-1, epsilon=match.eps)
     g.rewire(graph, match.y, y)
+
+
+def _spread(b: Builder, tensor: gs.Tensor, stem: str, width: int, *more: g.Operation) -> gs.Constant:
+    """A constant as one value per feature."""
+    value = g.constant(tensor)
+    assert value is not None
+    return b.derived(tensor, stem, g.Reshape((value.size,)), g.Broadcast((width,)), *more)

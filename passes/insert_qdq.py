@@ -181,7 +181,7 @@ def _quantize_weight(
         small, scale = q8.quantize_weight(layer.weight, least, levels)
         stem = stored.name
         tensors = [
-            gs.Constant(g.fresh(graph, f"{stem}/int8"), np.ascontiguousarray(small.T)),  # [K, N]
+            g.changed(gs.Constant(g.fresh(graph, f"{stem}/int8"), np.ascontiguousarray(small.T)), stored),  # [K, N]
             gs.Constant(g.fresh(graph, f"{stem}/scale"), scale.astype(np.float32)),
             gs.Constant(g.fresh(graph, f"{stem}/zero_point"), np.zeros(scale.shape, np.int8)),
         ]

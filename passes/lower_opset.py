@@ -13,7 +13,7 @@ import onnx_graphsurgeon as gs
 
 from nmcompile import ir as g
 from nmcompile.builder import Builder
-from nmcompile.contract import Context, Pass, Report
+from nmcompile.contract import SHAPES, Context, Pass, Report
 from nmcompile.errors import PassError
 
 DOMAINS = (None, "", "ai.onnx")
@@ -30,12 +30,12 @@ class LowerOpset(Pass):
     """
 
     preserves: ClassVar[bool] = True
+    requires: ClassVar[tuple[str, ...]] = (SHAPES,)
     version: int = 17
 
     def run(self, graph: gs.Graph, context: Context) -> Report:
         if graph.opset <= self.version:
             return Report()
-        g.infer_shapes(graph)
         changed = 0
         for inner in [graph, *graph.subgraphs(recursive=True)]:
             for op, (since, spell) in SPELLINGS.items():

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import ClassVar
 
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
 from nmcompile import ir as g
-from nmcompile.contract import Context, Pass, Report
-
-if TYPE_CHECKING:
-    pass
+from nmcompile.contract import SHAPES, Context, Pass, Report
 
 FLOAT, HALF = np.dtype(np.float32), np.dtype(np.float16)
 NUMBERS = {FLOAT: 1, HALF: 10}  # onnx.TensorProto.DataType
@@ -47,12 +44,12 @@ class NarrowFloats(Pass):
     detail. The scales of Q/DQ pairs are of the type that they make.
     """
 
+    requires: ClassVar[tuple[str, ...]] = (SHAPES,)
     margin: float = 8.0
 
     def run(self, graph: gs.Graph, context: Context) -> Report:
         if any(True for _ in graph.subgraphs(recursive=True)):
             return Report(notes=("If, Loop or Scan inside: all floats stay float32",))
-        g.infer_shapes(graph)
         peaks = _peaks(graph, context)
         limit = LARGEST / self.margin
         kept = {node.name: why for node in graph.nodes if (why := _stays_float(graph, node, peaks, limit))}
@@ -219,7 +216,7 @@ class _Edges:
         made: gs.Tensor
         if isinstance(tensor, gs.Constant):
             values = np.asarray(tensor.values)
-            made = gs.Constant(name, _half(values) if kind == HALF else values.astype(kind))
+            made = g.changed(gs.Constant(name, _half(values) if kind == HALF else values.astype(kind)), tensor)
         else:
             made = gs.Variable(name, kind, tensor.shape)
             cast = g.fresh(self.graph, f"{tensor.name}/to_{kind.name}")

@@ -145,10 +145,7 @@ def _summed(score: np.ndarray, cols: int) -> np.ndarray:
 
 
 def _apply(graph: gs.Graph, part: Hidden, order: np.ndarray) -> None:
-    now = {layer.name: layer for layer in g.linear_layers(graph)}  # a layer may make one part and read another
     for layer in part.makers:
-        g.set_weight(graph, layer, now[layer.name].weight[order])
-        if layer.bias is not None:
-            g.set_bias(graph, layer, layer.bias[order])
+        g.reorder(graph, layer, order, outputs=True)
     for layer in part.readers:
-        g.set_weight(graph, layer, now[layer.name].weight[:, order])
+        g.reorder(graph, layer, order, outputs=False)

@@ -9,7 +9,6 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from nmcompile import ir as g
-from nmcompile import probe
 from nmcompile.contract import Context, Pass, Report
 
 ASIDE = "nmcompile.aside"  # a domain that the converter does not know and so leaves alone
@@ -30,7 +29,7 @@ class RaiseOpset(Pass):
         if before >= self.version:
             return Report()
         try:
-            raised = _convert(graph, self.version)
+            raised = _convert(graph, self.version, context)
         except Exception as error:  # the converter raises RuntimeError, ConvertError or InferenceError alike
             reason = str(error).strip().splitlines()[-1][:160] if str(error).strip() else type(error).__name__
             return Report(notes=(f"opset {before} kept, it cannot be raised to {self.version}: {reason}",))
@@ -43,12 +42,12 @@ class RaiseOpset(Pass):
         return Report(changed=1, detail={"from": before, "to": self.version})
 
 
-def _set_aside_softmax(graph: gs.Graph) -> None:
+def _set_aside_softmax(graph: gs.Graph, context: Context) -> None:
     """Hide Softmax over the last axis from the converter: before opset 13 it flattened its input, which over the last
     axis is the same, but the converter wraps it in Flatten and Reshape all the same."""
     old = [node for node in graph.nodes if node.op in ("Softmax", "LogSoftmax")] if graph.opset < 13 else []
     if old:
-        probe.annotate(graph)  # for the ranks
+        context.derive(graph)  # for the ranks
     for node in old:
         rank = len(node.inputs[0].shape) if node.inputs and node.inputs[0].shape is not None else None
         if rank and node.attrs.get("axis", 1) in (-1, rank - 1):
@@ -56,10 +55,14 @@ def _set_aside_softmax(graph: gs.Graph) -> None:
             node.domain = ASIDE
 
 
-def _convert(graph: gs.Graph, version: int) -> gs.Graph:
+def _graphs(graph: gs.Graph) -> list[gs.Graph]:
+    return [graph, *graph.subgraphs(recursive=True)]
+
+
+def _convert(graph: gs.Graph, version: int, context: Context) -> gs.Graph:
     """onnx's own converter on a copy whose large weights stand aside as inputs, so that size does not matter."""
     bare = g.copy(graph)
-    _set_aside_softmax(bare)
+    _set_aside_softmax(bare, context)
     weights = {t.name: t.values for t in bare.tensors().values() if isinstance(t, gs.Constant) and t.values.size > 64}
     used_inside = {t.name for sub in bare.subgraphs(recursive=True) for t in sub.tensors().values()}
     tensors = bare.tensors()
@@ -78,9 +81,12 @@ def _convert(graph: gs.Graph, version: int) -> gs.Graph:
         if node.domain == ASIDE:
             node.domain = None
     raised.import_domains = [item for item in raised.import_domains if item.domain != ASIDE]
+    held = {t.name: t for one in _graphs(graph) for t in one.tensors().values() if isinstance(t, gs.Constant)}
+    for tensor in [t for one in _graphs(raised) for t in one.tensors().values() if isinstance(t, gs.Constant)]:
+        g.with_source(tensor, g.source(held[tensor.name]) if tensor.name in held else None)
     by_name = raised.tensors()
     for name, values in weights.items():
         if name in by_name:
-            by_name[name].to_constant(values)
+            g.with_source(by_name[name].to_constant(values), g.source(held[name]))
     raised.inputs[:] = [by_name.get(t.name, t) for t in inputs]
     return raised

@@ -10,8 +10,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from nmcompile import ir as g
-from nmcompile import probe
-from nmcompile.contract import Context, Pass, Report
+from nmcompile.contract import DERIVATION, Context, Pass, Report
 
 
 @dataclass(frozen=True)
@@ -23,9 +22,10 @@ class SimplifyShapes(Pass):
     """
 
     preserves: ClassVar[bool] = True
+    requires: ClassVar[tuple[str, ...]] = (DERIVATION,)
 
     def run(self, graph: gs.Graph, context: Context) -> Report:
-        probe.annotate(graph)
+        context.derive(graph)
         training = [node.name for node in graph.nodes if _trains(node)]
         changed = sum(_drop(graph, node) for node in list(graph.nodes))
         changed += sum(_reshape(graph, node) for node in graph.nodes if node.op == "Reshape")

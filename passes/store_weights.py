@@ -35,7 +35,7 @@ class StoreWeights(Pass):
             if stored is None or values is None or stored.dtype != np.int8 or "block_size" in node.attrs:
                 continue
             stem = node.name
-            wide = gs.Constant(g.fresh(graph, f"{stem}/float"), values)
+            wide = g.changed(gs.Constant(g.fresh(graph, f"{stem}/float"), values), node.inputs[0])
             small = gs.Variable(g.fresh(graph, f"{stem}/int8"), np.dtype(np.int8), list(values.shape))
             attrs = {"axis": node.attrs["axis"]} if "axis" in node.attrs else {}
             name = g.fresh(graph, f"{stem}/quantize")

@@ -66,7 +66,7 @@ class WidenFloats(Pass):
 
 
 def _widened(tensor: gs.Constant) -> gs.Constant:
-    return gs.Constant(tensor.name, tensor.values.astype(np.float32))
+    return g.derived(tensor, tensor.name, g.Cast("float32"))
 
 
 def _narrow(dtype: object) -> bool:

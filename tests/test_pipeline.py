@@ -142,6 +142,28 @@ def test_calibrated_passes_get_their_statistics() -> None:
         Pipeline([Ranges()]).run(parse(TEXT))
 
 
+@pytest.mark.parametrize("parameters", ["graph", "graph, statistics=None", "graph, calibration=None", "graph, x, y",
+                                        "graph, *, context"])  # fmt: skip
+def test_passes_of_an_older_contract_are_told_what_run_takes(parameters: str) -> None:
+    space: dict[str, Any] = {}
+    exec(f"def run(self, {parameters}): return None", space)
+    kind: Any = type("ScaleRows", (Pass,), {"run": space["run"]})
+    old = dataclass(frozen=True)(kind)()
+    seen: list[str] = []
+    with pytest.raises(PassError, match=r"^scale-rows: its run\(graph.*\) is of an older contract; write") as caught:
+        Pipeline([ScaleWeights(), old], observers=[lambda pass_, *_: seen.append(pass_.name)]).run(parse(TEXT))
+    assert "\n" not in str(caught.value) and not seen  # before any pass has run
+
+
+@pytest.mark.parametrize("parameters", ["graph, context", "graph, ctx, more=1", "*arguments"])
+def test_what_a_context_is_called_does_not_matter(parameters: str) -> None:
+    space: dict[str, Any] = {"Report": Report}
+    exec(f"def run(self, {parameters}): return Report(3)", space)
+    kind: Any = type("ScaleRows", (Pass,), {"run": space["run"]})
+    odd = dataclass(frozen=True)(kind)()
+    assert Pipeline([odd]).run(parse(TEXT))[1] == (Report(3),)
+
+
 # ---- verify -------------------------------------------------------------------------------------------------
 
 
@@ -206,8 +228,7 @@ class Needy(Pass):
 
 @pytest.fixture(autouse=True)
 def registered(monkeypatch: pytest.MonkeyPatch) -> None:
-    builtin = SimpleNamespace(BUILTIN=(ScaleWeights, Options, Needy))
-    monkeypatch.setattr(specs, "importlib", SimpleNamespace(import_module=lambda name: builtin))
+    monkeypatch.setattr(specs, "BUILTIN", (ScaleWeights, Options, Needy))
     monkeypatch.setattr(specs, "entry_points", lambda group: [])
 
 

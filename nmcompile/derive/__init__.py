@@ -11,7 +11,7 @@ size and for every input.
 
 from __future__ import annotations
 
-from nmcompile.derive.derivation import Derivation
+from nmcompile.derive.derivation import Derivation, checksum
 from nmcompile.derive.value import Underived, Value
 
-__all__ = ["Derivation", "Underived", "Value"]
+__all__ = ["Derivation", "Underived", "Value", "checksum"]

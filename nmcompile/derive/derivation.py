@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -20,12 +21,14 @@ SAME = {"Identity", "Dropout"}
 class Derivation:
     """What each tensor of a sorted graph holds; made once for a graph that does not change meanwhile.
 
-    `why` says of a tensor without a shape at which operator its derivation stopped.
+    `why` says of a tensor without a shape at which operator its derivation stopped. `read`: the constants whose
+    elements were asked for, and a checksum of what they held then; of others only the shapes count.
     """
 
     def __init__(self, graph: gs.Graph) -> None:
         self._values: dict[str, Value] = {}
         self.why: dict[str, str] = {}
+        self.read: dict[str, tuple[gs.Constant, bytes]] = {}
         self._makers: dict[str, gs.Node] = {}
         self.inputs: dict[str, gs.Tensor] = {t.name: t for t in graph.inputs}
         for tensor in graph.inputs:
@@ -39,7 +42,7 @@ class Derivation:
         """Underived, with the operator at which it stopped, where the tensor has no derived shape."""
         found = self._values.get(tensor.name)
         if found is None and isinstance(tensor, gs.Constant):
-            found = self._values[tensor.name] = constant(tensor.name, np.asarray(tensor.values))
+            found = self._values[tensor.name] = self._constant(tensor)
         if found is None:
             raise Underived(self.why.get(tensor.name, f"{tensor.name} is of no known shape"))
         return found
@@ -79,6 +82,16 @@ class Derivation:
         return other
 
     # ---- walking ----
+
+    def _constant(self, tensor: gs.Constant) -> Value:
+        def read() -> np.ndarray:
+            values = np.asarray(tensor.values)  # now, not when the graph was walked: weights may be bound anew
+            if tensor.name not in self.read:
+                self.read[tensor.name] = tensor, checksum(values)
+            return values
+
+        values = np.asarray(tensor.values)
+        return constant(tensor.name, values.shape, values.dtype.kind, read)
 
     def _input(self, tensor: gs.Tensor) -> None:
         if tensor.shape is None or tensor.dtype is None:
@@ -150,6 +163,12 @@ def _made(name: str, shape: Shape, at: At | None, kind: str) -> Value:
             return itself.at(index)
 
     return Value(shape, kind, element)
+
+
+def checksum(values: np.ndarray) -> bytes:
+    """Of an array's elements, so that a constant which is written into is seen to have changed."""
+    plain = repr(values.tolist()).encode() if values.dtype.hasobject else np.ascontiguousarray(values).tobytes()
+    return hashlib.blake2b(plain, digest_size=16).digest()
 
 
 def _kind(tensor: gs.Tensor) -> str:

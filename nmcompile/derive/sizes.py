@@ -41,7 +41,8 @@ def _constant(node: gs.Node, args: Sequence[Value | None]) -> Made:
         found = next((node.attrs[k] for k in ("value_int", "value_ints", "value_float", "value_floats")
                       if k in node.attrs), None)  # fmt: skip
         array = np.asarray(found)
-    held = constant(node.outputs[0].name, np.asarray(array))
+    array = np.asarray(array)
+    held = constant(node.outputs[0].name, array.shape, array.dtype.kind, lambda: array)
     return [(held.shape, held.at)]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import TypeAlias
 
 import numpy as np
@@ -98,20 +99,27 @@ def aligned(value: Value, index: Shape) -> Poly:
 # ---- constants -----------------------------------------------------------------------------------------------
 
 
-def constant(name: str, array: np.ndarray) -> Value:
-    """A constant: numbers where the index is one, or where all elements follow a rule."""
-    kind = "i" if array.dtype.kind in "iu" else array.dtype.kind
-    shape = tuple(poly(int(size)) for size in array.shape)
-    rule = _rule(array) if kind in "bif" else None
+def constant(name: str, shape: Sequence[int], kind: str, read: Callable[[], np.ndarray]) -> Value:
+    """A constant: numbers where the index is one, or where all elements follow a rule.
+
+    kind: numpy's. read: gives its array, when somebody asks for elements; most constants are weights, whose elements
+    nobody asks for.
+    """
+
+    @cache
+    def rule() -> At | None:
+        return _rule(read()) if kind in "biuf" else None
 
     def at(index: Shape) -> Poly:
         places = [part.integer for part in index]
         if all(place is not None for place in places):
-            item = array[tuple(place for place in places if place is not None)]
+            item = read()[tuple(place for place in places if place is not None)]
             return number(item)
-        return poly(Element(name, index, kind)) if rule is None else rule(index)
+        followed = rule()
+        return poly(Element(name, index, own)) if followed is None else followed(index)
 
-    return Value(shape, kind, at)
+    own = "i" if kind in "iu" else kind
+    return Value(tuple(poly(int(size)) for size in shape), own, at)
 
 
 def number(item: np.generic | float) -> Poly:

@@ -1,8 +1,8 @@
 """Reads, writes, checks and edits models: the only place that knows GraphSurgeon's quirks. Import its names from here.
 
 onnx_file reads and writes files; graph_model, graph_proto and graph_tensor turn messages into graphs and back;
-graph_edit walks and rewires, graph_linear finds linear layers, graph_integer has 8-bit products computed alike on every
-CPU, graph_run runs, graph_text prints, graph_verify checks.
+graph_edit walks and rewires, graph_linear finds linear layers, provenance and lineage know where constants come from,
+graph_integer has 8-bit products computed alike on every CPU, graph_run runs, graph_text prints, graph_verify checks.
 """
 
 from __future__ import annotations
@@ -19,60 +19,106 @@ import onnx_graphsurgeon as gs
 from nmcompile.errors import GraphError
 from nmcompile.ir import onnx_file as files
 from nmcompile.ir import tensor as tensors
+from nmcompile.ir.bodies import bodies
 from nmcompile.ir.edit import (
     cleanup,
     constant,
     consumers,
     copy,
     extract,
-    fresh,
     is_output,
     model_facts,
-    names,
     producer,
     rewire,
     sort,
-    unused,
 )
 from nmcompile.ir.entry import check_types, compute_constant_outputs, part_dims
 from nmcompile.ir.forecast import RANK_ONE, by_name, forecast
 from nmcompile.ir.integer import exact_products, may_saturate
-from nmcompile.ir.linear import Linear, dequantized, linear_layers, per_feature, set_bias, set_weight
+from nmcompile.ir.lineage import Lineage
+from nmcompile.ir.linear import (
+    Linear,
+    bias_of,
+    dequantized,
+    layer_keys,
+    linear_layers,
+    per_feature,
+    reorder,
+    set_bias,
+    set_weight,
+    weight_of,
+)
 from nmcompile.ir.model import DOMAINS, export_model, import_model, weightless
+from nmcompile.ir.names import fresh, names, unused
 from nmcompile.ir.pairs import Pair, read_pair
 from nmcompile.ir.proto import Dim, Export, annotate
+from nmcompile.ir.provenance import (
+    Broadcast,
+    Cast,
+    Operation,
+    Reshape,
+    Scale,
+    Slice,
+    Source,
+    Take,
+    Transpose,
+    changed,
+    computed,
+    derived,
+    permuted,
+    source,
+    with_source,
+)
 from nmcompile.ir.run import LARGEST, random_feeds, run, runner
-from nmcompile.ir.tensor import Array
+from nmcompile.ir.tensor import LARGE, Array
 from nmcompile.ir.text import to_text
 from nmcompile.ir.verify import verify
 from nmcompile.tensorinfo import TensorInfo
 
 __all__ = [
+    "LARGE",
     "LARGEST",
+    "Broadcast",
+    "Cast",
+    "Lineage",
     "Linear",
+    "Operation",
     "Pair",
+    "Reshape",
+    "Scale",
+    "Slice",
+    "Source",
+    "Take",
     "TensorInfo",
+    "Transpose",
     "admit",
+    "bias_of",
+    "changed",
     "cleanup",
+    "computed",
     "constant",
     "consumers",
     "copy",
     "dequantized",
+    "derived",
     "exact_products",
     "extract",
     "fresh",
     "infer_shapes",
     "inputs",
     "is_output",
+    "layer_keys",
     "linear_layers",
     "load",
     "may_saturate",
     "names",
     "outputs",
     "per_feature",
+    "permuted",
     "producer",
     "random_feeds",
     "read_pair",
+    "reorder",
     "rewire",
     "run",
     "runner",
@@ -80,11 +126,14 @@ __all__ = [
     "separate_dims",
     "set_bias",
     "set_weight",
+    "source",
     "to_model",
     "to_text",
     "unused",
     "verify",
+    "weight_of",
     "weightless",
+    "with_source",
 ]
 
 
@@ -158,7 +207,7 @@ def _name_nodes(graph: gs.Graph) -> None:
                 node.name = numbered(node.name or f"{node.op}_{len(seen)}")
                 taken.add(node.name)
             seen.add(node.name)
-            for sub in node.subgraphs():
+            for sub in bodies(node):
                 visit(sub)
 
     visit(graph)
@@ -167,14 +216,14 @@ def _name_nodes(graph: gs.Graph) -> None:
 def save(graph: gs.Graph, path: str | os.PathLike[str], *, external: bool | None = None) -> None:
     """Write the graph to `path`: all of it or nothing. external=True puts weights into `NAME.data` beside it,
     None does so from 1.9 GB. GraphError when the folder cannot be written."""
-    export = Export(aside=tensors.LARGE)
+    export = Export(aside=LARGE)
     model = export_model(graph, export)
     files.write(Path(path), model, export.weights, external=external)
 
 
 def to_model(graph: gs.Graph) -> onnx.ModelProto:
     """The graph as one message, weights included; GraphError above protobuf's 2 GB."""
-    export = Export(aside=tensors.LARGE)
+    export = Export(aside=LARGE)
     model = export_model(graph, export)
     if sum(values.nbytes for values in export.weights.values()) > files.INLINE_LIMIT:
         raise GraphError("the model is larger than the 2 GB that one message holds; save it to a file instead")

@@ -15,8 +15,11 @@ import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
 from nmcompile.errors import GraphError
+from nmcompile.ir.bodies import bodies, inner_graphs
+from nmcompile.ir.names import fresh
 
 Array = npt.NDArray[Any]
+SOURCE = "source"  # attribute of a constant: where it comes from (nmcompile.ir.provenance)
 CARRIED = ("doc_string", "opset", "import_domains", "producer_name", "producer_version", "ir_version")
 
 
@@ -69,7 +72,10 @@ def _copy(
 
 def _copy_tensor(tensor: gs.Tensor) -> gs.Tensor:
     if isinstance(tensor, gs.Constant):
-        return gs.Constant(tensor.name, tensor.values)
+        copied = gs.Constant(tensor.name, tensor.values)
+        if SOURCE in tensor.__dict__:
+            copied.__dict__[SOURCE] = tensor.__dict__[SOURCE]
+        return copied
     shape = None if tensor.shape is None else list(tensor.shape)
     new = gs.Variable(tensor.name, tensor.dtype, shape, getattr(tensor, "type", "tensor_type"))
     if hasattr(tensor, "type_proto"):
@@ -112,44 +118,16 @@ def is_output(graph: gs.Graph, tensor: gs.Tensor) -> bool:
     """Whether the tensor is an output of the graph, or of a subgraph that captures it."""
     if any(t is tensor for t in graph.outputs):
         return True
-    return any(t is tensor for sub in graph.subgraphs(recursive=True) for t in sub.outputs)
+    return any(t is tensor for sub in inner_graphs(graph) for t in sub.outputs)
 
 
 def subgraph_tensors(node: gs.Node) -> Iterator[gs.Tensor]:
     """Every tensor that the node's subgraphs mention, at any depth: captured ones among them."""
-    for sub in node.subgraphs():
+    for sub in bodies(node):
         yield from sub.outputs
         for inner in sub.nodes:
             yield from inner.inputs
             yield from subgraph_tensors(inner)
-
-
-def names(graph: gs.Graph) -> set[str]:
-    """Names of all tensors and nodes, in subgraphs too."""
-    found = {t.name for t in [*graph.inputs, *graph.outputs]}
-    for node in graph.nodes:
-        found.add(node.name)
-        found.update(t.name for t in node.inputs)
-        found.update(t.name for t in node.outputs)
-        for sub in node.subgraphs():
-            found |= names(sub)
-    return found
-
-
-def fresh(graph: gs.Graph, stem: str) -> str:
-    """`stem`, or `stem_1`, `stem_2`, ...: the first that no tensor or node of the graph is called."""
-    return unused(names(graph), stem)
-
-
-def unused(taken: Collection[str], stem: str) -> str:
-    """`stem`, or the first `stem_N` that is not taken."""
-    stem = stem or "unnamed"
-    if stem not in taken:
-        return stem
-    count = 1
-    while f"{stem}_{count}" in taken:
-        count += 1
-    return f"{stem}_{count}"
 
 
 # ---- editing -----------------------------------------------------------------------------------------------
@@ -170,7 +148,7 @@ def rewire(graph: gs.Graph, old: gs.Tensor, new: gs.Tensor) -> None:
         for index, tensor in enumerate(list(node.inputs)):
             if tensor is old:
                 node.inputs[index] = new
-    for sub in graph.subgraphs(recursive=True):
+    for sub in inner_graphs(graph):
         sub.outputs[:] = [new if t is old else t for t in sub.outputs]
     places = [index for index, tensor in enumerate(graph.outputs) if tensor is old]
     if not places:
@@ -195,7 +173,7 @@ def cleanup(graph: gs.Graph) -> None:
 
     The order is that of `graph.nodes` wherever the edges allow it. GraphError names a node on a cycle.
     """
-    for sub in graph.subgraphs():
+    for sub in [body for node in graph.nodes for body in bodies(node)]:
         cleanup(sub)
     alive = _cone(graph, graph.outputs, frozenset())
     kept = [node for node in graph.nodes if id(node) in alive]
@@ -209,13 +187,13 @@ def cleanup(graph: gs.Graph) -> None:
 
 def sort(graph: gs.Graph) -> None:
     """Put producers before readers, in subgraphs too; drops nothing."""
-    for sub in graph.subgraphs():
+    for sub in [body for node in graph.nodes for body in bodies(node)]:
         sort(sub)
     graph.nodes[:] = _sorted(graph.nodes)
 
 
 def _inner_nodes(node: gs.Node) -> Iterator[gs.Node]:
-    for sub in node.subgraphs():
+    for sub in bodies(node):
         for inner in sub.nodes:
             yield inner
             yield from _inner_nodes(inner)

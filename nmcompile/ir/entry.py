@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 import onnx_graphsurgeon as gs
 
 from nmcompile.errors import GraphError
-from nmcompile.ir.edit import names, unused
+from nmcompile.ir.names import names, unused
 from nmcompile.ir.proto import Dim
 
 Shapes = Mapping[str, tuple[int, ...]]  # by name of an input

@@ -16,7 +16,9 @@ import numpy as np
 import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
-from nmcompile.ir.edit import fresh, is_output
+from nmcompile.ir.bodies import inner_graphs
+from nmcompile.ir.edit import is_output
+from nmcompile.ir.names import fresh
 
 Array = npt.NDArray[Any]
 
@@ -130,7 +132,7 @@ def _split(graph: gs.Graph, node: gs.Node) -> None:
 
 
 def _nodes(graph: gs.Graph) -> list[gs.Node]:
-    return [node for part in (graph, *graph.subgraphs(recursive=True)) for node in part.nodes]
+    return [node for part in (graph, *inner_graphs(graph)) for node in part.nodes]
 
 
 def _kind(node: gs.Node) -> tuple[str, str]:

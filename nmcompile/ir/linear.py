@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -10,7 +13,9 @@ import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
 from nmcompile.errors import GraphError
-from nmcompile.ir.edit import constant, consumers, fresh, is_output, producer, source_constant
+from nmcompile.ir.edit import constant, consumers, is_output, producer, source_constant
+from nmcompile.ir.names import fresh
+from nmcompile.ir.provenance import Take, changed, derived, permuted, source, with_source
 
 Array = npt.NDArray[Any]
 
@@ -20,17 +25,22 @@ class Linear:
     """y = x @ weight.T + bias: a MatMul by a constant [K inputs, N outputs] and the Add of a constant [N], if
     any.
 
-    weight: [N, K] float32, a view of the constant when that is float32. quantized: it came through
-    DequantizeLinear.
+    shape: (N, K). quantized: the weight came through DequantizeLinear.
     """
 
     node: gs.Node
     name: str
-    weight: Array
+    shape: tuple[int, int]
     bias: Array | None
     x: gs.Tensor
     y: gs.Tensor
     quantized: bool
+    _read: Callable[[], Array] = field(repr=False, compare=False)  # [K, N]
+
+    @cached_property
+    def weight(self) -> Array:
+        """[N, K] float32 as it was when the layer was found, a view of the constant when that is float32."""
+        return np.asarray(self._read().T, np.float32)
 
 
 def linear_layers(graph: gs.Graph) -> list[Linear]:
@@ -41,13 +51,16 @@ def linear_layers(graph: gs.Graph) -> list[Linear]:
             continue
         stored = constant(node.inputs[1])
         dequantize = None if stored is not None else producer(node.inputs[1])
-        if stored is None and dequantize is not None and dequantize.op == "DequantizeLinear":
-            stored = dequantized(dequantize)
-        if stored is None or stored.ndim != 2:
+        read: Callable[[], Array] | None = None if stored is None else partial(np.asarray, stored)
+        if dequantize is not None and dequantize.op == "DequantizeLinear":
+            pair = _Quantized.of(dequantize)
+            stored, read = (None, None) if pair is None else (pair.stored, pair.values)
+        if stored is None or read is None or stored.ndim != 2:
             continue
-        bias, y = _bias(graph, node, stored.shape[1])
-        weight = np.asarray(stored.T, np.float32)  # [N, K]
-        found.append(Linear(node, node.name, weight, bias, node.inputs[0], y, dequantize is not None))
+        inputs, outputs = stored.shape
+        bias, y = _bias(graph, node, outputs)
+        quantized = dequantize is not None
+        found.append(Linear(node, node.name, (outputs, inputs), bias, node.inputs[0], y, quantized, read))
     return found
 
 
@@ -77,18 +90,37 @@ def per_feature(value: Array, rank: int, width: int) -> Array | None:
 def dequantized(node: gs.Node) -> Array | None:
     """float32 value of a DequantizeLinear of constants: per tensor, per axis or in blocks; None when one is
     computed."""
-    parts = [constant(t) for t in node.inputs if not t.is_empty()]
-    stored, scale = (*parts, None, None)[:2]
-    zero = parts[2] if len(parts) > 2 else None
-    if stored is None or scale is None or (len(parts) > 2 and zero is None):
-        return None
-    axis = int(node.attrs.get("axis", 1))
-    block = int(node.attrs.get("block_size", 0))
-    wide = _spread(scale.astype(np.float32), stored.shape, axis, block)
-    values = stored.astype(np.float32)
-    if zero is not None:
-        values -= _spread(zero.astype(np.float32), stored.shape, axis, block)
-    return np.asarray(values * wide, np.float32)
+    found = _Quantized.of(node)
+    return None if found is None else found.values()
+
+
+@dataclass(frozen=True)
+class _Quantized:
+    """The constants of a DequantizeLinear."""
+
+    stored: Array
+    scale: Array
+    zero: Array | None
+    axis: int
+    block: int
+
+    @classmethod
+    def of(cls, node: gs.Node) -> _Quantized | None:
+        parts = [constant(t) for t in node.inputs if not t.is_empty()]
+        stored, scale = (*parts, None, None)[:2]
+        zero = parts[2] if len(parts) > 2 else None
+        if stored is None or scale is None or (len(parts) > 2 and zero is None):
+            return None
+        return cls(stored, scale, zero, int(node.attrs.get("axis", 1)), int(node.attrs.get("block_size", 0)))
+
+    def values(self) -> Array:
+        """In float32."""
+        shape = self.stored.shape
+        wide = _spread(self.scale.astype(np.float32), shape, self.axis, self.block)
+        values = self.stored.astype(np.float32)
+        if self.zero is not None:
+            values -= _spread(self.zero.astype(np.float32), shape, self.axis, self.block)
+        return np.asarray(values * wide, np.float32)
 
 
 def _spread(values: Array, shape: tuple[int, ...], axis: int, block: int) -> Array:
@@ -106,11 +138,10 @@ def set_bias(graph: gs.Graph, linear: Linear, bias: Array) -> None:
     """Bind a new bias [N] to a layer that has one, and to this layer alone. GraphError for a layer without."""
     if linear.bias is None or bias.shape != linear.bias.shape:
         raise GraphError(f"layer '{linear.name}' has no bias of shape {list(bias.shape)} to replace")
-    add = producer(linear.y)
-    assert add is not None
-    at = next(i for i, t in enumerate(add.inputs) if constant(t) is not None)
+    add, at = _bias_place(linear)
     kind = np.asarray(constant(add.inputs[at])).dtype
-    add.inputs[at] = gs.Constant(fresh(graph, f"{linear.name}/bias"), np.ascontiguousarray(bias, kind))
+    made = gs.Constant(fresh(graph, f"{linear.name}/bias"), np.ascontiguousarray(bias, kind))
+    add.inputs[at] = changed(made, add.inputs[at])
 
 
 def set_weight(graph: gs.Graph, linear: Linear, weight: Array) -> None:
@@ -118,11 +149,66 @@ def set_weight(graph: gs.Graph, linear: Linear, weight: Array) -> None:
 
     GraphError for a quantized layer (its scales would no longer fit) and for another shape.
     """
-    if weight.shape != linear.weight.shape:
+    if weight.shape != linear.shape:
         raise GraphError(f"layer '{linear.name}': a weight of shape {list(weight.shape)} cannot replace "
-                         f"one of {list(linear.weight.shape)}; keep outputs x inputs")  # fmt: skip
-    source = None if linear.quantized else source_constant(linear.node.inputs[1])
-    if source is None:
+                         f"one of {list(linear.shape)}; keep outputs x inputs")  # fmt: skip
+    stored = _float_weight(linear)
+    values = np.ascontiguousarray(weight.T, dtype=stored.values.dtype)  # [K, N]
+    stored.values = values
+    changed(stored, stored)
+
+
+def reorder(graph: gs.Graph, linear: Linear, order: Sequence[int] | Array, *, outputs: bool) -> None:
+    """Put a layer's outputs, with their biases, or its inputs into another order; every layer that shares the weight
+    follows. GraphError for a quantized layer."""
+    stored = _float_weight(linear)
+    axis = 1 if outputs else 0
+    known = permuted(source(stored), order, axis)
+    stored.values = np.ascontiguousarray(np.asarray(stored.values).take(np.asarray(order), axis))
+    with_source(stored, known)
+    if outputs and linear.bias is not None:
+        add, at = _bias_place(linear)
+        add.inputs[at] = derived(add.inputs[at], fresh(graph, f"{linear.name}/bias"), Take(0, tuple(map(int, order))))
+
+
+def _bias_place(linear: Linear) -> tuple[gs.Node, int]:
+    """The node that adds a layer's bias, and which of its inputs that is."""
+    add = producer(linear.y)
+    assert add is not None
+    return add, next(i for i, t in enumerate(add.inputs) if constant(t) is not None)
+
+
+def _float_weight(linear: Linear) -> gs.Constant:
+    stored = None if linear.quantized else source_constant(linear.node.inputs[1])
+    if stored is None:
         raise GraphError(f"layer '{linear.name}' is quantized: its weight cannot be set; change it before quantizing")
-    values = np.ascontiguousarray(weight.T, dtype=source.values.dtype)  # [K, N]
-    source.values = values
+    return stored
+
+
+def weight_of(linear: Linear) -> gs.Constant:
+    """The constant that holds a layer's weight [K, N], in integers where it is quantized."""
+    tensor = linear.node.inputs[1]
+    maker = producer(tensor) if linear.quantized else None
+    stored = source_constant(tensor if maker is None else maker.inputs[0])
+    assert stored is not None
+    return stored
+
+
+def bias_of(linear: Linear) -> gs.Constant | None:
+    """The constant that holds a layer's bias [N]."""
+    if linear.bias is None:
+        return None
+    add, at = _bias_place(linear)
+    return source_constant(add.inputs[at])
+
+
+def layer_keys(graph: gs.Graph) -> dict[str, str]:
+    """One key for each linear layer, by its name: what of the source file its weight is ("qkv.weight[1: 0-384]").
+
+    It stays the same from the canonical graph to the quantized one. Layers that share what they are made of, or that
+    are made of nothing in the file, also have their name in it.
+    """
+    known = {layer.name: source(weight_of(layer)) for layer in linear_layers(graph)}
+    keys = {name: "" if found is None else found.key for name, found in known.items()}
+    uses = Counter(keys.values())
+    return {name: key if key and uses[key] == 1 else f"{key}@{name}" for name, key in keys.items()}

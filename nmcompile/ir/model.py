@@ -10,6 +10,7 @@ import onnx_graphsurgeon as gs
 
 from nmcompile.errors import GraphError
 from nmcompile.ir import tensor as tensors
+from nmcompile.ir.bodies import inner_graphs
 from nmcompile.ir.budget import check_size
 from nmcompile.ir.edit import model_facts
 from nmcompile.ir.proto import Export, export_graph, import_graph
@@ -90,7 +91,7 @@ def export_model(graph: gs.Graph, export: Export) -> onnx.ModelProto:
 def _imports(graph: gs.Graph) -> list[onnx.OperatorSetIdProto]:
     """The graph's opset, and a version for every other domain its nodes use."""
     versions = {item.domain: item.version for item in graph.import_domains or () if item.domain not in DOMAINS}
-    for inner in [graph, *graph.subgraphs(recursive=True)]:
+    for inner in [graph, *inner_graphs(graph)]:
         for node in inner.nodes:
             if (node.domain or "") not in DOMAINS:
                 versions.setdefault(node.domain, 1)

@@ -17,7 +17,9 @@ import onnx_graphsurgeon as gs
 
 from nmcompile.errors import GraphError
 from nmcompile.ir import tensor as tensors
+from nmcompile.ir.bodies import bodies, inner_graphs
 from nmcompile.ir.budget import Sparse, check_dims
+from nmcompile.ir.provenance import Source, with_source
 from nmcompile.ir.tensor import Array
 
 Dim = int | str | None
@@ -43,9 +45,9 @@ def _graph(
 ) -> gs.Graph:
     local: dict[str, gs.Tensor] = {}
     for initializer in proto.initializer:
-        _declare(local, gs.Constant(initializer.name, _value(initializer, weights)), "initializer")
+        _declare(local, _constant(initializer.name, _value(initializer, weights)), "initializer")
     for sparse in proto.sparse_initializer:
-        _declare(local, gs.Constant(sparse.values.name, tensors.dense(sparse, budget)), "initializer")
+        _declare(local, _constant(sparse.values.name, tensors.dense(sparse, budget)), "initializer")
     inputs = []
     for info in proto.input:
         check_dims(info.name, (max(dim.dim_value, 0) for dim in info.type.tensor_type.shape.dim), "input")
@@ -81,7 +83,7 @@ def _graph(
         if values is not None:
             earlier = local.get(node.output[0])
             constant = gs.Constant(node.output[0], values) if earlier is None else earlier.to_constant(values)
-            local[constant.name] = constant
+            local[constant.name] = with_source(constant, Source((constant.name,)))
             continue
         ins = [tensor(name) for name in node.input]
         outs = [tensor(name) for name in node.output]
@@ -89,6 +91,10 @@ def _graph(
         nodes.append(gs.Node(node.op_type, node.name, attrs, ins, outs, domain=node.domain or None))
     outputs = [tensor(info.name) for info in proto.output]
     return gs.Graph(nodes, inputs, outputs, proto.name, proto.doc_string or None, opset, opsets)
+
+
+def _constant(name: str, values: Array) -> gs.Constant:
+    return with_source(gs.Constant(name, values), Source((name,)))
 
 
 def _declare(local: dict[str, gs.Tensor], tensor: gs.Tensor, kind: str) -> None:
@@ -270,7 +276,7 @@ def _own_constants(graph: gs.Graph) -> list[gs.Tensor]:
     elsewhere.
     """
     found = {id(t): t for t in _direct_constants(graph)}
-    inner = [t for node in graph.nodes for sub in node.subgraphs() for t in all_constants(sub)]
+    inner = [t for node in graph.nodes for sub in bodies(node) for t in all_constants(sub)]
     uses = Counter(id(t) for t in inner)
     meanings: dict[str, set[int]] = {}
     for tensor in [*found.values(), *inner, *_variables(graph)]:
@@ -284,7 +290,7 @@ def _own_constants(graph: gs.Graph) -> list[gs.Tensor]:
 
 def _variables(graph: gs.Graph) -> list[gs.Tensor]:
     """What nodes compute and inputs bring, in subgraphs too."""
-    graphs = [graph, *graph.subgraphs(recursive=True)]
+    graphs = [graph, *inner_graphs(graph)]
     return [t for one in graphs for t in [*one.inputs, *(y for node in one.nodes for y in node.outputs)]]
 
 
@@ -296,7 +302,7 @@ def _direct_constants(graph: gs.Graph) -> list[gs.Tensor]:
 
 def all_constants(graph: gs.Graph) -> list[gs.Tensor]:
     """Constants read by the graph or by its subgraphs, each once per subgraph."""
-    inner = [t for node in graph.nodes for sub in node.subgraphs() for t in all_constants(sub)]
+    inner = [t for node in graph.nodes for sub in bodies(node) for t in all_constants(sub)]
     return [*_direct_constants(graph), *inner]
 
 

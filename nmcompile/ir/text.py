@@ -11,6 +11,7 @@ import numpy.typing as npt
 import onnx
 import onnx_graphsurgeon as gs
 
+from nmcompile.ir.bodies import inner_graphs
 from nmcompile.ir.tensor import element_type, raw_bytes
 
 SHORT = {"float": "f", "bfloat": "bf", "int": "i", "uint": "u", "complex": "c"}
@@ -29,7 +30,7 @@ def to_text(graph: gs.Graph) -> str:
     few.
     """
     known: dict[int, str] = {}
-    used = {node.domain for inner in [graph, *graph.subgraphs(recursive=True)] for node in inner.nodes}
+    used = {node.domain for inner in [graph, *inner_graphs(graph)] for node in inner.nodes}
     others = [item for item in graph.import_domains or () if item.domain in used - {None, "", "ai.onnx"}]
     domains = sorted(f", {item.domain} {item.version}" for item in others)
     return "\n".join([f"opset {graph.opset}{''.join(domains)}", *_lines(graph, known, ""), ""])

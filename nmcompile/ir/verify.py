@@ -8,6 +8,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from nmcompile.errors import GraphError
+from nmcompile.ir.bodies import bodies
 from nmcompile.ir.edit import constant, consumers
 
 
@@ -45,7 +46,7 @@ def _structure(graph: gs.Graph, stage: str, outer: dict[str, gs.Tensor], named: 
                              f"{parts}; the file is damaged, export it again")  # fmt: skip
         for tensor in node.inputs:
             _check_read(tensor, node, stage, known, own)
-        for sub in node.subgraphs():
+        for sub in bodies(node):
             _structure(sub, stage, known, named)
         for tensor in node.outputs:
             _check_made(tensor, node, stage, known)

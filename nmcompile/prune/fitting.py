@@ -130,7 +130,7 @@ def restore_norms(graph: gs.Graph, dense: gs.Graph) -> bool:
         for at in range(1, min(len(node.inputs), len(old.inputs))):
             values, fitted = g.constant(old.inputs[at]), g.constant(node.inputs[at])
             if values is not None and fitted is not None and not np.array_equal(values, fitted):
-                node.inputs[at] = gs.Constant(g.fresh(graph, f"{node.name}/dense"), values)
+                node.inputs[at] = g.changed(gs.Constant(g.fresh(graph, f"{node.name}/dense"), values), node.inputs[at])
                 changed = True
     return changed
 

@@ -135,7 +135,8 @@ class SequentialCalibration:
         assert node is not None
         before = [np.asarray(g.constant(operand), np.float32) for operand in node.inputs[1:3]]
         for at, value in enumerate((before[0] * gain, before[1] * gain + shift), start=1):
-            node.inputs[at] = gs.Constant(g.fresh(self.graph, f"{node.name}/fitted"), value)
+            fitted = gs.Constant(g.fresh(self.graph, f"{node.name}/fitted"), value)
+            node.inputs[at] = g.changed(fitted, node.inputs[at])
         for known in self._known[0]:
             if name in known:
                 known[name] = known[name] * gain + shift
