@@ -12,11 +12,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import onnx_graphsurgeon as gs
 
 from nmcompile import ir as g
 from nmcompile.builder import Builder
 from nmcompile.derive import Derivation
+from nmcompile.errors import PassError
 from nmcompile.masks import Mask, match_bias
 
 
@@ -51,6 +53,34 @@ class Attention:
         """The product and the input of it that reads each operand."""
         first, second = (node for node in self.nodes if node.op == "MatMul")
         return (first, 0), (first, 1), (second, 1)
+
+
+# ---- before and after ------------------------------------------------------------------------------------------
+
+
+def as_linear(node: gs.Node) -> str | None:
+    """"" for a Gemm that is a linear layer in another form, else why it stays one; None for what is no Gemm."""
+    if node.op != "Gemm" or node.domain not in (None, "", "ai.onnx"):
+        return None
+    weight = g.constant(node.inputs[1])
+    biased = len(node.inputs) > 2 and not node.inputs[2].is_empty()
+    bias = g.constant(node.inputs[2]) if biased else np.zeros(0)
+    if weight is None or bias is None or weight.ndim != 2 or node.attrs.get("transA", 0):
+        maker = g.producer(node.inputs[1])
+        quantized = maker is not None and maker.op == "DequantizeLinear"
+        return "it is quantized" if quantized else "its weight or bias is not constant or A is transposed"
+    outputs = weight.shape[0 if node.attrs.get("transB", 0) else 1]
+    if bias.size > 1 and (bias.size != outputs or bias.shape[-1] != outputs):
+        return f"its bias of shape {list(bias.shape)} is not one value per output"
+    return ""
+
+
+def check_canonical(graph: gs.Graph) -> None:
+    """PassError where linear layers stand in a form that `linear_layers` does not find."""
+    for node in graph.nodes:
+        if as_linear(node) == "":
+            raise PassError(f"node '{node.name}' is a Gemm, so the graph is not in canonical form; run the canonical "
+                            "passes first (canonicalise-linear among them)")  # fmt: skip
 
 
 # ---- attention -----------------------------------------------------------------------------------------------

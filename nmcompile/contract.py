@@ -16,6 +16,7 @@ from nmcompile.errors import PassError
 from nmcompile.shapes import Shapes
 
 SHAPES = "shapes"  # a pass requires: shapes and types by onnx's inference, written on every tensor
+CANONICAL = "canonical"  # a pass requires: linear layers in the one form that `ir.linear_layers` finds
 DERIVATION = "derivation"  # a pass requires: what tensors hold (nmcompile.derive), made when it asks for it
 
 Progress = Callable[[str, int, int], None]  # (what, done, total)
@@ -110,7 +111,8 @@ class Pass:
     tuple[str, ...].
 
     name: the kebab-case of the class name unless given. preserves: the pass keeps what the graph computes, which the
-    pipeline can check. requires: what the runner provides (SHAPES, DERIVATION), so that no pass infers shapes itself.
+    pipeline can check. requires: what the runner provides (SHAPES, DERIVATION), so that no pass infers shapes itself,
+    or holds the graph to (CANONICAL).
     """
 
     name: ClassVar[str] = "pass"

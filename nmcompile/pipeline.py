@@ -11,12 +11,14 @@ import onnx_graphsurgeon as gs
 
 from nmcompile import ir as g
 from nmcompile.calibrate import Calibration
-from nmcompile.contract import DERIVATION, NEEDS_DATA, SHAPES, Context, Costs, Pass, Report
+from nmcompile.canonical import check_canonical
+from nmcompile.contract import CANONICAL, DERIVATION, NEEDS_DATA, SHAPES, Context, Costs, Pass, Report
 from nmcompile.errors import CalibrationError, NmcompileError, PassError
 from nmcompile.spec import parse_spec, spec
 from nmcompile.verification import Check
 
-__all__ = ["DERIVATION", "SHAPES", "Context", "Observer", "Pass", "Pipeline", "Report", "parse_spec", "spec"]
+__all__ = ["CANONICAL", "DERIVATION", "SHAPES", "Context", "Observer", "Pass", "Pipeline", "Report", "parse_spec",
+           "spec"]  # fmt: skip
 
 Observer = Callable[[Pass, gs.Graph, Report, float], None]  # (pass, graph after it, its report, seconds)
 
@@ -90,6 +92,8 @@ def _check_contract(pass_: Pass) -> None:
 
 def _run(pass_: Pass, graph: gs.Graph, context: Context) -> Report:
     """One pass with what it requires and needs."""
+    if CANONICAL in pass_.requires:
+        check_canonical(graph)
     if SHAPES in pass_.requires:
         context.infer(graph)
     needs = pass_.needs(graph)

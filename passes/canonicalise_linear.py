@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
 import onnx_graphsurgeon as gs
 
 from nmcompile import ir as g
 from nmcompile.builder import Builder
+from nmcompile.canonical import as_linear
 from nmcompile.contract import SHAPES, Context, Pass, Report
 from nmcompile.unflatten import unflatten
 
@@ -48,18 +48,16 @@ def _gemm(
     graph: gs.Graph, node: gs.Node, notes: list[str], known: dict[tuple[str, bool, float], gs.Constant]
 ) -> int:
     x, y = node.inputs[0], node.outputs[0]
-    weight = g.constant(node.inputs[1])
-    bias = g.constant(node.inputs[2]) if len(node.inputs) > 2 and not node.inputs[2].is_empty() else np.zeros(0)
+    why = as_linear(node)
+    if why is None or why:
+        if why != "it is quantized":
+            notes.append(f"{node.name}: Gemm kept, {why}")
+        return 0
     alpha, beta = float(node.attrs.get("alpha", 1.0)), float(node.attrs.get("beta", 1.0))
-    if weight is None or bias is None or weight.ndim != 2 or node.attrs.get("transA", 0):
-        maker = g.producer(node.inputs[1])
-        if maker is None or maker.op != "DequantizeLinear":
-            notes.append(f"{node.name}: Gemm kept, its weight or bias is not constant or A is transposed")
-        return 0
+    weight = g.constant(node.inputs[1])
+    assert weight is not None
     outputs = weight.shape[0 if node.attrs.get("transB", 0) else 1]
-    if bias.size > 1 and (bias.size != outputs or bias.shape[-1] != outputs):
-        notes.append(f"{node.name}: Gemm kept, its bias of shape {list(bias.shape)} is not one value per output")
-        return 0
+    bias = g.constant(node.inputs[2]) if len(node.inputs) > 2 and not node.inputs[2].is_empty() else None
     operations: list[g.Operation] = [g.Transpose((1, 0))] if node.attrs.get("transB", 0) else []
     if alpha != 1.0:
         operations.append(g.Scale(alpha))
@@ -73,7 +71,7 @@ def _gemm(
     product = gs.Variable(g.fresh(graph, f"{y.name}/product"), y.dtype, y.shape)
     graph.nodes.append(gs.Node("MatMul", node.name, inputs=[x, stored], outputs=[product]))
     node.name = g.fresh(graph, f"{node.name}/bias")
-    if bias.size:
+    if bias is not None and bias.size:
         full = b.derived(node.inputs[2], "bias", g.Reshape((bias.size,)), g.Scale(beta), g.Broadcast((outputs,)))
         graph.nodes.append(gs.Node("Add", node.name, inputs=[product, full], outputs=[y]))
         node.outputs.clear()

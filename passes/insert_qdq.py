@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, cast, get_args
+from typing import TYPE_CHECKING, ClassVar, cast, get_args
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -14,7 +14,7 @@ from nmcompile import ir as g
 from nmcompile import quantize as q8
 from nmcompile.calibrate.statistics import Method
 from nmcompile.canonical import attentions, is_probability, role
-from nmcompile.contract import NEEDS_DATA, Context, Pass, Report
+from nmcompile.contract import CANONICAL, NEEDS_DATA, Context, Pass, Report
 from nmcompile.errors import PassError
 from nmcompile.qdq.output_error import best_range, correct_bias
 from nmcompile.qdq.pairs import quantized
@@ -60,6 +60,7 @@ class InsertQdq(Pass):
     what rounding adds on average.
     """
 
+    requires: ClassVar[tuple[str, ...]] = (CANONICAL,)
     activations: str = "uint8"
     clip: str = "min-max"
     percentile: float = 99.99

@@ -12,7 +12,7 @@ import onnx_graphsurgeon as gs
 from nmcompile import ir as g
 from nmcompile import sparsity as sp
 from nmcompile.canonical import attentions
-from nmcompile.contract import Context, Pass, Report
+from nmcompile.contract import CANONICAL, Context, Pass, Report
 from nmcompile.solvers.grouping import grouped, spread
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ class PermuteFeatures(Pass):
     """
 
     preserves: ClassVar[bool] = True
+    requires: ClassVar[tuple[str, ...]] = (CANONICAL,)
     pattern: str = "2x4"
 
     def needs(self, graph: gs.Graph) -> dict[str, tuple[str, ...]]:

@@ -13,7 +13,7 @@ from nmcompile import ir as g
 from nmcompile import quantize as q8
 from nmcompile.builder import Builder
 from nmcompile.canonical import role
-from nmcompile.contract import Context, Pass, Report
+from nmcompile.contract import CANONICAL, Context, Pass, Report
 from nmcompile.errors import PassError
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ class SmoothActivations(Pass):
     """
 
     preserves: ClassVar[bool] = True
+    requires: ClassVar[tuple[str, ...]] = (CANONICAL,)
     alpha: float = 0.6
     activations: str = "uint8"  # or int8 for TensorRT: what alpha is chosen for
 

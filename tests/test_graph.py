@@ -14,6 +14,7 @@ from onnx_text import assert_same_outputs, parse, parse_model, seeded
 
 from nmcompile import ir as g
 from nmcompile.errors import GraphError
+from nmcompile.ir import linear
 
 MODELS = sorted((Path(__file__).parent.parent / "models").glob("*.onnx"))
 TWO_LAYERS = """(float[N,4] x) => (float[N,3] y) <float[4,8] w1, float[8] b1, float[8,3] w2> {
@@ -340,3 +341,24 @@ def test_shapes_are_renewed_after_an_edit_and_kept_where_inference_knows_less() 
     assert tensor(graph, "h").shape == ["N", 8]
     custom = parse("(float[N,4] x) => (float[N,4] y) <float[N,4] h> { h = com.microsoft.New(x)  y = Relu(h) }")
     assert tensor(custom, "h").shape == ["N", 4] and tensor(custom, "y").shape == ["N", 4]
+
+
+def test_weights_are_read_when_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A list of layers costs no dequantizing; what a layer was found with, it keeps."""
+    graph = parse("""(float[N,4] x) => (float[N,4] y) <int8[4,4] w, float s, float[4,4] v> {
+        d = DequantizeLinear(w, s)  a = MatMul(x, d)  y = MatMul(a, v) }""")
+    read: list[tuple[int, ...]] = []
+    spread = linear._spread
+
+    def counted(values: np.ndarray, shape: tuple[int, ...], axis: int, block: int) -> np.ndarray:
+        read.append(shape)
+        return spread(values, shape, axis, block)
+
+    monkeypatch.setattr(linear, "_spread", counted)
+    first, second = g.linear_layers(graph)
+    assert first.shape == (4, 4) and not read
+    assert first.weight is first.weight and read == [(4, 4)]
+    g.set_weight(graph, second, np.zeros((4, 4), np.float32))
+    assert second.weight.any()
+    again = g.linear_layers(graph)[1]
+    assert not again.weight.any()

@@ -19,8 +19,10 @@ from onnx_text import apply, parse
 from nmcompile import ir as g
 from nmcompile import spec as specs
 from nmcompile.calibrate import Calibration
+from nmcompile.canonical import check_canonical
 from nmcompile.errors import GraphError, NmcompileError, PassError
 from nmcompile.observers import Timing, dump_text
+from nmcompile.passes import CanonicaliseLinear, InsertQdq, MagnitudePrune, PermuteFeatures, SmoothActivations
 from nmcompile.pipeline import Context, Pass, Pipeline, Report, parse_spec, spec
 from nmcompile.verification import difference
 
@@ -140,6 +142,35 @@ def test_calibrated_passes_get_their_statistics() -> None:
     assert report.detail["statistics"] is None
     with pytest.raises(PassError, match=r"^ranges: needs calibration data; give"):
         Pipeline([Ranges()]).run(parse(TEXT))
+
+
+GEMM = """(float[N,4] x) => (float[N,8] y) <float[8,4] w, float[8] b> { y = Gemm <transB = 1> (x, w, b) }"""
+
+
+@pytest.mark.parametrize("pass_", [InsertQdq(), MagnitudePrune(), SmoothActivations(), PermuteFeatures()],
+                         ids=lambda pass_: pass_.name)  # fmt: skip
+def test_a_graph_that_is_not_canonical_is_refused(pass_: Pass) -> None:
+    """Its layers would not be found, and nothing be done in silence."""
+    graph = parse(GEMM)
+    name = graph.nodes[0].name
+    with pytest.raises(PassError) as caught:
+        Pipeline([pass_], calibration=Collected()).run(graph)
+    assert str(caught.value) == (
+        f"{spec(pass_)}: node '{name}' is a Gemm, so the graph is not in canonical form; "
+        "run the canonical passes first (canonicalise-linear among them)"
+    )
+    check_canonical(Pipeline([CanonicaliseLinear()]).run(graph)[0])
+
+
+@pytest.mark.parametrize("text", [
+    "(float[4,N] x) => (float[N,8] y) <float[4,8] w> { y = Gemm <transA = 1> (x, w) }",
+    "(float[N,4] x, float[4,8] w) => (float[N,8] y) { y = Gemm(x, w) }",
+    "(float[N,4] x) => (float[N,8] y) <float[4,8] w, float[3,8] b> { y = Gemm(x, w, b) }",
+])  # fmt: skip
+def test_a_gemm_that_stays_one_is_canonical(text: str) -> None:
+    graph, (report,) = Pipeline([CanonicaliseLinear()]).run(parse(text))
+    assert report.changed == 0 and len(report.notes) == 1 and "Gemm kept, its" in report.notes[0]
+    check_canonical(graph)
 
 
 @pytest.mark.parametrize("parameters", ["graph", "graph, statistics=None", "graph, calibration=None", "graph, x, y",

@@ -3,19 +3,17 @@ none (GraphSurgeon's own walk costs more than what is done with its result)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import onnx_graphsurgeon as gs
+
+Graph = gs.Graph
 
 
 def bodies(node: gs.Node) -> list[gs.Graph]:
     """The graphs that are attributes of a node."""
-    return [value for value in node.attrs.values() if isinstance(value, gs.Graph)] if node.attrs else []
+    return [value for value in node.attrs.values() if isinstance(value, Graph)] if node.attrs else []
 
 
-def inner_graphs(graph: gs.Graph) -> Iterator[gs.Graph]:
-    """All graphs inside, at any depth."""
-    for node in graph.nodes:
-        for body in bodies(node):
-            yield body
-            yield from inner_graphs(body)
+def inner_graphs(graph: gs.Graph) -> list[gs.Graph]:
+    """All graphs inside, at any depth, each before those in it."""
+    own = [value for node in graph.nodes for value in node.attrs.values() if isinstance(value, Graph)]
+    return [inner for body in own for inner in (body, *inner_graphs(body))] if own else own

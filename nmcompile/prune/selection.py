@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import ClassVar
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -12,7 +13,7 @@ import onnx_graphsurgeon as gs
 from nmcompile import ir as g
 from nmcompile import sparsity as sp
 from nmcompile.canonical import role
-from nmcompile.contract import NEEDS_DATA, Context, Pass, Report
+from nmcompile.contract import CANONICAL, NEEDS_DATA, Context, Pass, Report
 from nmcompile.errors import PassError
 from nmcompile.prune import sensitivity
 from nmcompile.prune.fitting import Fit, fit
@@ -63,6 +64,7 @@ class PruningPass(Pass):
     by held-out batches.
     """
 
+    requires: ClassVar[tuple[str, ...]] = (CANONICAL,)
     solver: str = "magnitude"
     ranking: str = "uniform"
     include: tuple[str, ...] = ()
