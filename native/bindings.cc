@@ -70,6 +70,10 @@ struct Maybe {  // an optional array as the pointer the engine takes
   std::optional<Array> value;
 };
 
+nm::Causal causal_of(bool causal, const std::optional<int64_t>& offset) {
+  return {causal, offset.has_value(), offset.value_or(0)};
+}
+
 nm::Requant requant(float scale, int64_t zero) {
   nm::check(zero >= -1000 && zero <= 1000, "zero_point", "must fit the type it belongs to");
   return {scale, static_cast<int32_t>(zero)};
@@ -138,8 +142,23 @@ nb::list to_python(std::vector<nm::Output>&& outputs) {
   return list;
 }
 
+// mask: of the stream "tokens"; masks: of streams by their names.
+nm::Masks masks_of(const std::optional<NdArray>& mask, const std::optional<nb::dict>& masks) {
+  nm::Masks found;
+  if (mask) found.emplace_back("tokens", share(*mask));
+  if (!masks) return found;
+  for (const auto& [name, array] : *masks) {
+    try {
+      found.emplace_back(nb::cast<std::string>(name), share(nb::cast<NdArray>(array)));
+    } catch (const nb::cast_error&) {
+      nm::fail("masks must be numpy arrays by names of streams");
+    }
+  }
+  return found;
+}
+
 nb::list run(Program& program, const nb::sequence& inputs, const std::optional<NdArray>& mask,
-             std::vector<nm::Event>* events) {
+             const std::optional<nb::dict>& masks, std::vector<nm::Event>* events) {
   std::vector<Array> arrays;
   for (nb::handle h : inputs) {
     try {
@@ -148,11 +167,11 @@ nb::list run(Program& program, const nb::sequence& inputs, const std::optional<N
       nm::fail("inputs must be numpy arrays");
     }
   }
-  const Maybe given(mask);
+  const nm::Masks given = masks_of(mask, masks);
   std::vector<nm::Output> outputs;
   {
     nb::gil_scoped_release release;
-    outputs = program.run(arrays, given.get(), events);
+    outputs = program.run(arrays, given, events);
   }
   return to_python(std::move(outputs));
 }
@@ -182,6 +201,7 @@ NB_MODULE(_native, m) {
            "isa"_a = "", "threads"_a = 0, "most_copied"_a = 0)
       .def_prop_ro("isa", &Program::isa)
       .def_prop_ro("threads", &Program::threads)
+      .def("stream", &Program::stream, "name"_a, "kind"_a = "input", "of"_a = "")
       .def("buffer", &Program::buffer, "rows"_a, "layout"_a, "geometry"_a = "tokens")
       .def("embed",
            [](Program& p, int y, const std::vector<NdArray>& tables, const nb::sequence& sources) {
@@ -195,6 +215,7 @@ NB_MODULE(_native, m) {
       .def("enter", &Program::enter, "y"_a, "slot"_a)
       .def("leave", &Program::leave, "x"_a, "slot"_a)
       .def("first", &Program::first, "x"_a, "y"_a)
+      .def("rest", &Program::rest, "x"_a, "y"_a)
       .def("layer_norm",
            [](Program& p, int x, const NdArray& gamma, const std::optional<NdArray>& beta, float eps, bool rms, int y,
               int q, float scale, int64_t zero_point, const std::optional<NdArray>& q_mul,
@@ -226,19 +247,20 @@ NB_MODULE(_native, m) {
            "x"_a, "y"_a, "weight"_a, "bias"_a.none(), "activation"_a = "none", "residual"_a = -1)
       .def("attention",
            [](Program& p, int q, int k, int v, int y, int64_t heads, float scale, float q_scale, int64_t q_zero_point,
-              float k_scale, float v_scale, bool causal, float y_scale, int64_t y_zero_point) {
-             p.attention(q, k, v, y, heads, scale, requant(q_scale, q_zero_point), k_scale, v_scale, causal,
+              float k_scale, float v_scale, bool causal, float y_scale, int64_t y_zero_point,
+              std::optional<int64_t> offset) {
+             p.attention(q, k, v, y, heads, scale, requant(q_scale, q_zero_point), k_scale, v_scale, causal_of(causal, offset),
                          requant(y_scale, y_zero_point));
            },
            "q"_a, "k"_a, "v"_a, "y"_a, "heads"_a, "scale"_a, "q_scale"_a, "q_zero_point"_a, "k_scale"_a, "v_scale"_a,
-           "causal"_a = false, "y_scale"_a = 1.0f, "y_zero_point"_a = 0)
+           "causal"_a = false, "y_scale"_a = 1.0f, "y_zero_point"_a = 0, "offset"_a = nb::none())
       .def("attention_float",
            [](Program& p, int q, int k, int v, int y, int64_t heads, float scale, bool causal, float y_scale,
-              int64_t y_zero_point) {
-             p.attention_float(q, k, v, y, heads, scale, causal, requant(y_scale, y_zero_point));
+              int64_t y_zero_point, std::optional<int64_t> offset) {
+             p.attention_float(q, k, v, y, heads, scale, causal_of(causal, offset), requant(y_scale, y_zero_point));
            },
            "q"_a, "k"_a, "v"_a, "y"_a, "heads"_a, "scale"_a, "causal"_a = false, "y_scale"_a = 1.0f,
-           "y_zero_point"_a = 0)
+           "y_zero_point"_a = 0, "offset"_a = nb::none())
       .def("unary", &Program::unary, "x"_a, "y"_a, "op"_a)
       .def("binary", &Program::binary, "a"_a, "b"_a, "y"_a, "op"_a)
       .def("affine",
@@ -266,14 +288,16 @@ NB_MODULE(_native, m) {
                      p.set_limit(static_cast<size_t>(bytes));
                    })
       .def("run",
-           [](Program& p, const nb::sequence& inputs, const std::optional<NdArray>& mask) {
-             return run(p, inputs, mask, nullptr);
+           [](Program& p, const nb::sequence& inputs, const std::optional<NdArray>& mask,
+              const std::optional<nb::dict>& masks) {
+             return run(p, inputs, mask, masks, nullptr);
            },
-           "inputs"_a, "mask"_a = nb::none())
+           "inputs"_a, "mask"_a = nb::none(), "masks"_a = nb::none())
       .def("run_profiled",
-           [](Program& p, const nb::sequence& inputs, const std::optional<NdArray>& mask) {
+           [](Program& p, const nb::sequence& inputs, const std::optional<NdArray>& mask,
+              const std::optional<nb::dict>& masks) {
              std::vector<nm::Event> events;
-             nb::list outputs = run(p, inputs, mask, &events);
+             nb::list outputs = run(p, inputs, mask, masks, &events);
              size_t threads = 1;
              std::vector<int64_t> spent(p.steps().size(), 0);
              for (const nm::Event& e : events) {
@@ -283,11 +307,12 @@ NB_MODULE(_native, m) {
              for (int64_t& time : spent) time /= static_cast<int64_t>(threads);
              return std::make_pair(outputs, spent);
            },
-           "inputs"_a, "mask"_a = nb::none())
+           "inputs"_a, "mask"_a = nb::none(), "masks"_a = nb::none())
       .def("run_traced",
-           [](Program& p, const nb::sequence& inputs, const std::optional<NdArray>& mask) {
+           [](Program& p, const nb::sequence& inputs, const std::optional<NdArray>& mask,
+              const std::optional<nb::dict>& masks) {
              std::vector<nm::Event> events;
-             nb::list outputs = run(p, inputs, mask, &events);
+             nb::list outputs = run(p, inputs, mask, masks, &events);
              auto* data = new int64_t[events.size() * 5];
              nb::capsule owner(data, [](void* d) noexcept { delete[] static_cast<int64_t*>(d); });
              for (size_t i = 0; i < events.size(); ++i) {
@@ -298,7 +323,7 @@ NB_MODULE(_native, m) {
              }
              return std::make_pair(outputs, nb::ndarray<nb::numpy, int64_t>(data, {events.size(), 5}, owner));
            },
-           "inputs"_a, "mask"_a = nb::none())
+           "inputs"_a, "mask"_a = nb::none(), "masks"_a = nb::none())
       .def("forecast",
            [](const Program& p, int64_t tokens, int64_t threads) {
              nm::check(tokens > 0 && tokens < (1 << 28), "forecast: tokens", "must lie in 1..2^28");

@@ -1,8 +1,8 @@
 """The C++ engine: programs of steps over packed tokens.
 
-Buffers hold `rows` features of all real tokens (geometry "tokens"), of one token per sequence ("first") or
-of the tokens behind a class token ("tokens1"), as "f32", "u8" (packed by four features), or "keys" and "values" (the
-tiles that attention reads).
+Buffers hold `rows` features of the real tokens of one stream, as "f32", "u8" (packed by four features), or "keys" and
+"values" (the tiles that attention reads). All streams of a program are of one batch. Three exist in every program:
+"tokens" is read from inputs, "first" has one token for each sequence, "tokens1" is "tokens" behind a class token.
 Every argument is checked when its step is added: ValueError names it. Arrays are kept, not copied.
 """
 
@@ -38,20 +38,31 @@ class Program:
     def isa(self) -> str: ...
     @property
     def threads(self) -> int: ...
-    def buffer(self, rows: int, layout: str, geometry: str = "tokens") -> int: ...
+    def stream(self, name: str, kind: str = "input", of: str = "") -> None:
+        """Declare a stream: "input", read from inputs [B, S, ...] of a length and a mask of its own; "first", the first
+        token of each sequence of `of` (all such are one stream); "rest", `of` without its first token; "prepended",
+        `of` with a token before each sequence."""
+
+    def buffer(self, rows: int, layout: str, geometry: str = "tokens") -> int:
+        """A buffer of a stream, by its name, and its number."""
+
     def embed(self, y: int, tables: Sequence[NDArray[Any]], sources: Sequence[tuple[Any, ...]]) -> None:
         """y[token] = sum of one row of each table (float32 or float16 [V, R]), chosen by its source:
         ("input", slot) ids of an input [B, S]; ("position", offset); ("cumulative", slot, pad) as in RoBERTa;
         ("constant", row)."""
 
     def enter(self, y: int, slot: int) -> None:
-        """y = a float32 input [B, S, R]."""
+        """y = a float32 input [B, S, R], whose tokens are those of y's stream."""
 
     def leave(self, x: int, slot: int) -> None:
-        """Output [B, S, R], zero where padded; [B, R] for geometry "first"."""
+        """Output [B, S, R], S of x's stream, zero where padded; [B, R] for first tokens."""
 
     def first(self, x: int, y: int) -> None:
-        """y[sequence] = x at position 0, zero when that was padding."""
+        """y[sequence] = x at position 0, zero when that was padding; y of stream "first", x of any other."""
+
+    def rest(self, x: int, y: int) -> None:
+        """y = x without the token at position 0 of each sequence; y's stream is the "rest" of x's, or x's the
+        "prepended" of y's."""
 
     def layer_norm(
         self,
@@ -110,8 +121,14 @@ class Program:
         causal: bool = False,
         y_scale: float = 1.0,
         y_zero_point: int = 0,
+        offset: int | None = None,
     ) -> None:
-        """q u8, k keys, v values, y u8 or f32; rows = heads * depth, depth a multiple of 4."""
+        """q u8, k keys, v values, y u8 or f32; rows = heads * depth, depth a multiple of 4.
+
+        k and v may be of another stream than q and y: each sequence looks at its own keys, all of them, or where it is
+        causal those at positions up to the query's plus `offset`, which streams that differ need (past tokens before
+        the queries' in a cache, say). A query that sees no key gives zeros.
+        """
 
     def attention_float(
         self,
@@ -124,13 +141,16 @@ class Program:
         causal: bool = False,
         y_scale: float = 1.0,
         y_zero_point: int = 0,
+        offset: int | None = None,
     ) -> None: ...
     def unary(self, x: int, y: int, op: str) -> None: ...
     def binary(self, a: int, b: int, y: int, op: str) -> None: ...
     def affine(self, x: int, y: int, mul: _F32 | None, add: _F32 | None) -> None: ...
     def add_positions(self, x: int, y: int, table: _F32) -> None: ...
     def patches(self, y: int, slot: int, channels: int, patch_h: int, patch_w: int) -> None: ...
-    def prepend(self, x: int, y: int, row: _F32) -> None: ...
+    def prepend(self, x: int, y: int, row: _F32) -> None:
+        """y = x with `row` before each sequence; y's stream is x's "prepended", or x's the "rest" of y's."""
+
     def prepare(self) -> None: ...
     def steps(self) -> list[tuple[str, str]]:
         """(kind, description) of each step."""
@@ -141,22 +161,34 @@ class Program:
     def need(self) -> tuple[int, int, int]:
         """Bytes of copies of weights, of each thread that works on a run, and at most of each token; a run has 16."""
 
-    def run(self, inputs: Sequence[NDArray[Any]], mask: NDArray[Any] | None = None) -> list[_F32]:
-        """Inputs by slot; mask [B, S] drops tokens where it is 0. Outputs by slot. Safe from many threads;
-        ValueError for shapes that do not fit and for ids outside their table."""
+    def run(
+        self,
+        inputs: Sequence[NDArray[Any]],
+        mask: NDArray[Any] | None = None,
+        masks: dict[str, NDArray[Any]] | None = None,
+    ) -> list[_F32]:
+        """Inputs by slot. mask [B, S] drops tokens of stream "tokens" where it is 0, masks those of streams by their
+        names. Outputs by slot. Safe from many threads; ValueError for shapes that do not fit and for ids outside their
+        table."""
 
     def run_traced(
-        self, inputs: Sequence[NDArray[Any]], mask: NDArray[Any] | None = None
+        self,
+        inputs: Sequence[NDArray[Any]],
+        mask: NDArray[Any] | None = None,
+        masks: dict[str, NDArray[Any]] | None = None,
     ) -> tuple[list[_F32], NDArray[np.int64]]:
         """run, and events [n, 5]: step, thread, panel, begin and end in nanoseconds since the run began."""
 
     def forecast(self, tokens: int, threads: int) -> tuple[int, float, float]:
-        """What the schedule expects of one sequence of `tokens` with up to `threads` threads, by its cost model.
+        """What the schedule expects of one sequence of `tokens` in each stream of inputs with up to `threads` threads.
 
         (threads worth using, nanoseconds of one thread, nanoseconds of that many).
         """
 
     def run_profiled(
-        self, inputs: Sequence[NDArray[Any]], mask: NDArray[Any] | None = None
+        self,
+        inputs: Sequence[NDArray[Any]],
+        mask: NDArray[Any] | None = None,
+        masks: dict[str, NDArray[Any]] | None = None,
     ) -> tuple[list[_F32], list[int]]:
         """run, and the nanoseconds of each step."""

@@ -194,7 +194,7 @@ void Program::linear(int x, int y, Weight weight, const Array& w_scale, const Ar
   const Buffer& from = input("linear: x", x, {Layout::kU8});
   const Buffer& to = output("linear: y", y, {Layout::kF32, Layout::kU8, Layout::kKeys, Layout::kValues});
   check(x != y, "linear: y", "must not be x");
-  check(from.geometry == to.geometry, "linear: y", "must have the geometry of x");
+  check(from.stream == to.stream, "linear: y", "must have the stream of x");
   check(from.rows <= kMostInputs, "linear: x", "has more than 65536 rows: their sum may not fit int32");
   check_array("linear: w_scale", w_scale, {DType::kF32}, {to.rows});
   if (bias) check_array("linear: bias", *bias, {DType::kF32}, {to.rows});
@@ -205,7 +205,7 @@ void Program::linear(int x, int y, Weight weight, const Array& w_scale, const Ar
   const int act = activation_number("linear: activation", activation);
   if (residual != -1) {
     const Buffer& r = input("linear: residual", residual, {Layout::kF32});
-    check(r.rows == to.rows && r.geometry == to.geometry, "linear: residual", "must have the rows and geometry of y");
+    check(r.rows == to.rows && r.stream == to.stream, "linear: residual", "must have the rows and the stream of y");
   }
   const auto p = pack(std::move(weight), to.rows, (from.rows + 3) / 4);
   copies("linear:", round_up(to.rows, 16) * (sizeof(int32_t) + 2 * sizeof(float)) + sizeof(ActivationTable));
@@ -234,7 +234,7 @@ void Program::linear(int x, int y, Weight weight, const Array& w_scale, const Ar
                std::to_string(std::lround(100.0 * p->work / (4.0 * static_cast<double>(to.rows * p->groups)))) + "%";
   if (act != kNone) text += ", " + activation;
   const double cost = p->work / 200 + static_cast<double>(p->outputs) * 0.03;
-  add("linear", text, from.geometry, {x, residual}, {}, {y}, {cost, (p->outputs + 15) / 16, [=](const Work& work) {
+  add("linear", text, from.stream, {x, residual}, {}, {y}, {cost, (p->outputs + 15) / 16, [=](const Work& work) {
     LinearArgs a = common;  // which points into v
     static_cast<void>(v);
     a.width = work.width(x);
@@ -278,22 +278,22 @@ void Program::linear_float(int x, int y, const Array& weight, const Array* bias,
   const Buffer& from = input("linear_float: x", x, {Layout::kF32});
   const Buffer& to = output("linear_float: y", y, {Layout::kF32});
   check(x != y, "linear_float: y", "must not be x");
-  check(from.geometry == to.geometry, "linear_float: y", "must have the geometry of x");
+  check(from.stream == to.stream, "linear_float: y", "must have the stream of x");
   const size_t inputs = from.rows, outputs = to.rows, tiles = (outputs + 3) / 4;
   check_array("linear_float: weight", weight, {DType::kF32}, {outputs, inputs});
   if (bias) check_array("linear_float: bias", *bias, {DType::kF32}, {outputs});
   const int act = activation_number("linear_float: activation", activation);
   if (residual != -1) {
     const Buffer& r = input("linear_float: residual", residual, {Layout::kF32});
-    check(r.rows == outputs && r.geometry == to.geometry, "linear_float: residual",
-          "must have the rows and geometry of y");
+    check(r.rows == outputs && r.stream == to.stream, "linear_float: residual",
+          "must have the rows and the stream of y");
   }
   const auto packed = pack_float(weight, outputs, inputs);
   copies("linear_float:", round_up(outputs, 16) * sizeof(float));
   auto summand = std::make_shared<std::vector<float>>(padded(bias, outputs));
   std::string text = std::to_string(inputs) + " -> " + std::to_string(outputs) + " float";
   if (act != kNone) text += ", " + activation;
-  add("linear_float", text, from.geometry, {x, residual}, {}, {y},
+  add("linear_float", text, from.stream, {x, residual}, {}, {y},
       {static_cast<double>(inputs) * outputs / 50, tiles, [=](const Work& work) {
     LinearFloatArgs a{};
     a.x = work.own<float>(x), a.y = work.own<float>(y);
