@@ -1,4 +1,4 @@
-// The Python face of the engine: nmcompile._native. The only file that knows Python.
+// The Python face of the engine: nmcompile._native. This file and capabilities.cc alone know Python.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
@@ -11,6 +11,7 @@
 #include <memory>
 #include <optional>
 
+#include "capabilities.h"
 #include "engine/program.h"
 
 namespace nb = nanobind;
@@ -70,6 +71,29 @@ struct Maybe {  // an optional array as the pointer the engine takes
   std::optional<Array> value;
 };
 
+template <class T>
+T number(const char* what, nb::handle value) {
+  try {
+    return nb::cast<T>(value);
+  } catch (const nb::cast_error&) {
+    nm::fail(std::string(what) + " must be a number");
+  }
+}
+
+nm::ScheduleCosts costs_of(const std::optional<nb::dict>& figures) {
+  nm::ScheduleCosts costs;
+  if (!figures) return costs;
+  for (const auto& [key, value] : *figures) {
+    std::string name;
+    nm::check(nb::try_cast(key, name), "costs", "must be numbers by names");
+    double* figure = nm::figure(costs, name.c_str());
+    nm::check(figure != nullptr, "costs", "know no '" + name.substr(0, 60) + "'; capabilities().costs names them");
+    *figure = number<double>("costs", value);
+    nm::check(*figure >= 0 && *figure <= 1e9, "costs", "of " + name + " must lie in 0..1e9");
+  }
+  return costs;
+}
+
 nm::Causal causal_of(bool causal, const std::optional<int64_t>& offset) {
   return {causal, offset.has_value(), offset.value_or(0)};
 }
@@ -95,7 +119,7 @@ nm::Weight weight_of(const nb::dict& d) {
   w.values = share(item<NdArray>(d, "values"));
   if (w.format == "blocks" || w.format == "gather") {
     const auto rows = item<int64_t>(d, "rows");
-    nm::check(rows > 0 && rows <= 16, "linear: weight rows", "must be 1, 2, 4, 8 or 16");
+    nm::check(rows > 0 && rows <= 65536, "linear: weight rows", "must lie in 1..65536");
     w.rows = static_cast<size_t>(rows);
     w.columns = share(item<NdArray>(d, "columns"));
     w.starts = share(item<NdArray>(d, "starts"));
@@ -183,6 +207,7 @@ NB_MODULE(_native, m) {
   m.def("cpu_features", &nm::cpu_features);
   m.def("available_isas", &nm::available_isas);
   m.def("default_threads", &nm::default_threads);
+  nm::add_capabilities(m);
   m.def("time_products",
         [](const nb::dict& weight, int64_t inputs, int64_t outputs, int64_t tokens, int64_t repeats,
            const std::string& isa) {
@@ -193,12 +218,14 @@ NB_MODULE(_native, m) {
 
   nb::class_<Program>(m, "Program")
       .def("__init__",
-           [](Program* self, const std::string& isa, int64_t threads, int64_t most_copied) {
+           [](Program* self, const std::string& isa, int64_t threads, int64_t most_copied,
+              const std::optional<nb::dict>& costs) {
              nm::check(threads >= 0 && threads <= 1024, "threads", "must lie in 0..1024; 0 is one per CPU");
              nm::check(most_copied >= 0, "most_copied", "must not be negative; 0 is any number");
-             new (self) Program(isa, static_cast<size_t>(threads), static_cast<size_t>(most_copied));
+             new (self)
+                 Program(isa, static_cast<size_t>(threads), static_cast<size_t>(most_copied), costs_of(costs));
            },
-           "isa"_a = "", "threads"_a = 0, "most_copied"_a = 0)
+           "isa"_a = "", "threads"_a = 0, "most_copied"_a = 0, "costs"_a = nb::none())
       .def_prop_ro("isa", &Program::isa)
       .def_prop_ro("threads", &Program::threads)
       .def("stream", &Program::stream, "name"_a, "kind"_a = "input", "of"_a = "")
@@ -275,6 +302,15 @@ NB_MODULE(_native, m) {
       .def("prepend", [](Program& p, int x, int y, const NdArray& row) { p.prepend(x, y, share(row)); }, "x"_a, "y"_a,
            "row"_a)
       .def("prepare", &Program::prepare)
+      .def("measured",
+           [](Program& p, const nb::dict& nanoseconds) {
+             std::vector<std::pair<size_t, double>> times;
+             for (const auto& [step, time] : nanoseconds)
+               times.emplace_back(static_cast<size_t>(number<uint64_t>("measured: step", step)),
+                                  number<double>("measured: nanoseconds", time));
+             p.measured(times);
+           },
+           "nanoseconds"_a)
       .def("steps", &Program::steps)
       .def("memory", &Program::memory)
       .def("need",
@@ -306,6 +342,22 @@ NB_MODULE(_native, m) {
              }
              for (int64_t& time : spent) time /= static_cast<int64_t>(threads);
              return std::make_pair(outputs, spent);
+           },
+           "inputs"_a, "mask"_a = nb::none(), "masks"_a = nb::none())
+      .def("run_costs",
+           [](Program& p, const nb::sequence& inputs, const std::optional<NdArray>& mask,
+              const std::optional<nb::dict>& masks) {
+             std::vector<nm::Event> events;
+             run(p, inputs, mask, masks, &events);
+             std::vector<double> spent(p.steps().size(), 0), lanes(spent.size(), 0);
+             for (const nm::Event& e : events) {
+               spent[e.step] += static_cast<double>(e.end - e.begin);
+               lanes[e.step] += e.lanes;
+             }
+             nb::dict costs;
+             for (size_t step = 0; step < spent.size(); ++step)
+               if (lanes[step] > 0) costs[nb::int_(step)] = spent[step] / lanes[step];
+             return costs;
            },
            "inputs"_a, "mask"_a = nb::none(), "masks"_a = nb::none())
       .def("run_traced",

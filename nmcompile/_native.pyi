@@ -28,11 +28,86 @@ def time_products(
 def default_threads() -> int:
     """The number of CPUs this process may run on (its affinity mask)."""
 
+class LinearKernel:
+    """A kernel of linear steps: weight format, outputs of a block, most inputs, and the share of the int8 peak that it
+    reaches beside its epilogue up to `ChoiceCosts.near` inputs and beyond."""
+
+    @property
+    def format(self) -> str: ...
+    @property
+    def rows(self) -> int: ...
+    @property
+    def most_inputs(self) -> int: ...
+    @property
+    def near(self) -> float: ...
+    @property
+    def far(self) -> float: ...
+
+class ChoiceCosts:
+    """Costs beside the products, in products per token at the int8 peak. Of one core of a Zen 4 (AVX512-VNNI)."""
+
+    @property
+    def near(self) -> float:
+        """Inputs up to which a panel of tokens fits the first cache."""
+
+    @property
+    def epilogue(self) -> float:
+        """Of an output: scaling and storing."""
+
+    @property
+    def spreading(self) -> float:
+        """Of an input of "gather", which lays each out by itself."""
+
+    @property
+    def last_quad(self) -> float:
+        """Of an output of "gather": what is empty in the last quad of its group."""
+
+    @property
+    def quantizing(self) -> float:
+        """Of an input: the quantize step."""
+
+class Capabilities:
+    """What this engine knows, in names that Program takes, with its limits and default costs."""
+
+    @property
+    def kernels(self) -> tuple[LinearKernel, ...]: ...
+    @property
+    def choice(self) -> ChoiceCosts: ...
+    @property
+    def costs(self) -> Mapping[str, float]:
+        """What the schedule counts with where a program is not given other figures: nanoseconds of one core, most per
+        token and row. Of one core of a Zen 4 (AVX512-VNNI), 128 tokens; native/kernels/costs.h says of what."""
+
+    @property
+    def steps(self) -> tuple[str, ...]: ...
+    @property
+    def layouts(self) -> tuple[str, ...]: ...
+    @property
+    def activations(self) -> tuple[str, ...]: ...
+    @property
+    def stream_kinds(self) -> tuple[str, ...]: ...
+    @property
+    def streams(self) -> tuple[str, ...]:
+        """Those that every program has."""
+
+    @property
+    def group(self) -> int:
+        """Inputs that one dot-product instruction consumes."""
+
+    @property
+    def panel(self) -> int:
+        """Tokens that are computed together."""
+
+def capabilities() -> Capabilities: ...
+
 class Program:
     limit: int  # bytes that a run may take beside its inputs, 0: any number; beyond it, run raises ValueError
-    def __init__(self, isa: str = "", threads: int = 0, most_copied: int = 0) -> None:
+    def __init__(
+        self, isa: str = "", threads: int = 0, most_copied: int = 0, costs: dict[str, float] | None = None
+    ) -> None:
         """isa "": NMCOMPILE_ISA, or the best; threads 0: one per CPU; most_copied: bytes of weights that steps may
-        copy, 0: any number. ValueError for an ISA it cannot run."""
+        copy, 0: any number; costs: figures of `Capabilities.costs` to count with instead. ValueError for an ISA it
+        cannot run."""
 
     @property
     def isa(self) -> str: ...
@@ -152,6 +227,10 @@ class Program:
         """y = x with `row` before each sequence; y's stream is x's "prepended", or x's the "rest" of y's."""
 
     def prepare(self) -> None: ...
+    def measured(self, nanoseconds: dict[int, float]) -> None:
+        """Times of steps, of one core per token: the schedules of later runs count with them instead of the cost
+        model. The bits of outputs do not depend on them."""
+
     def steps(self) -> list[tuple[str, str]]:
         """(kind, description) of each step."""
 
@@ -170,6 +249,14 @@ class Program:
         """Inputs by slot. mask [B, S] drops tokens of stream "tokens" where it is 0, masks those of streams by their
         names. Outputs by slot. Safe from many threads; ValueError for shapes that do not fit and for ids outside their
         table."""
+
+    def run_costs(
+        self,
+        inputs: Sequence[NDArray[Any]],
+        mask: NDArray[Any] | None = None,
+        masks: dict[str, NDArray[Any]] | None = None,
+    ) -> dict[int, float]:
+        """What each step of one run took, as `measured` takes it; steps that no token came to are left out."""
 
     def run_traced(
         self,

@@ -150,8 +150,8 @@ def ragged_mask(rng: np.random.Generator, batch: int, length: int) -> np.ndarray
 class Net:
     """A program under construction, with the buffers that tests need."""
 
-    def __init__(self, isa: str = "", threads: int = 1) -> None:
-        self.program = _native.Program(isa=isa, threads=threads)
+    def __init__(self, isa: str = "", threads: int = 1, costs: dict[str, float] | None = None) -> None:
+        self.program = _native.Program(isa=isa, threads=threads, costs=costs)
         self.slots = 0
 
     def f32(self, rows: int, geometry: str = "tokens") -> int:

@@ -2,6 +2,7 @@
 #include "program.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <new>
@@ -10,9 +11,10 @@ namespace nm {
 
 namespace {
 constexpr size_t kMostPlans = 16, kMostArenas = 8;
-constexpr int64_t kMostRows = 1 << 20;
+constexpr int64_t kMostRows = kMostFloatInputs;
 constexpr size_t kMostBuffers = 1 << 14, kMostSteps = 1 << 16, kMostSlots = 1024;  // hundreds of layers need fewer
 constexpr size_t kMostBytes = size_t{1} << 60;
+constexpr double kMostNanoseconds = 1e12;  // of a token: sums of all steps and panels stay finite
 constexpr size_t kUsualLanes = 1024;  // of each stream, for what a token takes
 }  // namespace
 
@@ -22,9 +24,10 @@ size_t Array::size() const {
   return n;
 }
 
-Program::Program(const std::string& isa, size_t threads, size_t most_copied)
+Program::Program(const std::string& isa, size_t threads, size_t most_copied, const ScheduleCosts& costs)
     : kernels_(choose_kernels(isa)),
       threads_(threads ? std::min<size_t>(threads, 1024) : default_threads()),
+      costs_(costs),
       most_copied_(most_copied) {}
 
 void Program::copies(const char* what, size_t bytes) {
@@ -34,8 +37,7 @@ void Program::copies(const char* what, size_t bytes) {
 }
 
 const char* layout_name(Layout layout) {
-  static const char* const kNames[] = {"f32", "u8", "keys", "values"};
-  return kNames[static_cast<int>(layout)];
+  return kLayoutNames[static_cast<size_t>(layout)].c_str();
 }
 
 Program::Arena::~Arena() { std::free(data); }
@@ -58,11 +60,7 @@ void Program::stream(const std::string& name, const std::string& kind, const std
         "a program has at most " + std::to_string(kMostStreams) + " streams");
   Stream made;
   made.name = name;
-  if (kind == "first") made.kind = Stream::kFirst;
-  else if (kind == "rest") made.kind = Stream::kRest;
-  else if (kind == "prepended") made.kind = Stream::kPrepended;
-  else check(kind == "input", "stream: kind",
-             "'" + kind.substr(0, 60) + "' is unknown; choose one of input, first, rest, prepended");
+  made.kind = static_cast<Stream::Kind>(number_of("stream: kind", kind, kStreamKinds));
   check(made.input() == of.empty(), "stream: of",
         made.input() ? "must be left out for a stream of inputs" : "must name the stream that it follows from");
   made.of = made.input() ? streams_.size() : stream_at("stream: of", of);
@@ -88,10 +86,7 @@ int Program::buffer(int64_t rows, const std::string& layout, const std::string& 
   check(buffers_.size() < kMostBuffers, "buffer:",
         "a program has at most " + std::to_string(kMostBuffers) + " buffers");
   Buffer b{static_cast<size_t>(rows), Layout::kF32, stream_at("geometry", stream)};
-  if (layout == "u8") b.layout = Layout::kU8;
-  else if (layout == "keys") b.layout = Layout::kKeys;
-  else if (layout == "values") b.layout = Layout::kValues;
-  else check(layout == "f32", "layout", "'" + layout + "' is unknown; choose one of f32, u8, keys, values");
+  b.layout = static_cast<Layout>(number_of("layout", layout, kLayoutNames));
   for (size_t s = b.stream; !streams_[s].used; s = streams_[s].of) {
     streams_[s].used = true;
     if (streams_[s].kind == Stream::kPrepended) streams_[streams_[s].of].prepended = true;
@@ -239,11 +234,29 @@ void Program::prepare() {
   cut_phases();
   place_locals();
   std::vector<size_t> offsets(buffers_.size());
-  per_token_ = (place_shared(std::vector<size_t>(streams_.size(), kUsualLanes), offsets) + kUsualLanes - 1) / kUsualLanes;
+  const std::vector<size_t> usual(streams_.size(), kUsualLanes);
+  per_token_ = (place_shared(usual, offsets) + kUsualLanes - 1) / kUsualLanes;
   for (size_t tables : lookups_) per_token_ += tables * sizeof(uint32_t);
   for (int x : outputs_) per_token_ += buffers_[x].rows * sizeof(float);
   packed_.clear(), packed_float_.clear();  // steps hold what they need
+  auto costs = std::make_shared<std::vector<double>>();
+  for (const Step& step : steps_) costs->push_back(step.body.cost);
+  step_costs_ = std::move(costs);
   prepared_ = true;
+}
+
+void Program::measured(const std::vector<std::pair<size_t, double>>& nanoseconds) {
+  check(prepared_, "measured:", "call prepare() first");
+  for (const auto& [step, time] : nanoseconds) {
+    check(step < steps_.size(), "measured: step",
+          std::to_string(step) + " is none of " + std::to_string(steps_.size()));
+    check(std::isfinite(time) && time >= 0 && time <= kMostNanoseconds, "measured: nanoseconds",
+          "must lie in 0..1e12, not " + std::to_string(time));
+  }
+  std::lock_guard<std::mutex> lock(mutex_);
+  auto costs = std::make_shared<std::vector<double>>(*step_costs_);
+  for (const auto& [step, time] : nanoseconds) (*costs)[step] = time;
+  step_costs_ = std::move(costs);
 }
 
 Need Program::need() const {
@@ -286,16 +299,17 @@ std::shared_ptr<const Program::Plan> Program::plan(const std::vector<size_t>& la
   {
     std::lock_guard<std::mutex> lock(mutex_);
     for (size_t i = 0; i < plans_.size(); ++i)
-      if (plans_[i]->lanes == lanes) {
+      if (plans_[i]->lanes == lanes && plans_[i]->costs == step_costs_) {
         std::rotate(plans_.begin(), plans_.begin() + i, plans_.begin() + i + 1);
         return plans_.front();
       }
   }
   auto made = std::make_shared<Plan>();
+  made->costs = step_costs();
   made->lanes = lanes;
   made->offsets.assign(buffers_.size(), 0);
   made->bytes = place_shared(lanes, made->offsets);
-  made->forecast = forecast(lanes, threads_);
+  made->forecast = forecast(lanes, threads_, *made->costs);
   std::lock_guard<std::mutex> lock(mutex_);
   plans_.insert(plans_.begin(), made);  // another run may have made the same: no harm
   if (plans_.size() > kMostPlans) plans_.pop_back();
@@ -306,19 +320,25 @@ Forecast Program::forecast(size_t tokens, size_t threads) const {
   check(prepared_, "forecast:", "call prepare() first");
   std::vector<size_t> counts;  // what a stream follows from was declared before it
   for (const Stream& s : streams_) counts.push_back(s.input() ? tokens : following_length(s.kind, counts[s.of]));
-  return forecast(counts, threads);
+  return forecast(counts, threads, *step_costs());
 }
 
-Forecast Program::forecast(const std::vector<size_t>& tokens, size_t threads) const {
+std::shared_ptr<const std::vector<double>> Program::step_costs() const {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return step_costs_;
+}
+
+Forecast Program::forecast(const std::vector<size_t>& tokens, size_t threads,
+                           const std::vector<double>& nanoseconds) const {
   std::vector<std::vector<StepCost>> costs;
   std::vector<size_t> counts;
   for (const Phase& phase : phases_) {
     costs.emplace_back();
     counts.push_back(tokens[phase.stream]);
     for (size_t s = phase.first; s < phase.last; ++s)
-      costs.back().push_back({steps_[s].body.cost, steps_[s].body.units});
+      costs.back().push_back({nanoseconds[s], steps_[s].body.units});
   }
-  return nm::forecast(costs, counts, threads);
+  return nm::forecast(costs_, costs, counts, threads);
 }
 
 std::unique_ptr<Program::Arena> Program::take_arena(size_t bytes) {

@@ -86,14 +86,15 @@ using Masks = std::vector<std::pair<std::string, Array>>;  // by stream
 struct Event {
   size_t step, thread, panel;
   int64_t begin, end;  // nanoseconds since the run began
+  double lanes;        // of the panel, the share of its units that the thread took
 };
 
 constexpr size_t kShared = static_cast<size_t>(-1);
 
 class Program {
  public:
-  // most_copied: bytes that copies of weights may take, 0 any number
-  Program(const std::string& isa, size_t threads, size_t most_copied);
+  // most_copied: bytes that copies of weights may take, 0 any number; costs: what the schedule counts with
+  Program(const std::string& isa, size_t threads, size_t most_copied, const ScheduleCosts& costs);
   Program(const Program&) = delete;
   Program& operator=(const Program&) = delete;
   std::string isa() const { return kernels_.isa; }
@@ -125,6 +126,8 @@ class Program {
   void patches(int y, int64_t slot, int64_t channels, int64_t patch_h, int64_t patch_w);
   void prepend(int x, int y, const Array& row);
   void prepare();
+  // Nanoseconds of one core per token, measured, by step: the schedules of later runs count with them.
+  void measured(const std::vector<std::pair<size_t, double>>& nanoseconds);
 
   std::vector<std::pair<std::string, std::string>> steps() const;
   size_t memory() const;  // bytes of the arenas in use and kept
@@ -159,6 +162,7 @@ class Program {
     std::vector<size_t> offsets;  // of the buffers that are shared by phases
     size_t bytes;
     Forecast forecast;  // with all threads
+    std::shared_ptr<const std::vector<double>> costs;  // by which it is made
   };
 
   Buffer& buffer_at(const char* what, int index);
@@ -171,7 +175,8 @@ class Program {
   bool follows(const Buffer& b, Stream::Kind kind, const Buffer& of) const;
   void add(std::string kind, std::string description, size_t stream, std::vector<int> reads,
            std::vector<int> gathers, std::vector<int> writes, Body body);
-  Forecast forecast(const std::vector<size_t>& tokens, size_t threads) const;
+  Forecast forecast(const std::vector<size_t>& tokens, size_t threads, const std::vector<double>& nanoseconds) const;
+  std::shared_ptr<const std::vector<double>> step_costs() const;
   void check_inputs(const std::vector<Array>& inputs, Run& run) const;
   void find_tokens(const Masks& masks, Run& run) const;
   void copies(const char* what, size_t bytes);  // a step is about to copy that many
@@ -187,6 +192,7 @@ class Program {
 
   const Kernels& kernels_;
   size_t threads_;
+  const ScheduleCosts costs_;
   bool prepared_ = false;
   std::vector<Stream> streams_ = default_streams();
   std::vector<Buffer> buffers_;
@@ -205,6 +211,7 @@ class Program {
   size_t slab_ = 0;              // bytes per team
 
   std::mutex& mutex_ = fork_safe_mutex();  // guards what follows
+  std::shared_ptr<const std::vector<double>> step_costs_;  // once prepared
   std::vector<std::shared_ptr<const Plan>> plans_;     // most recent first
   std::vector<std::unique_ptr<Arena>> arenas_;         // free ones
   size_t in_use_ = 0;                                  // bytes of the others
@@ -252,6 +259,9 @@ struct Work {
 double time_products(const std::string& isa, Weight weight, size_t inputs, size_t outputs, size_t tokens,
                      size_t repeats);
 
+// What a program can be made of, by the names that it takes.
+extern const std::vector<std::string> kStepNames, kLayoutNames, kActivationNames, kStreamKinds;
+
 // ---- checks shared by the files that add steps
 [[noreturn]] void fail(const std::string& message);
 void check(bool ok, const char* what, const std::string& problem);
@@ -260,6 +270,8 @@ void check_array(const char* what, const Array& array, std::initializer_list<DTy
 constexpr size_t kAnySize = static_cast<size_t>(-1);
 void check_scale(const char* what, float scale);
 void check_zero(const char* what, int32_t zero, Layout layout);
+// The place of a name in a list; ValueError names all of them.
+size_t number_of(const char* what, const std::string& name, const std::vector<std::string>& names);
 int activation_number(const char* what, const std::string& name);
 std::string shape_text(const std::vector<size_t>& shape);
 

@@ -61,7 +61,10 @@ class Execution {
       if (work.first < work.last) {
         const int64_t begin = traced_ ? now() : 0;
         body.work(work);
-        if (traced_) events_[me].push_back({s, me, panel, begin, now()});
+        if (traced_) {
+          const double share = static_cast<double>(work.last - work.first) / static_cast<double>(units);
+          events_[me].push_back({s, me, panel, begin, now(), share * static_cast<double>(columns * 16)});
+        }
       }
       barriers_[turn.leader].wait(turn.members);
     }
@@ -151,7 +154,8 @@ std::vector<Output> Program::run(const std::vector<Array>& inputs, const Masks& 
   std::vector<size_t> key;
   for (const Tokens& tokens : run.tokens) key.push_back(lanes(tokens.count));
   const auto planned = plan(key);
-  const Forecast shared = pool.threads() == threads_ ? planned->forecast : forecast(key, pool.threads());
+  const Forecast shared =
+      pool.threads() == threads_ ? planned->forecast : forecast(key, pool.threads(), *planned->costs);
   const size_t arena_bytes = round_up(planned->bytes, 64), scratch_bytes = round_up(scratch_, 64);
 
   check_limit(run, arena_bytes + (slab_ + scratch_bytes) * shared.threads);

@@ -77,9 +77,10 @@ void blank(const Sight& sight, const AttentionArgs& a, size_t width) {
   }
 }
 
-// The heads of a share, for the queries of one panel. The cost of a token is that of 128 keys.
-Body attention_body(AttentionArgs common, int q, int k, int v, int y, bool bytes, Causal causal, bool same) {
-  return {0.01 * 128 * common.rows * (bytes ? 1.0 : 6.0), common.heads, [=](const Work& work) {
+// The heads of a share, for the queries of one panel. cost: of a row of a token.
+Body attention_body(AttentionArgs common, int q, int k, int v, int y, bool bytes, Causal causal, bool same,
+                    double cost) {
+  return {cost * common.rows, common.heads, [=](const Work& work) {
             const Tokens &t = work.run.of(q), &keys = work.run.of(k);
             AttentionArgs a = common;
             a.q = work.own<uint8_t>(q), a.y = work.own<uint8_t>(y);
@@ -129,7 +130,8 @@ void Program::attention(int q, int k, int v, int y, int64_t heads, float scale, 
   check(std::isfinite(a.scale * 1.44269504f), "attention: scale", "is too large");
   if (attention_scratch(h.depth) > scratch_) scratch_ = attention_scratch(h.depth);
   add("attention", description(h, causal), bq.stream, {q}, {k, v}, {y},
-      attention_body(a, q, k, v, y, true, causal, bq.stream == bk.stream));
+      attention_body(a, q, k, v, y, true, causal, bq.stream == bk.stream,
+                     costs_.attention_product * costs_.attention_keys));
 }
 
 void Program::attention_float(int q, int k, int v, int y, int64_t heads, float scale, Causal causal, Requant out) {
@@ -151,7 +153,8 @@ void Program::attention_float(int q, int k, int v, int y, int64_t heads, float s
   const size_t need = attention_scratch(round_up(h.depth, 4));
   if (need > scratch_) scratch_ = need;
   add("attention_float", description(h, causal), bq.stream, {q}, {k, v}, {y},
-      attention_body(a, q, k, v, y, false, causal, bq.stream == bk.stream));
+      attention_body(a, q, k, v, y, false, causal, bq.stream == bk.stream,
+                     costs_.attention_float_product * costs_.attention_keys));
 }
 
 }  // namespace nm

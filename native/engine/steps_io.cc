@@ -93,7 +93,7 @@ void Program::embed(int y, std::vector<Array> tables, std::vector<Source> source
     }
   };
   add("embed", std::to_string(tables.size()) + " tables, " + std::to_string(rows), to.stream, {}, {}, {y},
-      {0.15 * rows, 0, [=](const Work& work) {
+      {costs_.embed * rows, 0, [=](const Work& work) {
     const auto& lookup = work.run.lookups.at(index);
     std::vector<EmbedTable> here(tables.size());
     EmbedArgs a{here.data(), tables.size(), rows, work.width(y), nullptr};
@@ -117,7 +117,7 @@ void Program::enter(int y, int64_t index) {
   wanted.rows = to.rows;
   slot("enter:", index, wanted, to);
   const size_t rows = to.rows;
-  add("enter", std::to_string(rows), to.stream, {}, {}, {y}, {0.4 * rows, 0, [=](const Work& work) {
+  add("enter", std::to_string(rows), to.stream, {}, {}, {y}, {costs_.enter * rows, 0, [=](const Work& work) {
     const Run& run = work.run;
     const Tokens& t = run.of(y);
     const float* x = run.inputs[index].as<float>();
@@ -150,7 +150,7 @@ void Program::leave(int x, int64_t index) {
     const size_t size = run.batch * columns * rows;
     out.data.reset(run.of(x).count == run.batch * columns ? new float[size] : new float[size]());
   };
-  add("leave", std::to_string(rows), from.stream, {x}, {}, {}, {0.4 * rows, 0, [=](const Work& work) {
+  add("leave", std::to_string(rows), from.stream, {x}, {}, {}, {costs_.leave * rows, 0, [=](const Work& work) {
     const Tokens& t = work.run.of(x);
     const size_t columns = t.length, width = work.width(x);
     float* data = work.run.outputs[index].data.get();
@@ -174,7 +174,7 @@ void Program::first(int x, int y) {
   check(is_first(to) && !is_first(from), "first: y", "must be of a stream of first tokens, and x not");
   check(to.rows == from.rows, "first: y", "must have the rows of x");
   const size_t rows = from.rows;
-  add("first", std::to_string(rows), to.stream, {}, {x}, {y}, {0.4 * rows, 0, [=](const Work& work) {
+  add("first", std::to_string(rows), to.stream, {}, {x}, {y}, {costs_.first * rows, 0, [=](const Work& work) {
     const Run& run = work.run;
     const Tokens& t = run.of(x);
     fill(work, y, rows, [&](size_t sequence, size_t first, size_t last, float* out) {
@@ -200,7 +200,8 @@ void Program::add_positions(int x, int y, const Array& table) {
         fail("position " + std::to_string(t.position[token]) + " is outside 0.." +
              std::to_string(static_cast<int64_t>(table.shape[0]) - 1) + ": the model has no more positions");
   };
-  add("add_positions", std::to_string(rows), from.stream, {x}, {}, {y}, {0.4 * rows, 0, [=](const Work& work) {
+  add("add_positions", std::to_string(rows), from.stream, {x}, {}, {y},
+      {costs_.add_positions * rows, 0, [=](const Work& work) {
     const Tokens& t = work.run.of(x);
     const size_t width = work.width(x);
     fill(work, y, rows, [&](size_t token, size_t first, size_t last, float* out) {
@@ -222,7 +223,7 @@ void Program::patches(int y, int64_t index, int64_t channels, int64_t patch_h, i
   wanted.channels = c, wanted.height = h, wanted.width = w;
   slot("patches:", index, wanted, to);
   add("patches", std::to_string(c) + "x" + std::to_string(h) + "x" + std::to_string(w), to.stream, {}, {}, {y},
-      {0.8 * rows, 0, [=](const Work& work) {
+      {costs_.patches * rows, 0, [=](const Work& work) {
     const Run& run = work.run;
     const Tokens& t = run.of(y);
     const Array& image = run.inputs[index];
@@ -246,7 +247,7 @@ void Program::prepend(int x, int y, const Array& row) {
   check(to.rows == from.rows, "prepend: y", "must have the rows of x");
   check_array("prepend: row", row, {DType::kF32}, {from.rows});
   const size_t rows = from.rows;
-  add("prepend", std::to_string(rows), to.stream, {}, {x}, {y}, {0.4 * rows, 0, [=](const Work& work) {
+  add("prepend", std::to_string(rows), to.stream, {}, {x}, {y}, {costs_.prepend * rows, 0, [=](const Work& work) {
     const Run& run = work.run;
     const Tokens& t = run.of(x);
     const Tokens& to = run.of(y);
@@ -269,7 +270,7 @@ void Program::rest(int x, int y) {
         "must be of the stream of x without the first token of each sequence");
   check(to.rows == from.rows, "rest: y", "must have the rows of x");
   const size_t rows = from.rows;
-  add("rest", std::to_string(rows), to.stream, {}, {x}, {y}, {0.4 * rows, 0, [=](const Work& work) {
+  add("rest", std::to_string(rows), to.stream, {}, {x}, {y}, {costs_.rest * rows, 0, [=](const Work& work) {
     const Run& run = work.run;
     const Tokens& t = run.of(x);
     const Tokens& to = run.of(y);
