@@ -1,4 +1,4 @@
-// The Python face of the engine: nmcompile._native. The only file that knows Python.
+// The Python face of the engine: nmcompile._native. This file and capabilities.cc alone know Python.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
@@ -11,6 +11,7 @@
 #include <memory>
 #include <optional>
 
+#include "capabilities.h"
 #include "engine/program.h"
 
 namespace nb = nanobind;
@@ -70,6 +71,33 @@ struct Maybe {  // an optional array as the pointer the engine takes
   std::optional<Array> value;
 };
 
+template <class T>
+T number(const char* what, nb::handle value) {
+  try {
+    return nb::cast<T>(value);
+  } catch (const nb::cast_error&) {
+    nm::fail(std::string(what) + " must be a number");
+  }
+}
+
+nm::ScheduleCosts costs_of(const std::optional<nb::dict>& figures) {
+  nm::ScheduleCosts costs;
+  if (!figures) return costs;
+  for (const auto& [key, value] : *figures) {
+    std::string name;
+    nm::check(nb::try_cast(key, name), "costs", "must be numbers by names");
+    double* figure = nm::figure(costs, name.c_str());
+    nm::check(figure != nullptr, "costs", "know no '" + name.substr(0, 60) + "'; capabilities().costs names them");
+    *figure = number<double>("costs", value);
+    nm::check(*figure >= 0 && *figure <= 1e9, "costs", "of " + name + " must lie in 0..1e9");
+  }
+  return costs;
+}
+
+nm::Causal causal_of(bool causal, const std::optional<int64_t>& offset) {
+  return {causal, offset.has_value(), offset.value_or(0)};
+}
+
 nm::Requant requant(float scale, int64_t zero) {
   nm::check(zero >= -1000 && zero <= 1000, "zero_point", "must fit the type it belongs to");
   return {scale, static_cast<int32_t>(zero)};
@@ -91,7 +119,7 @@ nm::Weight weight_of(const nb::dict& d) {
   w.values = share(item<NdArray>(d, "values"));
   if (w.format == "blocks" || w.format == "gather") {
     const auto rows = item<int64_t>(d, "rows");
-    nm::check(rows > 0 && rows <= 16, "linear: weight rows", "must be 1, 2, 4, 8 or 16");
+    nm::check(rows > 0 && rows <= 65536, "linear: weight rows", "must lie in 1..65536");
     w.rows = static_cast<size_t>(rows);
     w.columns = share(item<NdArray>(d, "columns"));
     w.starts = share(item<NdArray>(d, "starts"));
@@ -138,8 +166,23 @@ nb::list to_python(std::vector<nm::Output>&& outputs) {
   return list;
 }
 
+// mask: of the stream "tokens"; masks: of streams by their names.
+nm::Masks masks_of(const std::optional<NdArray>& mask, const std::optional<nb::dict>& masks) {
+  nm::Masks found;
+  if (mask) found.emplace_back("tokens", share(*mask));
+  if (!masks) return found;
+  for (const auto& [name, array] : *masks) {
+    try {
+      found.emplace_back(nb::cast<std::string>(name), share(nb::cast<NdArray>(array)));
+    } catch (const nb::cast_error&) {
+      nm::fail("masks must be numpy arrays by names of streams");
+    }
+  }
+  return found;
+}
+
 nb::list run(Program& program, const nb::sequence& inputs, const std::optional<NdArray>& mask,
-             std::vector<nm::Event>* events) {
+             const std::optional<nb::dict>& masks, std::vector<nm::Event>* events) {
   std::vector<Array> arrays;
   for (nb::handle h : inputs) {
     try {
@@ -148,11 +191,11 @@ nb::list run(Program& program, const nb::sequence& inputs, const std::optional<N
       nm::fail("inputs must be numpy arrays");
     }
   }
-  const Maybe given(mask);
+  const nm::Masks given = masks_of(mask, masks);
   std::vector<nm::Output> outputs;
   {
     nb::gil_scoped_release release;
-    outputs = program.run(arrays, given.get(), events);
+    outputs = program.run(arrays, given, events);
   }
   return to_python(std::move(outputs));
 }
@@ -164,6 +207,7 @@ NB_MODULE(_native, m) {
   m.def("cpu_features", &nm::cpu_features);
   m.def("available_isas", &nm::available_isas);
   m.def("default_threads", &nm::default_threads);
+  nm::add_capabilities(m);
   m.def("time_products",
         [](const nb::dict& weight, int64_t inputs, int64_t outputs, int64_t tokens, int64_t repeats,
            const std::string& isa) {
@@ -174,14 +218,17 @@ NB_MODULE(_native, m) {
 
   nb::class_<Program>(m, "Program")
       .def("__init__",
-           [](Program* self, const std::string& isa, int64_t threads, int64_t most_copied) {
+           [](Program* self, const std::string& isa, int64_t threads, int64_t most_copied,
+              const std::optional<nb::dict>& costs) {
              nm::check(threads >= 0 && threads <= 1024, "threads", "must lie in 0..1024; 0 is one per CPU");
              nm::check(most_copied >= 0, "most_copied", "must not be negative; 0 is any number");
-             new (self) Program(isa, static_cast<size_t>(threads), static_cast<size_t>(most_copied));
+             new (self)
+                 Program(isa, static_cast<size_t>(threads), static_cast<size_t>(most_copied), costs_of(costs));
            },
-           "isa"_a = "", "threads"_a = 0, "most_copied"_a = 0)
+           "isa"_a = "", "threads"_a = 0, "most_copied"_a = 0, "costs"_a = nb::none())
       .def_prop_ro("isa", &Program::isa)
       .def_prop_ro("threads", &Program::threads)
+      .def("stream", &Program::stream, "name"_a, "kind"_a = "input", "of"_a = "")
       .def("buffer", &Program::buffer, "rows"_a, "layout"_a, "geometry"_a = "tokens")
       .def("embed",
            [](Program& p, int y, const std::vector<NdArray>& tables, const nb::sequence& sources) {
@@ -195,6 +242,7 @@ NB_MODULE(_native, m) {
       .def("enter", &Program::enter, "y"_a, "slot"_a)
       .def("leave", &Program::leave, "x"_a, "slot"_a)
       .def("first", &Program::first, "x"_a, "y"_a)
+      .def("rest", &Program::rest, "x"_a, "y"_a)
       .def("layer_norm",
            [](Program& p, int x, const NdArray& gamma, const std::optional<NdArray>& beta, float eps, bool rms, int y,
               int q, float scale, int64_t zero_point, const std::optional<NdArray>& q_mul,
@@ -226,19 +274,20 @@ NB_MODULE(_native, m) {
            "x"_a, "y"_a, "weight"_a, "bias"_a.none(), "activation"_a = "none", "residual"_a = -1)
       .def("attention",
            [](Program& p, int q, int k, int v, int y, int64_t heads, float scale, float q_scale, int64_t q_zero_point,
-              float k_scale, float v_scale, bool causal, float y_scale, int64_t y_zero_point) {
-             p.attention(q, k, v, y, heads, scale, requant(q_scale, q_zero_point), k_scale, v_scale, causal,
+              float k_scale, float v_scale, bool causal, float y_scale, int64_t y_zero_point,
+              std::optional<int64_t> offset) {
+             p.attention(q, k, v, y, heads, scale, requant(q_scale, q_zero_point), k_scale, v_scale, causal_of(causal, offset),
                          requant(y_scale, y_zero_point));
            },
            "q"_a, "k"_a, "v"_a, "y"_a, "heads"_a, "scale"_a, "q_scale"_a, "q_zero_point"_a, "k_scale"_a, "v_scale"_a,
-           "causal"_a = false, "y_scale"_a = 1.0f, "y_zero_point"_a = 0)
+           "causal"_a = false, "y_scale"_a = 1.0f, "y_zero_point"_a = 0, "offset"_a = nb::none())
       .def("attention_float",
            [](Program& p, int q, int k, int v, int y, int64_t heads, float scale, bool causal, float y_scale,
-              int64_t y_zero_point) {
-             p.attention_float(q, k, v, y, heads, scale, causal, requant(y_scale, y_zero_point));
+              int64_t y_zero_point, std::optional<int64_t> offset) {
+             p.attention_float(q, k, v, y, heads, scale, causal_of(causal, offset), requant(y_scale, y_zero_point));
            },
            "q"_a, "k"_a, "v"_a, "y"_a, "heads"_a, "scale"_a, "causal"_a = false, "y_scale"_a = 1.0f,
-           "y_zero_point"_a = 0)
+           "y_zero_point"_a = 0, "offset"_a = nb::none())
       .def("unary", &Program::unary, "x"_a, "y"_a, "op"_a)
       .def("binary", &Program::binary, "a"_a, "b"_a, "y"_a, "op"_a)
       .def("affine",
@@ -253,6 +302,15 @@ NB_MODULE(_native, m) {
       .def("prepend", [](Program& p, int x, int y, const NdArray& row) { p.prepend(x, y, share(row)); }, "x"_a, "y"_a,
            "row"_a)
       .def("prepare", &Program::prepare)
+      .def("measured",
+           [](Program& p, const nb::dict& nanoseconds) {
+             std::vector<std::pair<size_t, double>> times;
+             for (const auto& [step, time] : nanoseconds)
+               times.emplace_back(static_cast<size_t>(number<uint64_t>("measured: step", step)),
+                                  number<double>("measured: nanoseconds", time));
+             p.measured(times);
+           },
+           "nanoseconds"_a)
       .def("steps", &Program::steps)
       .def("memory", &Program::memory)
       .def("need",
@@ -266,14 +324,16 @@ NB_MODULE(_native, m) {
                      p.set_limit(static_cast<size_t>(bytes));
                    })
       .def("run",
-           [](Program& p, const nb::sequence& inputs, const std::optional<NdArray>& mask) {
-             return run(p, inputs, mask, nullptr);
+           [](Program& p, const nb::sequence& inputs, const std::optional<NdArray>& mask,
+              const std::optional<nb::dict>& masks) {
+             return run(p, inputs, mask, masks, nullptr);
            },
-           "inputs"_a, "mask"_a = nb::none())
+           "inputs"_a, "mask"_a = nb::none(), "masks"_a = nb::none())
       .def("run_profiled",
-           [](Program& p, const nb::sequence& inputs, const std::optional<NdArray>& mask) {
+           [](Program& p, const nb::sequence& inputs, const std::optional<NdArray>& mask,
+              const std::optional<nb::dict>& masks) {
              std::vector<nm::Event> events;
-             nb::list outputs = run(p, inputs, mask, &events);
+             nb::list outputs = run(p, inputs, mask, masks, &events);
              size_t threads = 1;
              std::vector<int64_t> spent(p.steps().size(), 0);
              for (const nm::Event& e : events) {
@@ -283,11 +343,28 @@ NB_MODULE(_native, m) {
              for (int64_t& time : spent) time /= static_cast<int64_t>(threads);
              return std::make_pair(outputs, spent);
            },
-           "inputs"_a, "mask"_a = nb::none())
-      .def("run_traced",
-           [](Program& p, const nb::sequence& inputs, const std::optional<NdArray>& mask) {
+           "inputs"_a, "mask"_a = nb::none(), "masks"_a = nb::none())
+      .def("run_costs",
+           [](Program& p, const nb::sequence& inputs, const std::optional<NdArray>& mask,
+              const std::optional<nb::dict>& masks) {
              std::vector<nm::Event> events;
-             nb::list outputs = run(p, inputs, mask, &events);
+             run(p, inputs, mask, masks, &events);
+             std::vector<double> spent(p.steps().size(), 0), lanes(spent.size(), 0);
+             for (const nm::Event& e : events) {
+               spent[e.step] += static_cast<double>(e.end - e.begin);
+               lanes[e.step] += e.lanes;
+             }
+             nb::dict costs;
+             for (size_t step = 0; step < spent.size(); ++step)
+               if (lanes[step] > 0) costs[nb::int_(step)] = spent[step] / lanes[step];
+             return costs;
+           },
+           "inputs"_a, "mask"_a = nb::none(), "masks"_a = nb::none())
+      .def("run_traced",
+           [](Program& p, const nb::sequence& inputs, const std::optional<NdArray>& mask,
+              const std::optional<nb::dict>& masks) {
+             std::vector<nm::Event> events;
+             nb::list outputs = run(p, inputs, mask, masks, &events);
              auto* data = new int64_t[events.size() * 5];
              nb::capsule owner(data, [](void* d) noexcept { delete[] static_cast<int64_t*>(d); });
              for (size_t i = 0; i < events.size(); ++i) {
@@ -298,7 +375,7 @@ NB_MODULE(_native, m) {
              }
              return std::make_pair(outputs, nb::ndarray<nb::numpy, int64_t>(data, {events.size(), 5}, owner));
            },
-           "inputs"_a, "mask"_a = nb::none())
+           "inputs"_a, "mask"_a = nb::none(), "masks"_a = nb::none())
       .def("forecast",
            [](const Program& p, int64_t tokens, int64_t threads) {
              nm::check(tokens > 0 && tokens < (1 << 28), "forecast: tokens", "must lie in 1..2^28");

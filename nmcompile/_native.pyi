@@ -1,8 +1,8 @@
 """The C++ engine: programs of steps over packed tokens.
 
-Buffers hold `rows` features of all real tokens (geometry "tokens"), of one token per sequence ("first") or
-of the tokens behind a class token ("tokens1"), as "f32", "u8" (packed by four features), or "keys" and "values" (the
-tiles that attention reads).
+Buffers hold `rows` features of the real tokens of one stream, as "f32", "u8" (packed by four features), or "keys" and
+"values" (the tiles that attention reads). All streams of a program are of one batch. Three exist in every program:
+"tokens" is read from inputs, "first" has one token for each sequence, "tokens1" is "tokens" behind a class token.
 Every argument is checked when its step is added: ValueError names it. Arrays are kept, not copied.
 """
 
@@ -28,30 +28,116 @@ def time_products(
 def default_threads() -> int:
     """The number of CPUs this process may run on (its affinity mask)."""
 
+class LinearKernel:
+    """A kernel of linear steps: weight format, outputs of a block, most inputs, and the share of the int8 peak that it
+    reaches beside its epilogue up to `ChoiceCosts.near` inputs and beyond."""
+
+    @property
+    def format(self) -> str: ...
+    @property
+    def rows(self) -> int: ...
+    @property
+    def most_inputs(self) -> int: ...
+    @property
+    def near(self) -> float: ...
+    @property
+    def far(self) -> float: ...
+
+class ChoiceCosts:
+    """Costs beside the products, in products per token at the int8 peak. Of one core of a Zen 4 (AVX512-VNNI)."""
+
+    @property
+    def near(self) -> float:
+        """Inputs up to which a panel of tokens fits the first cache."""
+
+    @property
+    def epilogue(self) -> float:
+        """Of an output: scaling and storing."""
+
+    @property
+    def spreading(self) -> float:
+        """Of an input of "gather", which lays each out by itself."""
+
+    @property
+    def last_quad(self) -> float:
+        """Of an output of "gather": what is empty in the last quad of its group."""
+
+    @property
+    def quantizing(self) -> float:
+        """Of an input: the quantize step."""
+
+class Capabilities:
+    """What this engine knows, in names that Program takes, with its limits and default costs."""
+
+    @property
+    def kernels(self) -> tuple[LinearKernel, ...]: ...
+    @property
+    def choice(self) -> ChoiceCosts: ...
+    @property
+    def costs(self) -> Mapping[str, float]:
+        """What the schedule counts with where a program is not given other figures: nanoseconds of one core, most per
+        token and row. Of one core of a Zen 4 (AVX512-VNNI), 128 tokens; native/kernels/costs.h says of what."""
+
+    @property
+    def steps(self) -> tuple[str, ...]: ...
+    @property
+    def layouts(self) -> tuple[str, ...]: ...
+    @property
+    def activations(self) -> tuple[str, ...]: ...
+    @property
+    def stream_kinds(self) -> tuple[str, ...]: ...
+    @property
+    def streams(self) -> tuple[str, ...]:
+        """Those that every program has."""
+
+    @property
+    def group(self) -> int:
+        """Inputs that one dot-product instruction consumes."""
+
+    @property
+    def panel(self) -> int:
+        """Tokens that are computed together."""
+
+def capabilities() -> Capabilities: ...
+
 class Program:
     limit: int  # bytes that a run may take beside its inputs, 0: any number; beyond it, run raises ValueError
-    def __init__(self, isa: str = "", threads: int = 0, most_copied: int = 0) -> None:
+    def __init__(
+        self, isa: str = "", threads: int = 0, most_copied: int = 0, costs: dict[str, float] | None = None
+    ) -> None:
         """isa "": NMCOMPILE_ISA, or the best; threads 0: one per CPU; most_copied: bytes of weights that steps may
-        copy, 0: any number. ValueError for an ISA it cannot run."""
+        copy, 0: any number; costs: figures of `Capabilities.costs` to count with instead. ValueError for an ISA it
+        cannot run."""
 
     @property
     def isa(self) -> str: ...
     @property
     def threads(self) -> int: ...
-    def buffer(self, rows: int, layout: str, geometry: str = "tokens") -> int: ...
+    def stream(self, name: str, kind: str = "input", of: str = "") -> None:
+        """Declare a stream: "input", read from inputs [B, S, ...] of a length and a mask of its own; "first", the first
+        token of each sequence of `of` (all such are one stream); "rest", `of` without its first token; "prepended",
+        `of` with a token before each sequence."""
+
+    def buffer(self, rows: int, layout: str, geometry: str = "tokens") -> int:
+        """A buffer of a stream, by its name, and its number."""
+
     def embed(self, y: int, tables: Sequence[NDArray[Any]], sources: Sequence[tuple[Any, ...]]) -> None:
         """y[token] = sum of one row of each table (float32 or float16 [V, R]), chosen by its source:
         ("input", slot) ids of an input [B, S]; ("position", offset); ("cumulative", slot, pad) as in RoBERTa;
         ("constant", row)."""
 
     def enter(self, y: int, slot: int) -> None:
-        """y = a float32 input [B, S, R]."""
+        """y = a float32 input [B, S, R], whose tokens are those of y's stream."""
 
     def leave(self, x: int, slot: int) -> None:
-        """Output [B, S, R], zero where padded; [B, R] for geometry "first"."""
+        """Output [B, S, R], S of x's stream, zero where padded; [B, R] for first tokens."""
 
     def first(self, x: int, y: int) -> None:
-        """y[sequence] = x at position 0, zero when that was padding."""
+        """y[sequence] = x at position 0, zero when that was padding; y of stream "first", x of any other."""
+
+    def rest(self, x: int, y: int) -> None:
+        """y = x without the token at position 0 of each sequence; y's stream is the "rest" of x's, or x's the
+        "prepended" of y's."""
 
     def layer_norm(
         self,
@@ -110,8 +196,14 @@ class Program:
         causal: bool = False,
         y_scale: float = 1.0,
         y_zero_point: int = 0,
+        offset: int | None = None,
     ) -> None:
-        """q u8, k keys, v values, y u8 or f32; rows = heads * depth, depth a multiple of 4."""
+        """q u8, k keys, v values, y u8 or f32; rows = heads * depth, depth a multiple of 4.
+
+        k and v may be of another stream than q and y: each sequence looks at its own keys, all of them, or where it is
+        causal those at positions up to the query's plus `offset`, which streams that differ need (past tokens before
+        the queries' in a cache, say). A query that sees no key gives zeros.
+        """
 
     def attention_float(
         self,
@@ -124,14 +216,21 @@ class Program:
         causal: bool = False,
         y_scale: float = 1.0,
         y_zero_point: int = 0,
+        offset: int | None = None,
     ) -> None: ...
     def unary(self, x: int, y: int, op: str) -> None: ...
     def binary(self, a: int, b: int, y: int, op: str) -> None: ...
     def affine(self, x: int, y: int, mul: _F32 | None, add: _F32 | None) -> None: ...
     def add_positions(self, x: int, y: int, table: _F32) -> None: ...
     def patches(self, y: int, slot: int, channels: int, patch_h: int, patch_w: int) -> None: ...
-    def prepend(self, x: int, y: int, row: _F32) -> None: ...
+    def prepend(self, x: int, y: int, row: _F32) -> None:
+        """y = x with `row` before each sequence; y's stream is x's "prepended", or x's the "rest" of y's."""
+
     def prepare(self) -> None: ...
+    def measured(self, nanoseconds: dict[int, float]) -> None:
+        """Times of steps, of one core per token: the schedules of later runs count with them instead of the cost
+        model. The bits of outputs do not depend on them."""
+
     def steps(self) -> list[tuple[str, str]]:
         """(kind, description) of each step."""
 
@@ -141,22 +240,42 @@ class Program:
     def need(self) -> tuple[int, int, int]:
         """Bytes of copies of weights, of each thread that works on a run, and at most of each token; a run has 16."""
 
-    def run(self, inputs: Sequence[NDArray[Any]], mask: NDArray[Any] | None = None) -> list[_F32]:
-        """Inputs by slot; mask [B, S] drops tokens where it is 0. Outputs by slot. Safe from many threads;
-        ValueError for shapes that do not fit and for ids outside their table."""
+    def run(
+        self,
+        inputs: Sequence[NDArray[Any]],
+        mask: NDArray[Any] | None = None,
+        masks: dict[str, NDArray[Any]] | None = None,
+    ) -> list[_F32]:
+        """Inputs by slot. mask [B, S] drops tokens of stream "tokens" where it is 0, masks those of streams by their
+        names. Outputs by slot. Safe from many threads; ValueError for shapes that do not fit and for ids outside their
+        table."""
+
+    def run_costs(
+        self,
+        inputs: Sequence[NDArray[Any]],
+        mask: NDArray[Any] | None = None,
+        masks: dict[str, NDArray[Any]] | None = None,
+    ) -> dict[int, float]:
+        """What each step of one run took, as `measured` takes it; steps that no token came to are left out."""
 
     def run_traced(
-        self, inputs: Sequence[NDArray[Any]], mask: NDArray[Any] | None = None
+        self,
+        inputs: Sequence[NDArray[Any]],
+        mask: NDArray[Any] | None = None,
+        masks: dict[str, NDArray[Any]] | None = None,
     ) -> tuple[list[_F32], NDArray[np.int64]]:
         """run, and events [n, 5]: step, thread, panel, begin and end in nanoseconds since the run began."""
 
     def forecast(self, tokens: int, threads: int) -> tuple[int, float, float]:
-        """What the schedule expects of one sequence of `tokens` with up to `threads` threads, by its cost model.
+        """What the schedule expects of one sequence of `tokens` in each stream of inputs with up to `threads` threads.
 
         (threads worth using, nanoseconds of one thread, nanoseconds of that many).
         """
 
     def run_profiled(
-        self, inputs: Sequence[NDArray[Any]], mask: NDArray[Any] | None = None
+        self,
+        inputs: Sequence[NDArray[Any]],
+        mask: NDArray[Any] | None = None,
+        masks: dict[str, NDArray[Any]] | None = None,
     ) -> tuple[list[_F32], list[int]]:
         """run, and the nanoseconds of each step."""

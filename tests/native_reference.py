@@ -120,6 +120,24 @@ def attention(
     return out
 
 
+def masked_attention(
+    q: np.ndarray, k: np.ndarray, v: np.ndarray, heads: int, scale: float, seen: np.ndarray, in_bytes: bool = False
+) -> np.ndarray:
+    """q [B, S, R], k and v [B, T, R], seen bool [B, S, T]: which keys each query sees; zeros where it sees none.
+
+    in_bytes: probabilities are rounded to bytes, 255 for the greatest, as the int8 kernel has them.
+    """
+    parts = []
+    for at in np.split(np.arange(q.shape[2]), heads):
+        scores = np.where(seen, q[..., at] @ k[..., at].swapaxes(1, 2) * scale, -np.inf)
+        top = np.where(seen.any(-1), scores.max(axis=-1, initial=-np.inf), 0)
+        p = np.exp(scores - top[..., None])
+        if in_bytes:
+            p = np.rint(255 * p)
+        parts.append(p @ v[..., at] / np.maximum(p.sum(axis=-1, keepdims=True), 1e-30))
+    return np.concatenate(parts, axis=2)
+
+
 def ragged_mask(rng: np.random.Generator, batch: int, length: int) -> np.ndarray:
     """int64 [B, S]: prefixes of ones of random length, one of them empty, one with a hole."""
     mask = np.asarray(np.arange(length) < rng.integers(1, length + 1, (batch, 1)), np.int64)
@@ -132,27 +150,27 @@ def ragged_mask(rng: np.random.Generator, batch: int, length: int) -> np.ndarray
 class Net:
     """A program under construction, with the buffers that tests need."""
 
-    def __init__(self, isa: str = "", threads: int = 1) -> None:
-        self.program = _native.Program(isa=isa, threads=threads)
+    def __init__(self, isa: str = "", threads: int = 1, costs: dict[str, float] | None = None) -> None:
+        self.program = _native.Program(isa=isa, threads=threads, costs=costs)
         self.slots = 0
 
     def f32(self, rows: int, geometry: str = "tokens") -> int:
         return self.program.buffer(rows, "f32", geometry)
 
-    def enter(self, rows: int) -> int:
-        y = self.f32(rows)
+    def enter(self, rows: int, stream: str = "tokens") -> int:
+        y = self.f32(rows, stream)
         self.program.enter(y=y, slot=self.slots)
         self.slots += 1
         return y
 
-    def u8(self, x: int, rows: int, scale: float, zero: int) -> int:
-        y = self.program.buffer(rows, "u8")
+    def u8(self, x: int, rows: int, scale: float, zero: int, stream: str = "tokens") -> int:
+        y = self.program.buffer(rows, "u8", stream)
         self.program.quantize(x=x, y=y, scale=scale, zero_point=zero)
         return y
 
-    def float_of(self, x: int, rows: int, scale: float = 1.0, zero: int = 0) -> int:
+    def float_of(self, x: int, rows: int, scale: float = 1.0, zero: int = 0, stream: str = "tokens") -> int:
         """What a u8 buffer holds, by a linear step with the identity."""
-        y = self.f32(rows)
+        y = self.f32(rows, stream)
         self.program.linear(
             x=x, y=y, weight=dense_weight(np.eye(rows, dtype=np.int8)), w_scale=np.ones(rows, np.float32),
             bias=None, x_scale=scale, x_zero_point=zero,

@@ -17,10 +17,12 @@ from native_reference import ISAS, Net, block_weight, dense_weight, ragged_mask,
 from nmcompile import _native
 
 
-def transformer(isa: str = "", threads: int = 0, layers: int = 2, rows: int = 64) -> _native.Program:
+def transformer(
+    isa: str = "", threads: int = 0, layers: int = 2, rows: int = 64, costs: dict[str, float] | None = None
+) -> _native.Program:
     """A small encoder of all the steps that matter."""
     rng = np.random.default_rng(0)
-    p = _native.Program(isa=isa, threads=threads)
+    p = _native.Program(isa=isa, threads=threads, costs=costs)
     x = p.buffer(rows, "f32")
     p.embed(y=x, tables=[rng.standard_normal((100, rows)).astype(np.float32)], sources=[("input", 0)])
     ones = np.full(rows, 0.002, np.float32)

@@ -17,7 +17,7 @@ if [ $# -gt 0 ]; then
 else
     set -- -m pytest -q -n 2 -p no:cacheprovider -k "not fork" \
         tests/test_native_attention.py tests/test_native_linear.py tests/test_native_program.py \
-        tests/test_native_rows.py tests/test_session.py tests/test_end_to_end.py tests/test_plan.py \
+        tests/test_native_rows.py tests/test_native_streams.py tests/test_session.py tests/test_end_to_end.py tests/test_plan.py \
         tests/test_hostile_plan.py tests/test_plan_budget.py tests/test_plan_strangers.py
 fi
 # The sanitizer's allocator is not safe to use in a child forked while another thread allocates, so forks are left out.

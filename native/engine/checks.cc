@@ -6,6 +6,23 @@
 
 namespace nm {
 
+const std::vector<std::string> kStepNames = {
+    "embed",  "enter",        "patches",   "leave",           "first", "rest",   "prepend", "layer_norm", "quantize",
+    "linear", "linear_float", "attention", "attention_float", "unary", "binary", "affine",  "add_positions"};
+const std::vector<std::string> kLayoutNames = {"f32", "u8", "keys", "values"};              // as in enum Layout
+const std::vector<std::string> kStreamKinds = {"input", "first", "rest", "prepended"};      // as in Stream::Kind
+const std::vector<std::string> kActivationNames = {"none",       "relu", "gelu", "gelu_tanh",  // as in enum Activation
+                                                   "quick_gelu", "silu", "tanh", "sigmoid"};
+
+size_t number_of(const char* what, const std::string& name, const std::vector<std::string>& names) {
+  std::string known;
+  for (size_t i = 0; i < names.size(); ++i) {
+    if (names[i] == name) return i;
+    known += (i ? ", " : "") + names[i];
+  }
+  fail(std::string(what) + " '" + name.substr(0, 60) + "' is unknown; choose one of " + known);
+}
+
 void fail(const std::string& message) { throw std::invalid_argument(message); }
 
 void check(bool ok, const char* what, const std::string& problem) {
@@ -65,12 +82,7 @@ void check_zero(const char* what, int32_t zero, Layout layout) {
 }
 
 int activation_number(const char* what, const std::string& name) {
-  static const char* const kNames[kActivations] = {"none",       "relu", "gelu", "gelu_tanh",
-                                                   "quick_gelu", "silu", "tanh", "sigmoid"};
-  for (int i = 0; i < kActivations; ++i)
-    if (name == kNames[i]) return i;
-  fail(std::string(what) + " '" + name +
-       "' is unknown; choose one of none, relu, gelu, gelu_tanh, quick_gelu, silu, tanh, sigmoid");
+  return static_cast<int>(number_of(what, name, kActivationNames));
 }
 
 }  // namespace nm

@@ -2,6 +2,7 @@
 #include "program.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <new>
@@ -10,10 +11,11 @@ namespace nm {
 
 namespace {
 constexpr size_t kMostPlans = 16, kMostArenas = 8;
-constexpr int64_t kMostRows = 1 << 20;
+constexpr int64_t kMostRows = kMostFloatInputs;
 constexpr size_t kMostBuffers = 1 << 14, kMostSteps = 1 << 16, kMostSlots = 1024;  // hundreds of layers need fewer
 constexpr size_t kMostBytes = size_t{1} << 60;
-constexpr size_t kUsualLanes = 1024;  // of each geometry, for what a token takes
+constexpr double kMostNanoseconds = 1e12;  // of a token: sums of all steps and panels stay finite
+constexpr size_t kUsualLanes = 1024;  // of each stream, for what a token takes
 }  // namespace
 
 size_t Array::size() const {
@@ -22,9 +24,10 @@ size_t Array::size() const {
   return n;
 }
 
-Program::Program(const std::string& isa, size_t threads, size_t most_copied)
+Program::Program(const std::string& isa, size_t threads, size_t most_copied, const ScheduleCosts& costs)
     : kernels_(choose_kernels(isa)),
       threads_(threads ? std::min<size_t>(threads, 1024) : default_threads()),
+      costs_(costs),
       most_copied_(most_copied) {}
 
 void Program::copies(const char* what, size_t bytes) {
@@ -34,26 +37,61 @@ void Program::copies(const char* what, size_t bytes) {
 }
 
 const char* layout_name(Layout layout) {
-  static const char* const kNames[] = {"f32", "u8", "keys", "values"};
-  return kNames[static_cast<int>(layout)];
+  return kLayoutNames[static_cast<size_t>(layout)].c_str();
 }
 
 Program::Arena::~Arena() { std::free(data); }
 
-int Program::buffer(int64_t rows, const std::string& layout, const std::string& geometry) {
+size_t Program::stream_at(const char* what, const std::string& name) const {
+  std::string known;
+  for (size_t i = 0; i < streams_.size(); ++i) {
+    if (streams_[i].name == name) return streams_[i].kind == Stream::kFirst ? size_t{kFirstTokens} : i;
+    if (i < 16) known += (i ? ", " : "") + streams_[i].name;
+  }
+  fail(std::string(what) + " '" + name.substr(0, kMostStreamName) + "' is unknown; choose one of " + known);
+}
+
+void Program::stream(const std::string& name, const std::string& kind, const std::string& of) {
+  check(!prepared_, "stream:", "the program is already prepared");
+  check(!name.empty() && name.size() <= kMostStreamName, "stream: name",
+        "must have 1.." + std::to_string(kMostStreamName) + " bytes");
+  for (const Stream& s : streams_) check(s.name != name, "stream: name", "'" + name + "' is taken");
+  check(streams_.size() < kMostStreams, "stream:",
+        "a program has at most " + std::to_string(kMostStreams) + " streams");
+  Stream made;
+  made.name = name;
+  made.kind = static_cast<Stream::Kind>(number_of("stream: kind", kind, kStreamKinds));
+  check(made.input() == of.empty(), "stream: of",
+        made.input() ? "must be left out for a stream of inputs" : "must name the stream that it follows from");
+  made.of = made.input() ? streams_.size() : stream_at("stream: of", of);
+  check(made.input() || streams_[made.of].kind != Stream::kFirst, "stream: of",
+        "'" + of + "' has one token for each sequence: nothing follows from it");
+  streams_.push_back(std::move(made));
+  lookups_.push_back(0);
+}
+
+bool Program::follows(const Buffer& b, Stream::Kind kind, const Buffer& of) const {
+  return streams_[b.stream].kind == kind && (kind == Stream::kFirst || streams_[b.stream].of == of.stream);
+}
+
+const Buffer& Program::input_stream(const char* what, const Buffer& b) const {
+  check(streams_[b.stream].input(), what,
+        "must be of a stream that is read from inputs, not of '" + streams_[b.stream].name + "'");
+  return b;
+}
+
+int Program::buffer(int64_t rows, const std::string& layout, const std::string& stream) {
   check(!prepared_, "buffer:", "the program is already prepared");
   check(rows > 0 && rows <= kMostRows, "rows", "must lie in 1.." + std::to_string(kMostRows));
   check(buffers_.size() < kMostBuffers, "buffer:",
         "a program has at most " + std::to_string(kMostBuffers) + " buffers");
-  Buffer b{static_cast<size_t>(rows), Layout::kF32, Geometry::kTokens};
-  if (layout == "u8") b.layout = Layout::kU8;
-  else if (layout == "keys") b.layout = Layout::kKeys;
-  else if (layout == "values") b.layout = Layout::kValues;
-  else check(layout == "f32", "layout", "'" + layout + "' is unknown; choose one of f32, u8, keys, values");
-  if (geometry == "first") b.geometry = Geometry::kFirst;
-  else if (geometry == "tokens1") b.geometry = Geometry::kTokens1;
-  else check(geometry == "tokens", "geometry", "'" + geometry + "' is unknown; choose one of tokens, first, tokens1");
-  uses_class_token_ = uses_class_token_ || b.geometry == Geometry::kTokens1;
+  Buffer b{static_cast<size_t>(rows), Layout::kF32, stream_at("geometry", stream)};
+  b.layout = static_cast<Layout>(number_of("layout", layout, kLayoutNames));
+  for (size_t s = b.stream; !streams_[s].used; s = streams_[s].of) {
+    streams_[s].used = true;
+    if (streams_[s].kind == Stream::kPrepended) streams_[streams_[s].of].prepended = true;
+    if (streams_[s].kind == Stream::kFirst) break;  // one for each sequence, whatever it follows from
+  }
   buffers_.push_back(b);
   return static_cast<int>(buffers_.size() - 1);
 }
@@ -83,37 +121,40 @@ Buffer& Program::input(const char* what, int index, std::initializer_list<Layout
   return b;
 }
 
-Program::Slot& Program::slot(const char* what, int64_t index, Slot wanted) {
+Program::Slot& Program::slot(const char* what, int64_t index, Slot wanted, const Buffer& of) {
   check(index >= 0 && static_cast<size_t>(index) < kMostSlots, what, "slot must lie in 0..1023");
   if (static_cast<size_t>(index) >= slots_.size()) slots_.resize(index + 1);
   Slot& s = slots_[index];
+  wanted.stream = of.stream;
   const bool same = s.kind == wanted.kind && s.rows == wanted.rows && s.channels == wanted.channels &&
-                    s.height == wanted.height && s.width == wanted.width;
+                    s.height == wanted.height && s.width == wanted.width && s.stream == wanted.stream;
   check(s.kind == Slot::kUnused || same, what, "slot " + std::to_string(index) + " is already used for another input");
+  int64_t& first = streams_[of.stream].slot;
+  if (first < 0 || index < first) first = index;
   return s = wanted;
 }
 
-void Program::add(std::string kind, std::string description, Geometry geometry, std::vector<int> reads,
+void Program::add(std::string kind, std::string description, size_t stream, std::vector<int> reads,
                   std::vector<int> gathers, std::vector<int> writes, Body body) {
   check(steps_.size() < kMostSteps, (kind + ":").c_str(),
         "a program has at most " + std::to_string(kMostSteps) + " steps");
   for (auto* list : {&reads, &gathers, &writes}) list->erase(std::remove(list->begin(), list->end(), -1), list->end());
   for (int b : writes) buffers_[b].written = true;
   steps_.push_back({std::move(kind), std::move(description), std::move(reads), std::move(gathers), std::move(writes),
-                    geometry, std::move(body)});
+                    stream, std::move(body)});
 }
 
-// A phase ends before a step of another geometry, one that gathers what the phase has written, and one that writes
+// A phase ends before a step of another stream, one that gathers what the phase has written, and one that writes
 // what the phase has gathered.
 void Program::cut_phases() {
   std::vector<size_t> written(buffers_.size(), kShared), gathered(buffers_.size(), kShared);  // last in which phase
   for (size_t i = 0; i < steps_.size(); ++i) {
     Step& s = steps_[i];
-    bool cut = phases_.empty() || phases_.back().geometry != s.geometry;
+    bool cut = phases_.empty() || phases_.back().stream != s.stream;
     const size_t now = phases_.size() - 1;  // of the first step, which is cut anyway, kShared
     for (int b : s.gathers) cut = cut || written[b] == now;
     for (int b : s.writes) cut = cut || gathered[b] == now;
-    if (cut) phases_.push_back({i, i, s.geometry});
+    if (cut) phases_.push_back({i, i, s.stream});
     s.phase = phases_.size() - 1;
     for (int b : s.gathers) gathered[b] = s.phase;
     for (int b : s.writes) written[b] = s.phase;
@@ -168,7 +209,7 @@ void Program::place_locals() {
   for (size_t s = 0; s < steps_.size(); ++s) {
     const auto touch = [&](int b) {
       if (phase[b] == kShared) phase[b] = steps_[s].phase;
-      if (phase[b] != steps_[s].phase || buffers_[b].geometry != steps_[s].geometry) shared[b] = 1;
+      if (phase[b] != steps_[s].phase || buffers_[b].stream != steps_[s].stream) shared[b] = 1;
       lives[b].begin = std::min(lives[b].begin, s), lives[b].end = s + 1;
     };
     for (int b : steps_[s].reads) touch(b);
@@ -188,14 +229,34 @@ void Program::prepare() {
   check(!outputs_.empty(), "prepare:", "no step leaves an output");
   for (size_t i = 0; i < outputs_.size(); ++i)
     check(outputs_[i] >= 0, "prepare:", "output slot " + std::to_string(i) + " is written by no step");
+  for (const Stream& s : streams_)
+    check(!s.used || !s.input() || s.slot >= 0, "prepare:", "stream '" + s.name + "' is read from no input");
   cut_phases();
   place_locals();
-  const size_t usual[kGeometries] = {kUsualLanes, kUsualLanes, kUsualLanes};
   std::vector<size_t> offsets(buffers_.size());
-  per_token_ = (place_shared(usual, offsets) + kUsualLanes - 1) / kUsualLanes + lookups_ * sizeof(uint32_t);
+  const std::vector<size_t> usual(streams_.size(), kUsualLanes);
+  per_token_ = (place_shared(usual, offsets) + kUsualLanes - 1) / kUsualLanes;
+  for (size_t tables : lookups_) per_token_ += tables * sizeof(uint32_t);
   for (int x : outputs_) per_token_ += buffers_[x].rows * sizeof(float);
   packed_.clear(), packed_float_.clear();  // steps hold what they need
+  auto costs = std::make_shared<std::vector<double>>();
+  for (const Step& step : steps_) costs->push_back(step.body.cost);
+  step_costs_ = std::move(costs);
   prepared_ = true;
+}
+
+void Program::measured(const std::vector<std::pair<size_t, double>>& nanoseconds) {
+  check(prepared_, "measured:", "call prepare() first");
+  for (const auto& [step, time] : nanoseconds) {
+    check(step < steps_.size(), "measured: step",
+          std::to_string(step) + " is none of " + std::to_string(steps_.size()));
+    check(std::isfinite(time) && time >= 0 && time <= kMostNanoseconds, "measured: nanoseconds",
+          "must lie in 0..1e12, not " + std::to_string(time));
+  }
+  std::lock_guard<std::mutex> lock(mutex_);
+  auto costs = std::make_shared<std::vector<double>>(*step_costs_);
+  for (const auto& [step, time] : nanoseconds) (*costs)[step] = time;
+  step_costs_ = std::move(costs);
 }
 
 Need Program::need() const {
@@ -205,11 +266,11 @@ Need Program::need() const {
 
 // Offsets in the arena for these numbers of lanes; the bytes needed. What a phase touches lives through all of it: its
 // panels are at different steps at the same time.
-size_t Program::place_shared(const size_t (&key)[kGeometries], std::vector<size_t>& offsets) const {
+size_t Program::place_shared(const std::vector<size_t>& lanes, std::vector<size_t>& offsets) const {
   std::vector<Life> lives;
   for (size_t i = 0; i < buffers_.size(); ++i) {
     const Buffer& b = buffers_[i];
-    const size_t bytes = local_[i] == kShared ? b.row_bytes() * key[static_cast<int>(b.geometry)] : 0;
+    const size_t bytes = local_[i] == kShared ? b.row_bytes() * lanes[b.stream] : 0;
     lives.push_back({i, phases_.size(), 0, round_up(bytes, 64)});
   }
   for (const Step& step : steps_)
@@ -223,31 +284,32 @@ size_t Program::place_shared(const size_t (&key)[kGeometries], std::vector<size_
 
 // Refuses a run whose buffers, lookups and results would take more than the limit.
 void Program::check_limit(const Run& run, size_t arena) const {
-  size_t bytes = arena + lookups_ * run.tokens[0].count * sizeof(uint32_t);
-  for (int x : outputs_) {
-    const Geometry g = buffers_[x].geometry;
-    const size_t columns = g == Geometry::kFirst ? 1 : run.length + (g == Geometry::kTokens1 ? 1 : 0);
-    bytes += run.batch * columns * buffers_[x].rows * sizeof(float);
+  size_t bytes = arena, longest = 0;
+  for (size_t s = 0; s < streams_.size(); ++s) {
+    bytes += lookups_[s] * run.tokens[s].count * sizeof(uint32_t);
+    if (streams_[s].input()) longest = std::max(longest, run.tokens[s].length);
   }
+  for (int x : outputs_) bytes += run.batch * run.of(x).length * buffers_[x].rows * sizeof(float);
   if (limit_ && bytes > limit_)
-    fail("memory: " + std::to_string(run.batch) + " sequences of " + std::to_string(run.length) + " tokens take " +
+    fail("memory: " + std::to_string(run.batch) + " sequences of " + std::to_string(longest) + " tokens take " +
          std::to_string((bytes >> 20) + 1) + " MB, more than the " + std::to_string(limit_ >> 20) + " MB allowed");
 }
 
-std::shared_ptr<const Program::Plan> Program::plan(const size_t (&key)[kGeometries]) {
+std::shared_ptr<const Program::Plan> Program::plan(const std::vector<size_t>& lanes) {
   {
     std::lock_guard<std::mutex> lock(mutex_);
     for (size_t i = 0; i < plans_.size(); ++i)
-      if (std::equal(key, key + kGeometries, plans_[i]->key)) {
+      if (plans_[i]->lanes == lanes && plans_[i]->costs == step_costs_) {
         std::rotate(plans_.begin(), plans_.begin() + i, plans_.begin() + i + 1);
         return plans_.front();
       }
   }
   auto made = std::make_shared<Plan>();
-  std::copy(key, key + kGeometries, made->key);
+  made->costs = step_costs();
+  made->lanes = lanes;
   made->offsets.assign(buffers_.size(), 0);
-  made->bytes = place_shared(key, made->offsets);
-  made->forecast = forecast(key, threads_);
+  made->bytes = place_shared(lanes, made->offsets);
+  made->forecast = forecast(lanes, threads_, *made->costs);
   std::lock_guard<std::mutex> lock(mutex_);
   plans_.insert(plans_.begin(), made);  // another run may have made the same: no harm
   if (plans_.size() > kMostPlans) plans_.pop_back();
@@ -256,20 +318,27 @@ std::shared_ptr<const Program::Plan> Program::plan(const size_t (&key)[kGeometri
 
 Forecast Program::forecast(size_t tokens, size_t threads) const {
   check(prepared_, "forecast:", "call prepare() first");
-  size_t counts[kGeometries] = {tokens, 1, tokens + 1};
-  return forecast(counts, threads);
+  std::vector<size_t> counts;  // what a stream follows from was declared before it
+  for (const Stream& s : streams_) counts.push_back(s.input() ? tokens : following_length(s.kind, counts[s.of]));
+  return forecast(counts, threads, *step_costs());
 }
 
-Forecast Program::forecast(const size_t (&tokens)[kGeometries], size_t threads) const {
+std::shared_ptr<const std::vector<double>> Program::step_costs() const {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return step_costs_;
+}
+
+Forecast Program::forecast(const std::vector<size_t>& tokens, size_t threads,
+                           const std::vector<double>& nanoseconds) const {
   std::vector<std::vector<StepCost>> costs;
   std::vector<size_t> counts;
   for (const Phase& phase : phases_) {
     costs.emplace_back();
-    counts.push_back(tokens[static_cast<int>(phase.geometry)]);
+    counts.push_back(tokens[phase.stream]);
     for (size_t s = phase.first; s < phase.last; ++s)
-      costs.back().push_back({steps_[s].body.cost, steps_[s].body.units});
+      costs.back().push_back({nanoseconds[s], steps_[s].body.units});
   }
-  return nm::forecast(costs, counts, threads);
+  return nm::forecast(costs_, costs, counts, threads);
 }
 
 std::unique_ptr<Program::Arena> Program::take_arena(size_t bytes) {

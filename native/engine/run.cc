@@ -1,4 +1,4 @@
-// Running a program: shapes from the inputs, tokens from the mask, then the steps in order.
+// Running a program: shapes from the inputs, tokens from the masks, then the steps in order.
 #include <atomic>
 #include <chrono>
 #include <cstring>
@@ -6,52 +6,6 @@
 #include "program.h"
 
 namespace nm {
-namespace {
-
-template <class T>
-void real_tokens(const T* mask, size_t batch, size_t length, Tokens& t) {
-  for (size_t b = 0; b < batch; ++b) {
-    for (size_t s = 0; s < length; ++s)
-      if (mask[b * length + s] != 0) {
-        t.sequence.push_back(static_cast<uint32_t>(b));
-        t.position.push_back(static_cast<uint32_t>(s));
-      }
-    t.starts.push_back(static_cast<uint32_t>(t.position.size()));
-  }
-  t.count = t.position.size();
-}
-
-Tokens all_tokens(size_t batch, size_t length) {
-  Tokens t;
-  t.count = batch * length;
-  t.sequence.resize(t.count);
-  t.position.resize(t.count);
-  t.starts.push_back(0);
-  for (size_t b = 0, i = 0; b < batch; ++b) {
-    for (size_t s = 0; s < length; ++s, ++i) {
-      t.sequence[i] = static_cast<uint32_t>(b);
-      t.position[i] = static_cast<uint32_t>(s);
-    }
-    t.starts.push_back(static_cast<uint32_t>(i));
-  }
-  return t;
-}
-
-Tokens masked_tokens(const Array& mask, size_t batch, size_t length) {
-  check_array("mask", mask, {DType::kI64, DType::kI32, DType::kBool, DType::kF32}, {batch, length});
-  Tokens t;
-  t.starts.push_back(0);
-  switch (mask.dtype) {
-    case DType::kI64: real_tokens(mask.as<int64_t>(), batch, length, t); break;
-    case DType::kI32: real_tokens(mask.as<int32_t>(), batch, length, t); break;
-    case DType::kF32: real_tokens(mask.as<float>(), batch, length, t); break;
-    default: real_tokens(mask.as<uint8_t>(), batch, length, t); break;
-  }
-  return t;
-}
-
-}  // namespace
-
 // The threads of one run: each goes through the phases, takes its turns, and waits where others' work is needed.
 class Execution {
  public:
@@ -99,7 +53,7 @@ class Execution {
 
   void take(const Phase& phase, const Turn& turn, size_t panel, size_t me) {
     Work work{run_, panel, 0, 0, slabs_ + turn.leader * slab_bytes_, scratch_ + me * scratch_bytes_};
-    const size_t columns = panel_width(run_.tokens[static_cast<int>(phase.geometry)].count, panel) / 16;
+    const size_t columns = panel_width(run_.tokens[phase.stream].count, panel) / 16;
     for (size_t s = phase.first; s < phase.last; ++s) {
       const Body& body = run_.program.steps_[s].body;
       const size_t units = body.units ? body.units : columns, member = me - turn.leader;
@@ -107,7 +61,10 @@ class Execution {
       if (work.first < work.last) {
         const int64_t begin = traced_ ? now() : 0;
         body.work(work);
-        if (traced_) events_[me].push_back({s, me, panel, begin, now()});
+        if (traced_) {
+          const double share = static_cast<double>(work.last - work.first) / static_cast<double>(units);
+          events_[me].push_back({s, me, panel, begin, now(), share * static_cast<double>(columns * 16)});
+        }
       }
       barriers_[turn.leader].wait(turn.members);
     }
@@ -128,50 +85,77 @@ class Execution {
   std::vector<std::vector<Event>> events_;
 };
 
-std::vector<Output> Program::run(const std::vector<Array>& inputs, const Array* mask, std::vector<Event>* events) {
-  check(prepared_, "run:", "call prepare() first");
+// Inputs must have the types and ranks that steps read, one batch, and in each stream one length.
+void Program::check_inputs(const std::vector<Array>& inputs, Run& run) const {
   check(inputs.size() == slots_.size(), "inputs",
         "must be " + std::to_string(slots_.size()) + " arrays, not " + std::to_string(inputs.size()));
-  size_t batch = 0, length = 0;
+  std::vector<size_t> lengths(slots_.size());
   for (size_t i = 0; i < slots_.size(); ++i) {
     const Slot& s = slots_[i];
     const std::string name = "input slot " + std::to_string(i);
-    size_t here = 0;
     if (s.kind == Slot::kIds) {
       check_array(name.c_str(), inputs[i], {DType::kI64, DType::kI32}, {kAnySize, kAnySize});
-      here = inputs[i].shape[1];
+      lengths[i] = inputs[i].shape[1];
     } else if (s.kind == Slot::kFeatures) {
       check_array(name.c_str(), inputs[i], {DType::kF32}, {kAnySize, kAnySize, s.rows});
-      here = inputs[i].shape[1];
+      lengths[i] = inputs[i].shape[1];
     } else {
       check_array(name.c_str(), inputs[i], {DType::kF32}, {kAnySize, s.channels, kAnySize, kAnySize});
       const size_t h = inputs[i].shape[2], w = inputs[i].shape[3];
       check(h % s.height == 0 && w % s.width == 0, name.c_str(),
             "has images of " + std::to_string(h) + "x" + std::to_string(w) + ", not a multiple of the patch " +
                 std::to_string(s.height) + "x" + std::to_string(s.width));
-      here = (h / s.height) * (w / s.width);
+      lengths[i] = (h / s.height) * (w / s.width);
     }
-    if (i == 0) batch = inputs[i].shape[0], length = here;
-    check(inputs[i].shape[0] == batch && here == length, name.c_str(),
-          "has " + std::to_string(inputs[i].shape[0]) + " sequences of " + std::to_string(here) +
-              " tokens, but input slot 0 has " + std::to_string(batch) + " of " + std::to_string(length));
+    const size_t first = static_cast<size_t>(streams_[s.stream].slot), batch = inputs[0].shape[0];
+    check(inputs[i].shape[0] == batch && lengths[i] == lengths[first], name.c_str(),
+          "has " + std::to_string(inputs[i].shape[0]) + " sequences of " + std::to_string(lengths[i]) +
+              " tokens, but input slot " + std::to_string(inputs[i].shape[0] == batch ? first : 0) + " has " +
+              std::to_string(batch) + " of " + std::to_string(lengths[inputs[i].shape[0] == batch ? first : 0]));
+    check(batch < (1u << 28) && lengths[i] < (1u << 28) && batch * (lengths[i] + 1) < (1u << 28), "inputs",
+          "hold more than 2^28 tokens");
+    run.tokens[s.stream].length = lengths[i];
   }
-  check(batch < (1u << 28) && length < (1u << 28) && batch * (length + 1) < (1u << 28), "inputs",
-        "hold more than 2^28 tokens");
-  check(!(mask && uses_class_token_), "mask", "cannot be used in a program with a class token (geometry tokens1)");
+  run.batch = inputs[0].shape[0];
+}
 
-  PoolLease pool(threads_);
+// The real tokens of every stream that is in use; what a stream follows from was declared before it.
+void Program::find_tokens(const Masks& masks, Run& run) const {
+  std::vector<const Array*> mask(streams_.size());
+  for (const auto& [name, array] : masks) {
+    const size_t s = stream_at("mask of stream", name);
+    const std::string what = s == kTokens ? "mask" : "mask of stream '" + name + "'";
+    check(streams_[s].input(), what.c_str(), "cannot be: only streams that are read from inputs have masks");
+    check(streams_[s].used, what.c_str(), "belongs to no step of the program");
+    check(!mask[s], what.c_str(), "is given twice");
+    check(!streams_[s].prepended, what.c_str(), "cannot be used in a program with a class token (geometry tokens1)");
+    mask[s] = &array;
+  }
+  for (size_t s = 0; s < streams_.size(); ++s) {
+    const Stream& stream = streams_[s];
+    if (!stream.used) continue;
+    const size_t length = run.tokens[s].length;
+    const std::string what = s == kTokens ? "mask" : "mask of stream '" + stream.name + "'";
+    run.tokens[s] = stream.kind == Stream::kFirst ? all_tokens(run.batch, 1)
+                    : !stream.input()             ? following_tokens(stream.kind, run.tokens[stream.of])
+                    : mask[s]                     ? masked_tokens(what.c_str(), *mask[s], run.batch, length)
+                                                  : all_tokens(run.batch, length);
+  }
+}
+
+std::vector<Output> Program::run(const std::vector<Array>& inputs, const Masks& masks, std::vector<Event>* events) {
+  check(prepared_, "run:", "call prepare() first");
   std::vector<Output> results(outputs_.size());
   Run run{*this, kernels_, inputs, results};
-  run.batch = batch;
-  run.length = length;
-  run.tokens[0] = mask ? masked_tokens(*mask, batch, length) : all_tokens(batch, length);
-  run.tokens[1] = all_tokens(batch, 1);
-  if (uses_class_token_) run.tokens[2] = all_tokens(batch, length + 1);
-  size_t key[kGeometries];
-  for (int g = 0; g < kGeometries; ++g) key[g] = lanes(run.tokens[g].count);
+  run.tokens.resize(streams_.size());
+  check_inputs(inputs, run);
+  find_tokens(masks, run);
+  PoolLease pool(threads_);
+  std::vector<size_t> key;
+  for (const Tokens& tokens : run.tokens) key.push_back(lanes(tokens.count));
   const auto planned = plan(key);
-  const Forecast shared = pool.threads() == threads_ ? planned->forecast : forecast(key, pool.threads());
+  const Forecast shared =
+      pool.threads() == threads_ ? planned->forecast : forecast(key, pool.threads(), *planned->costs);
   const size_t arena_bytes = round_up(planned->bytes, 64), scratch_bytes = round_up(scratch_, 64);
 
   check_limit(run, arena_bytes + (slab_ + scratch_bytes) * shared.threads);

@@ -7,13 +7,14 @@
 #include <cstddef>
 #include <vector>
 
+#include "../kernels/costs.h"
 #include "shape.h"
 
 namespace nm {
 
 struct Phase {
   size_t first, last;  // steps
-  Geometry geometry;
+  size_t stream;        // whose panels they walk
 };
 
 // Threads [leader, leader + members) take panels [first, last) together, one after another.
@@ -37,9 +38,11 @@ struct Forecast {
 };
 
 // The turns of one phase for exactly `threads` threads, and the nanoseconds they take.
-Turns share_panels(const std::vector<StepCost>& steps, size_t tokens, size_t threads, double* nanoseconds);
+Turns share_panels(const ScheduleCosts& figures, const std::vector<StepCost>& steps, size_t tokens, size_t threads,
+                   double* nanoseconds);
 
-// The best of the numbers of threads up to `threads`; tokens by geometry, costs by phase.
-Forecast forecast(const std::vector<std::vector<StepCost>>& costs, const std::vector<size_t>& tokens, size_t threads);
+// The best of the numbers of threads up to `threads`; tokens and costs by phase.
+Forecast forecast(const ScheduleCosts& figures, const std::vector<std::vector<StepCost>>& costs,
+                  const std::vector<size_t>& tokens, size_t threads);
 
 }  // namespace nm

@@ -1,4 +1,4 @@
-// How tokens lie in a buffer: layouts, panels, and the packed tokens of one run.
+// How tokens lie in a buffer: layouts and panels.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -14,9 +14,6 @@ constexpr size_t kPanelTokens = 64;
 //   keys   [w/4][ceil(R/4)][4 tokens][4 features]       values  [ceil(R/4)][w/4][4 features][4 tokens]  signed bytes
 enum class Layout { kF32, kU8, kKeys, kValues };
 const char* layout_name(Layout layout);
-// tokens: all real tokens, sequence after sequence; first: one per sequence; tokens1: tokens behind a class token.
-enum class Geometry { kTokens, kFirst, kTokens1 };
-constexpr int kGeometries = 3;
 
 inline size_t round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
 inline size_t panels(size_t tokens) { return (tokens + kPanelTokens - 1) / kPanelTokens; }
@@ -30,20 +27,12 @@ inline size_t lanes(size_t tokens) { return round_up(tokens, 16); }
 struct Buffer {
   size_t rows;
   Layout layout;
-  Geometry geometry;
+  size_t stream;  // of the program's streams: its real tokens, sequence after sequence
   bool written = false;
 
   size_t row_bytes() const {  // bytes of one lane, all rows
     return layout == Layout::kF32 ? rows * 4 : round_up(rows, 4);
   }
-};
-
-// The real tokens of a run in one geometry.
-struct Tokens {
-  size_t count = 0;
-  std::vector<uint32_t> starts;    // [B + 1]
-  std::vector<uint32_t> sequence;  // [count]
-  std::vector<uint32_t> position;  // [count] position in the padded sequence
 };
 
 }  // namespace nm

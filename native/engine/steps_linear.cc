@@ -9,8 +9,6 @@
 namespace nm {
 namespace {
 
-constexpr size_t kMostInputs = 65536;  // 255 * 128 * 65536 fits int32
-
 std::vector<float> padded(const Array* array, size_t count, float factor = 1.0f) {
   std::vector<float> out(round_up(count, 16), 0.0f);
   if (array)
@@ -43,17 +41,16 @@ namespace {
 using Packed = PackedWeight;
 
 // `cost` of each strip, beside a constant part for its epilogue.
-void share_out(Packed& p, const std::vector<size_t>& cost) {
-  constexpr size_t kEpilogue = 128;
+void share_out(Packed& p, const std::vector<size_t>& cost, size_t epilogue) {
   size_t total = 0, strip = 0, passed = 0;
-  for (size_t c : cost) total += c + kEpilogue;
+  for (size_t c : cost) total += c + epilogue;
   for (size_t i = 0; i <= cost.size(); ++i) {
-    while (strip < cost.size() && passed * cost.size() < i * total) passed += cost[strip++] + kEpilogue;
+    while (strip < cost.size() && passed * cost.size() < i * total) passed += cost[strip++] + epilogue;
     p.shares.push_back(i == cost.size() ? cost.size() : strip);
   }
 }
 
-void pack_dense(Packed& p) {
+void pack_dense(Packed& p, size_t epilogue) {
   const size_t tiles = (p.outputs + 3) / 4;
   const int8_t* w = p.weight.values.as<int8_t>();
   for (size_t t = 0; t < tiles; ++t) {
@@ -63,11 +60,11 @@ void pack_dense(Packed& p) {
     for (size_t i = 0; i < 16; ++i) p.sums[t * 4 + i / 4] += sums[i];
   }
   p.work = static_cast<double>(p.outputs) * p.groups * 4;
-  share_out(p, std::vector<size_t>((p.outputs + 15) / 16, 1));
+  share_out(p, std::vector<size_t>((p.outputs + 15) / 16, 1), epilogue);
 }
 
 // Blocks of rows x 4 inputs: four adjacent ones named by their group, or, gathered, each by itself.
-void pack_blocks(Packed& p, bool gather) {
+void pack_blocks(Packed& p, bool gather, size_t epilogue) {
   const size_t rows = p.weight.rows, each = gather ? 4 : 1, limit = gather ? p.groups * 4 : p.groups;
   const size_t block_rows = (p.outputs + rows - 1) / rows, blocks = p.weight.columns.shape[0];
   p.columns.assign(p.weight.columns.as<uint16_t>(), p.weight.columns.as<uint16_t>() + blocks * each);
@@ -93,7 +90,7 @@ void pack_blocks(Packed& p, bool gather) {
     for (size_t r = 0; r < rows; ++r) p.sums[i * rows + r] = sums[r];
   }
   p.work = static_cast<double>(blocks) * rows * 4;
-  share_out(p, cost);
+  share_out(p, cost, epilogue);
 }
 
 Form form_of(const Weight& weight) {
@@ -112,21 +109,28 @@ void check_weight(Weight& weight, size_t outputs, size_t groups) {
   }
   const size_t rows = weight.rows;
   const bool gather = form == Form::kGather;
-  check(rows == 1 || rows == 2 || rows == 4 || (!gather && (rows == 8 || rows == 16)), "linear: weight rows",
-        std::string("must be ") + (gather ? "1, 2 or 4" : "1, 2, 4, 8 or 16") + ", not " + std::to_string(rows));
+  bool known = false;
+  std::string all;
+  for (const LinearKernel& kernel : kLinearKernels) {
+    if (weight.format != kernel.format) continue;
+    known = known || rows == kernel.rows;
+    all += (all.empty() ? "" : ", ") + std::to_string(kernel.rows);
+  }
+  check(known, "linear: weight rows", "must be one of " + all + ", not " + std::to_string(rows));
   if (gather) check_array("linear: weight columns", weight.columns, {DType::kU16}, {kAnySize, 4});
   else check_array("linear: weight columns", weight.columns, {DType::kU16}, {kAnySize});
   check_array("linear: weight values", weight.values, {DType::kI8}, {weight.columns.shape[0], rows, 4});
   check_array("linear: weight starts", weight.starts, {DType::kU32}, {(outputs + rows - 1) / rows + 1});
 }
 
-Packed pack_weight(Weight weight, size_t outputs, size_t groups) {
+Packed pack_weight(Weight weight, size_t outputs, size_t groups, const ScheduleCosts& costs) {
   Packed p;
   p.weight = std::move(weight), p.outputs = outputs, p.groups = groups;
   p.sums.assign(round_up(outputs, 16), 0);
   const Form form = form_of(p.weight);
-  if (form == Form::kDense) pack_dense(p);
-  else pack_blocks(p, form == Form::kGather);
+  const auto epilogue = static_cast<size_t>(costs.strip_epilogue);
+  if (form == Form::kDense) pack_dense(p, epilogue);
+  else pack_blocks(p, form == Form::kGather, epilogue);
   return p;
 }
 
@@ -169,7 +173,7 @@ std::shared_ptr<const PackedWeight> Program::pack(Weight weight, size_t outputs,
                           blocks, outputs, groups}];
   if (!packed) {
     copies("linear: weight", weight.columns.size() * 2 + weight.starts.size() * 4 + round_up(outputs, 16) * 5);
-    packed = std::make_shared<const PackedWeight>(pack_weight(std::move(weight), outputs, groups));
+    packed = std::make_shared<const PackedWeight>(pack_weight(std::move(weight), outputs, groups, costs_));
   }
   return packed;
 }
@@ -194,7 +198,7 @@ void Program::linear(int x, int y, Weight weight, const Array& w_scale, const Ar
   const Buffer& from = input("linear: x", x, {Layout::kU8});
   const Buffer& to = output("linear: y", y, {Layout::kF32, Layout::kU8, Layout::kKeys, Layout::kValues});
   check(x != y, "linear: y", "must not be x");
-  check(from.geometry == to.geometry, "linear: y", "must have the geometry of x");
+  check(from.stream == to.stream, "linear: y", "must have the stream of x");
   check(from.rows <= kMostInputs, "linear: x", "has more than 65536 rows: their sum may not fit int32");
   check_array("linear: w_scale", w_scale, {DType::kF32}, {to.rows});
   if (bias) check_array("linear: bias", *bias, {DType::kF32}, {to.rows});
@@ -205,7 +209,7 @@ void Program::linear(int x, int y, Weight weight, const Array& w_scale, const Ar
   const int act = activation_number("linear: activation", activation);
   if (residual != -1) {
     const Buffer& r = input("linear: residual", residual, {Layout::kF32});
-    check(r.rows == to.rows && r.geometry == to.geometry, "linear: residual", "must have the rows and geometry of y");
+    check(r.rows == to.rows && r.stream == to.stream, "linear: residual", "must have the rows and the stream of y");
   }
   const auto p = pack(std::move(weight), to.rows, (from.rows + 3) / 4);
   copies("linear:", round_up(to.rows, 16) * (sizeof(int32_t) + 2 * sizeof(float)) + sizeof(ActivationTable));
@@ -233,8 +237,8 @@ void Program::linear(int x, int y, Weight weight, const Array& w_scale, const Ar
   else text += std::to_string(p->weight.rows) + (form == Form::kGather ? "x1 blocks, " : "x4 blocks, ") +
                std::to_string(std::lround(100.0 * p->work / (4.0 * static_cast<double>(to.rows * p->groups)))) + "%";
   if (act != kNone) text += ", " + activation;
-  const double cost = p->work / 200 + static_cast<double>(p->outputs) * 0.03;
-  add("linear", text, from.geometry, {x, residual}, {}, {y}, {cost, (p->outputs + 15) / 16, [=](const Work& work) {
+  const double cost = p->work * costs_.linear_product + static_cast<double>(p->outputs) * costs_.linear_output;
+  add("linear", text, from.stream, {x, residual}, {}, {y}, {cost, (p->outputs + 15) / 16, [=](const Work& work) {
     LinearArgs a = common;  // which points into v
     static_cast<void>(v);
     a.width = work.width(x);
@@ -252,7 +256,7 @@ double time_products(const std::string& isa, Weight weight, size_t inputs, size_
   check(outputs > 0 && outputs <= kMostInputs, "outputs", "must lie in 1..65536");
   check(tokens > 0 && tokens <= 65536, "tokens", "must lie in 1..65536");
   check_weight(weight, outputs, (inputs + 3) / 4);
-  const Packed p = pack_weight(std::move(weight), outputs, (inputs + 3) / 4);
+  const Packed p = pack_weight(std::move(weight), outputs, (inputs + 3) / 4, ScheduleCosts());
   const std::vector<int32_t> init(p.sums.size(), 0);
   LinearArgs a = arguments(p, init);
   const Kernels& kernels = choose_kernels(isa);
@@ -278,23 +282,23 @@ void Program::linear_float(int x, int y, const Array& weight, const Array* bias,
   const Buffer& from = input("linear_float: x", x, {Layout::kF32});
   const Buffer& to = output("linear_float: y", y, {Layout::kF32});
   check(x != y, "linear_float: y", "must not be x");
-  check(from.geometry == to.geometry, "linear_float: y", "must have the geometry of x");
+  check(from.stream == to.stream, "linear_float: y", "must have the stream of x");
   const size_t inputs = from.rows, outputs = to.rows, tiles = (outputs + 3) / 4;
   check_array("linear_float: weight", weight, {DType::kF32}, {outputs, inputs});
   if (bias) check_array("linear_float: bias", *bias, {DType::kF32}, {outputs});
   const int act = activation_number("linear_float: activation", activation);
   if (residual != -1) {
     const Buffer& r = input("linear_float: residual", residual, {Layout::kF32});
-    check(r.rows == outputs && r.geometry == to.geometry, "linear_float: residual",
-          "must have the rows and geometry of y");
+    check(r.rows == outputs && r.stream == to.stream, "linear_float: residual",
+          "must have the rows and the stream of y");
   }
   const auto packed = pack_float(weight, outputs, inputs);
   copies("linear_float:", round_up(outputs, 16) * sizeof(float));
   auto summand = std::make_shared<std::vector<float>>(padded(bias, outputs));
   std::string text = std::to_string(inputs) + " -> " + std::to_string(outputs) + " float";
   if (act != kNone) text += ", " + activation;
-  add("linear_float", text, from.geometry, {x, residual}, {}, {y},
-      {static_cast<double>(inputs) * outputs / 50, tiles, [=](const Work& work) {
+  add("linear_float", text, from.stream, {x, residual}, {}, {y},
+      {static_cast<double>(inputs) * outputs * costs_.linear_float_product, tiles, [=](const Work& work) {
     LinearFloatArgs a{};
     a.x = work.own<float>(x), a.y = work.own<float>(y);
     a.residual = residual == -1 ? nullptr : work.own<float>(residual);

@@ -7,7 +7,7 @@ namespace nm {
 namespace {
 
 void check_same(const char* what, const Buffer& a, const Buffer& b) {
-  check(a.rows == b.rows && a.geometry == b.geometry, what, "must have the rows and the geometry of x");
+  check(a.rows == b.rows && a.stream == b.stream, what, "must have the rows and the stream of x");
 }
 
 // The columns of a share, handed to `kernel`.
@@ -48,8 +48,8 @@ void Program::layer_norm(int x, const Array& gamma, const Array* beta, float eps
     (*factor)[r] = gamma.as<float>()[r] * m / out.scale;
     (*summand)[r] = (below * m + s) / out.scale + static_cast<float>(out.zero);
   }
-  add("layer_norm", std::string(rms ? "rms " : "") + std::to_string(rows), in.geometry, {x}, {}, {y, q},
-      {0.06 * rows, 0, [=](const Work& work) {
+  add("layer_norm", std::string(rms ? "rms " : "") + std::to_string(rows), in.stream, {x}, {}, {y, q},
+      {costs_.layer_norm * rows, 0, [=](const Work& work) {
     PanelArgs a{};
     a.rows = rows, a.gamma = g.as<float>(), a.beta = b.as<float>();
     a.q_mul = factor->data(), a.q_add = summand->data();
@@ -64,7 +64,7 @@ void Program::quantize(int x, int y, Requant out) {
   check_scale("quantize: scale", out.scale);
   check_zero("quantize: zero_point", out.zero, Layout::kU8);
   const size_t rows = in.rows;
-  add("quantize", std::to_string(rows), in.geometry, {x}, {}, {y}, {0.03 * rows, 0, [=](const Work& work) {
+  add("quantize", std::to_string(rows), in.stream, {x}, {}, {y}, {costs_.quantize * rows, 0, [=](const Work& work) {
     PanelArgs a{};
     a.rows = rows, a.inverse = 1.0f / out.scale, a.zero = out.zero;
     columns(work, x, -1, y, work.run.kernels.rows->quantize, a);
@@ -78,7 +78,7 @@ void Program::affine(int x, int y, const Array* mul, const Array* summand) {
   if (summand) check_array("affine: add", *summand, {DType::kF32}, {in.rows});
   const size_t rows = in.rows;
   const Array m = mul ? *mul : Array(), s = summand ? *summand : Array();
-  add("affine", std::to_string(rows), in.geometry, {x}, {}, {y}, {0.03 * rows, 0, [=](const Work& work) {
+  add("affine", std::to_string(rows), in.stream, {x}, {}, {y}, {costs_.affine * rows, 0, [=](const Work& work) {
     PanelArgs a{};
     a.rows = rows, a.gamma = m.as<float>(), a.beta = s.as<float>();
     columns(work, x, y, -1, work.run.kernels.rows->affine, a);
@@ -90,7 +90,8 @@ void Program::unary(int x, int y, const std::string& op) {
   check_same("unary: y", output("unary: y", y, {Layout::kF32}), in);
   const int number = activation_number("unary: op", op);
   const size_t rows = in.rows;
-  add("unary", op + " " + std::to_string(rows), in.geometry, {x}, {}, {y}, {0.4 * rows, rows, [=](const Work& work) {
+  add("unary", op + " " + std::to_string(rows), in.stream, {x}, {}, {y},
+      {costs_.unary * rows, rows, [=](const Work& work) {
     const size_t width = work.width(x), at = work.first * width;
     work.run.kernels.rows->unary({work.own<float>(x) + at, nullptr, work.own<float>(y) + at,
                                   (work.last - work.first) * width, number});
@@ -105,7 +106,8 @@ void Program::binary(int a, int b, int y, const std::string& op) {
         "'" + op + "' is unknown; choose one of add, sub, mul");
   const int number = op == "add" ? kAdd : op == "sub" ? kSub : kMul;
   const size_t rows = left.rows;
-  add("binary", op + " " + std::to_string(rows), left.geometry, {a, b}, {}, {y}, {0.1 * rows, rows, [=](const Work& work) {
+  add("binary", op + " " + std::to_string(rows), left.stream, {a, b}, {}, {y},
+      {costs_.binary * rows, rows, [=](const Work& work) {
     const size_t width = work.width(a), at = work.first * width;
     work.run.kernels.rows->binary({work.own<float>(a) + at, work.own<float>(b) + at, work.own<float>(y) + at,
                                    (work.last - work.first) * width, number});

@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ import numpy as np
 from nmcompile import _native
 from nmcompile.backends.cpu.pack import DENSE as DENSE
 from nmcompile.backends.cpu.pack import FLOAT as FLOAT
-from nmcompile.backends.cpu.pack import GROUP, quads
+from nmcompile.backends.cpu.pack import GROUP, KERNELS, quads
 from nmcompile.backends.cpu.pack import QUANTIZE as QUANTIZE
 from nmcompile.backends.cpu.pack import Kind as Kind
 
@@ -143,14 +142,18 @@ def _values(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
     return values
 
 
-@cache
 def supported(kind: Kind) -> bool:
-    """Whether the engine of this installation knows the kernel."""
-    try:
-        linear_timer(Case(4, 4, kind, tokens=1), threads=1, isa="scalar")
-    except ValueError:
-        return False
-    return True
+    """Whether the engine of this installation knows the kernel, or the step."""
+    return kind in KERNELS or kind == QUANTIZE
+
+
+def step_costs(program: _native.Program, inputs: Sequence[np.ndarray], repeats: int = 5) -> dict[int, float]:
+    """Nanoseconds of one core per token of each step of a prepared program, as `Program.measured` takes them.
+
+    The least of `repeats` runs over these inputs, in turn; a step that no token came to is not among them.
+    """
+    runs = [program.run_costs(inputs) for _ in range(max(1, repeats) + 1)][1:]  # the first one warms up
+    return {step: min(run[step] for run in runs) for step in runs[0]}
 
 
 def int8_peak(isa: str = "", threads: int = 1, repeats: int = 60) -> float:

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-GROUP = 4  # inputs that one dot-product instruction consumes
-MAX_INPUTS = GROUP * 65536  # a block's column is a 16-bit index of a group of inputs
-MAX_GATHERED = 65536  # inputs that "gather" can name: its columns are 16-bit indices of single inputs
+from nmcompile import _native
+
+ENGINE = _native.capabilities()  # what kernels there are, their limits and costs: native/kernels/costs.h
+GROUP = ENGINE.group  # inputs that one dot-product instruction consumes
 
 
 @dataclass(frozen=True, order=True)
@@ -24,21 +25,10 @@ class Kind:
 
 
 DENSE, FLOAT, QUANTIZE = Kind("dense"), Kind("float"), Kind("quantize")
-BLOCKS = tuple(Kind("blocks", rows) for rows in (1, 2, 4, 8, 16))
-GATHERS = tuple(Kind("gather", rows) for rows in (1, 2, 4))
-
-# Share of the int8 peak that each kernel reaches, beside its epilogue, up to NEAR inputs and beyond, where a panel of
-# tokens outgrows the first cache. With it formats can be compared before a machine has been timed. Fitted to times of
-# tools/bench_kernels.py, 128 tokens on one core of an AVX512-VNNI machine (Zen 4), to 6 % root mean square.
-NEAR = 1024
-EFFICIENCY: Mapping[Kind, tuple[float, float]] = {
-    DENSE: (0.97, 0.96),
-    **dict(zip(BLOCKS, ((0.67, 0.46), (0.92, 0.77), (0.97, 0.94), (0.96, 0.94), (0.95, 0.94)), strict=True)),
-    **dict(zip(GATHERS, ((0.44, 0.36), (0.71, 0.64), (0.91, 0.9)), strict=True)),
-    FLOAT: (0.23, 0.23),
-}
-EPILOGUE = 17.0  # products per output and token that scaling and storing take as long as, same machine
-SPREADING = 8.0  # products per input and token that "gather" spends on laying each input out by itself
+KERNELS: Mapping[Kind, _native.LinearKernel] = {Kind(kernel.format, kernel.rows): kernel for kernel in ENGINE.kernels}
+BLOCKS = tuple(kind for kind in KERNELS if kind.format == "blocks")  # by their rows
+GATHERS = tuple(kind for kind in KERNELS if kind.format == "gather")
+MAX_INPUTS = KERNELS[DENSE].most_inputs  # of a layer in int8, whatever its format
 
 
 @dataclass(frozen=True)
@@ -87,7 +77,7 @@ def pack_gather(weight: np.ndarray, rows: int) -> dict[str, np.ndarray]:
     """int8 [N, K] -> groups of `rows` outputs with the single inputs that any of them reads, four at a time.
 
     values int8 [quads, rows, 4], columns uint16 [quads, 4] (indices of inputs, ascending in a group; the rest of its
-    last quad has column 0 and weight 0), starts uint32 [N/rows + 1]. K is at most 65536.
+    last quad has column 0 and weight 0), starts uint32 [N/rows + 1].
     """
     padded = _padded(weight, rows, 1)
     n, k = padded.shape
@@ -142,10 +132,11 @@ def fills(weight: np.ndarray, gather: bool = False) -> dict[Kind, float]:
     """
     found = {DENSE: 1.0}
     quads_filled = np.ascontiguousarray(_padded(weight, 1, GROUP)).view(np.uint32) != 0  # [N, K/4]
-    gathers = GATHERS if gather and weight.shape[1] <= MAX_GATHERED else ()
-    for kinds, used in ((BLOCKS, quads_filled), (gathers, weight != 0)):
+    for kinds, used in ((BLOCKS, quads_filled), (GATHERS if gather else (), weight != 0)):
         units, rows = used, 1
         for kind in kinds:
+            if weight.shape[1] > KERNELS[kind].most_inputs:
+                continue
             if kind.rows > rows:  # the units of twice as many rows are filled where either half is
                 units = _padded(units, 2, 1)
                 units = units[::2] | units[1::2]
@@ -155,16 +146,20 @@ def fills(weight: np.ndarray, gather: bool = False) -> dict[Kind, float]:
 
 
 def predicted(outputs: int, inputs: int, kind: Kind, density: float) -> float:
-    """What a layer costs by the shipped model: products per token at the int8 peak."""
+    """What a layer costs by the shipped model: products per token at the int8 peak.
+
+    Its figures are the engine's defaults, of one core of a Zen 4 with AVX512-VNNI; a table of times measured on the
+    machine at hand (`tuning.py`) goes before it.
+    """
+    model = ENGINE.choice
     if kind == QUANTIZE:
-        return 21.0 * inputs  # measured like EPILOGUE
+        return model.quantizing * inputs
     rows, columns = {"dense": (GROUP, GROUP), "blocks": (kind.rows, GROUP), "gather": (kind.rows, 1)}.get(
         kind.format, (GROUP, 1))  # fmt: skip
     padded = float(-(-outputs // rows) * rows * -(-inputs // columns) * columns)
-    rest = 0.0
-    if kind.format == "gather":
-        rest = 1.5 * outputs / EFFICIENCY[kind][0] + SPREADING * inputs  # 1.5: of the last quad of each group
-    return padded * density / EFFICIENCY[kind][inputs > NEAR] + EPILOGUE * outputs + rest
+    kernel = KERNELS[kind]
+    rest = model.last_quad * outputs / kernel.near + model.spreading * inputs if kind.format == "gather" else 0.0
+    return padded * density / (kernel.far if inputs > model.near else kernel.near) + model.epilogue * outputs + rest
 
 
 def pack_as(weight: np.ndarray, kind: Kind) -> Packed:

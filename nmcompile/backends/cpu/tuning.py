@@ -23,7 +23,18 @@ import numpy as np
 
 from nmcompile import _native
 from nmcompile.backends.cpu import measure
-from nmcompile.backends.cpu.pack import BLOCKS, DENSE, FLOAT, GATHERS, QUANTIZE, Kind, cheapest, fills, least, predicted
+from nmcompile.backends.cpu.pack import (
+    DENSE,
+    FLOAT,
+    GATHERS,
+    KERNELS,
+    QUANTIZE,
+    Kind,
+    cheapest,
+    fills,
+    least,
+    predicted,
+)
 from nmcompile.errors import InputError, NmcompileError
 from nmcompile.files import cache_folder, write
 
@@ -32,7 +43,7 @@ TOKENS = 128
 GRID = (0.0, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0)  # densities that are timed
 HOPELESS = 2.0  # times the cheapest by the cost model: not timed
 PATIENCE = 0.5  # seconds for the kernels of one shape, on machines where twenty rounds would take longer
-KINDS: Mapping[str, Kind] = {str(kind): kind for kind in (DENSE, FLOAT, QUANTIZE, *BLOCKS, *GATHERS)}
+KINDS: Mapping[str, Kind] = {str(kind): kind for kind in (*KERNELS, QUANTIZE)}
 
 Key: TypeAlias = tuple[int, int, Kind, float]  # outputs, inputs, kernel, density on the grid
 Times = Callable[[Sequence[measure.Case]], list[float]]  # seconds of each case, timed in turn
@@ -69,7 +80,7 @@ def by_cost_model(weight: np.ndarray, float_too: bool = False, quantizes: bool =
 
 def gather_is_known() -> bool:
     """Whether this engine runs the gather kernels."""
-    return all(measure.supported(kind) for kind in GATHERS)
+    return bool(GATHERS)
 
 
 # ---- the table ---------------------------------------------------------------------------------------------------
@@ -101,6 +112,15 @@ class Table:
         low, high = keys[0], keys[-1]
         share = (density - low[3]) / (high[3] - low[3]) if low != high else 0.0
         return self.entries[low] * (1 - share) + self.entries[high] * share
+
+    def step_costs(self, steps: Mapping[int, measure.Case]) -> dict[int, float]:
+        """What the table says of a program's steps, as `_native.Program.measured` takes it: nanoseconds per token.
+
+        Steps that it has no time of are left to the engine's own costs.
+        """
+        found = {step: self.microseconds(case.outputs, case.inputs, case.kind, case.density)
+                 for step, case in steps.items()}  # fmt: skip
+        return {step: time * 1e3 / self.tokens for step, time in found.items() if time is not None}
 
     def to_json(self) -> str:
         shapes: dict[str, dict[str, dict[str, float]]] = {}
