@@ -16,9 +16,11 @@ from click.testing import CliRunner, Result
 from compiled import MODELS, compiled
 
 import nmcompile
-from nmcompile.backends.cpu import measure, steps
+from nmcompile.backends.cpu import measure
 from nmcompile.backends.cpu.pack import Kind
 from nmcompile.backends.cpu.session import Session, Span, Trace
+from nmcompile.backends.cpu.steps.linear import Linear
+from nmcompile.backends.cpu.steps.tokens import Embed
 from nmcompile.cli import cli
 from nmcompile.cli.profile import inputs
 from nmcompile.errors import InputError, PlanError
@@ -100,7 +102,7 @@ def test_bytes_are_activations_weights_and_rows_of_tables(session: Session, foun
     tokens = int(LENGTHS.sum())
     rows = {row.step.kind: row for row in reversed(found.rows)}
     embed, layer = rows["embed"].step.declared, rows["linear"].step.declared
-    assert isinstance(embed, steps.Embed) and isinstance(layer, steps.Linear)
+    assert isinstance(embed, Embed) and isinstance(layer, Linear)
     tables = [table.of(session.plan.arrays) for table in embed.tables]
     looked_up = sum(min(tokens * table.itemsize * 64, table.nbytes) for table in tables)
     assert rows["embed"].bytes == looked_up + tokens * 64 * 4

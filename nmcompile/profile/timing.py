@@ -11,6 +11,7 @@ import numpy as np
 
 from nmcompile.backends.cpu import measure
 from nmcompile.backends.cpu.session import Session, Span, Trace
+from nmcompile.backends.cpu.streams import CLASSED
 from nmcompile.profile.work import Step, moved_bytes, named, sizes, steps_of
 
 Bound = Literal["compute", "memory", "cache", "overhead", "-"]
@@ -142,7 +143,7 @@ def profile(session: Session, feeds: Feeds, *, runs: int | None = None, progress
     widest = max(sized, key=lambda item: item.padded, default=None)
     batch = max((len(array) for array in map(np.asarray, feeds.values()) if array.ndim), default=1)
     return Profile(
-        batch=batch, tokens=widest.tokens["tokens1"] if widest else 0, padded=widest.padded if widest else 0,
+        batch=batch, tokens=widest.tokens[CLASSED] if widest else 0, padded=widest.padded if widest else 0,
         runs=len(totals), workers=max((workers(best, span) for span in natives), default=session.threads),
         seconds=float(np.mean([totals[i] for i in fast])) * 1e-9,
         plain=float(np.mean(np.sort(plain)[: len(fast)])),

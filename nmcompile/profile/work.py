@@ -9,11 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from nmcompile.backends.cpu import steps
 from nmcompile.backends.cpu.program import Program
 from nmcompile.backends.cpu.session import Span
 from nmcompile.backends.cpu.steps import Held
-from nmcompile.backends.cpu.streams import Counts, count
+from nmcompile.backends.cpu.steps import Step as EngineStep
+from nmcompile.backends.cpu.steps.linear import Linear as LinearStep
+from nmcompile.backends.cpu.steps.linear import LinearFloat
+from nmcompile.backends.cpu.steps.tokens import First, Patches
+from nmcompile.backends.cpu.streams import CLASSED, FIRST, Counts, count
 from nmcompile.errors import PlanError
 
 Json = Mapping[str, Any]
@@ -50,7 +53,7 @@ class Step:
     linear: Linear | None = None
     segment: int = 0
     in_float: bool = False  # its products are of floats
-    declared: steps.Step | None = field(default=None, repr=False, compare=False)  # None on onnxruntime
+    declared: EngineStep | None = field(default=None, repr=False, compare=False)  # None on onnxruntime
 
     @property
     def label(self) -> str:
@@ -94,13 +97,13 @@ def steps_of(header: Json, held: Held, described: Sequence[tuple[str, str]]) -> 
 def _layer_names(program: Program, layers: Iterator[Json]) -> list[str]:
     """The header lists linear layers in order; one may take two steps, in two forms of its result."""
     names: list[str] = []
-    last: steps.Linear | steps.LinearFloat | None = None
-    before: steps.Step | None = None
+    last: LinearStep | LinearFloat | None = None
+    before: EngineStep | None = None
     for step in program.steps:
         name = ""
-        if isinstance(step, steps.LinearFloat) and isinstance(before, steps.Patches):
+        if isinstance(step, LinearFloat) and isinstance(before, Patches):
             name, last = "patches", None
-        elif isinstance(step, (steps.Linear, steps.LinearFloat)):
+        elif isinstance(step, (LinearStep, LinearFloat)):
             if last is not None and (last.weight, last.x) == (step.weight, step.x):
                 name = names[-1]
             else:
@@ -115,25 +118,25 @@ def _layer_names(program: Program, layers: Iterator[Json]) -> list[str]:
     return names
 
 
-def _step(step: steps.Step, program: Program, held: Held, text: str, layer: str, number: int) -> Step:
+def _step(step: EngineStep, program: Program, held: Held, text: str, layer: str, number: int) -> Step:
     geometry = step.buffer(program.buffers).geometry
-    of_first = ["of first tokens"] if geometry == "first" and not isinstance(step, steps.First) else []
+    of_first = ["of first tokens"] if geometry == FIRST and not isinstance(step, First) else []
     linear = _linear(step, program, held)
     if linear is None:
         head, tail = f"{step.name} {text}".strip(), of_first
     else:
-        residual = isinstance(step, (steps.Linear, steps.LinearFloat)) and step.residual >= 0
+        residual = isinstance(step, (LinearStep, LinearFloat)) and step.residual >= 0
         head = f"linear {linear.inputs} -> {linear.outputs} {linear.kernel}"
         tail = [] if linear.activation == "none" else [linear.activation]
         tail += [*(["+ residual"] if residual else []), *of_first]
     return Step(step.name, head, " ".join(tail), layer, geometry, linear, number, step.multiplies_floats, step)
 
 
-def _linear(step: steps.Step, program: Program, held: Held) -> Linear | None:
-    if not isinstance(step, (steps.Linear, steps.LinearFloat)):
+def _linear(step: EngineStep, program: Program, held: Held) -> Linear | None:
+    if not isinstance(step, (LinearStep, LinearFloat)):
         return None
     inputs, outputs = program.buffers[step.x].rows, program.buffers[step.y].rows
-    if isinstance(step, steps.LinearFloat):
+    if isinstance(step, LinearFloat):
         return Linear(outputs, inputs, "float", 0, 1.0, step.activation)
     whole = -(-outputs // 4) * 4 * -(-inputs // 4) * 4
     weight = step.weight
@@ -149,10 +152,10 @@ def sizes(program: Program, span: Span) -> Counts:
     made = [step.length(span.shapes[slot]) for step in program.steps for slot in step.takes()]
     padded = next((length for length in made if length is not None), math.prod(rest[:1]))
     lengths = np.full(batch, padded) if span.real is None else span.real
-    return count(lengths, padded, any(buffer.geometry == "tokens1" for buffer in program.buffers))
+    return count(lengths, padded, any(buffer.geometry == CLASSED for buffer in program.buffers))
 
 
-def moved_bytes(step: steps.Step, program: Program, held: Held, at: Counts) -> int:
+def moved_bytes(step: EngineStep, program: Program, held: Held, at: Counts) -> int:
     """Bytes that a run of the step reads and writes if each is touched once: activations, weights, rows of tables."""
     own = step.buffer(program.buffers)
     total = 0
@@ -162,7 +165,7 @@ def moved_bytes(step: steps.Step, program: Program, held: Held, at: Counts) -> i
     for _ in step.takes():  # the other side is an array of the caller's
         total += own.rows * 4 * at.tokens[own.geometry]
     for _ in step.gives():  # where padding is written too
-        total += own.rows * 4 * (at.tokens["first"] if own.geometry == "first" else at.padded)
+        total += own.rows * 4 * (at.tokens[FIRST] if own.geometry == FIRST else at.padded)
     for ref, looked_up in step.arrays():
         array = ref.of(held)
         each = array.nbytes // max(1, len(array)) * at.tokens[own.geometry]

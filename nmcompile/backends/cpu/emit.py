@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from nmcompile.backends.cpu import steps
 from nmcompile.backends.cpu.emit_linear import LayerFacts, emit_chain
 from nmcompile.backends.cpu.fuse import Fusion
 from nmcompile.backends.cpu.kernels import choose_kernels
@@ -15,6 +14,8 @@ from nmcompile.backends.cpu.ops import FLOAT, Form, Op, PatchEmbed
 from nmcompile.backends.cpu.partition import Segment
 from nmcompile.backends.cpu.program import Program
 from nmcompile.backends.cpu.steps import Buffer, Ref, Step
+from nmcompile.backends.cpu.steps.rows import Quantize
+from nmcompile.backends.cpu.steps.tokens import Enter, Leave
 from nmcompile.backends.cpu.streams import Places, Space
 from nmcompile.backends.cpu.tuning import Choice, Choose
 
@@ -64,14 +65,14 @@ class Emitter:
     def enter(self, name: str, rows: int, space: Space) -> None:
         """Take in a tensor in all forms that are wanted; what enters has all its tokens."""
         whole = space.whole()
-        self.step(steps.Enter(y=self.buffer(name, FLOAT, rows, whole), slot=self.slot(name)))
+        self.step(Enter(y=self.buffer(name, FLOAT, rows, whole), slot=self.slot(name)))
         for form in self.fusion.forms(name) - {FLOAT}:
             self.quantize(name, rows, form, whole)
 
     def quantize(self, name: str, rows: int, form: Form, space: Space) -> None:
         x = self.values[(name, FLOAT)]
         y = self.buffer(name, form, rows, space)
-        self.step(steps.Quantize(x=x, y=y, scale=form.scale, zero_point=form.zero_point))
+        self.step(Quantize(x=x, y=y, scale=form.scale, zero_point=form.zero_point))
 
     def store(self, op: Op, name: str, fused: bool) -> tuple[int, Form, list[Form]]:
         """The buffer an operation writes, in the only form wanted if it can write that (`fused`), and the forms to
@@ -144,5 +145,5 @@ def emit(
         elif id(op) not in fusion.absorbed:
             op.emit(to)
     for slot, name in enumerate(segment.outputs):
-        to.step(steps.Leave(x=to.values[(name, FLOAT)], slot=slot))
+        to.step(Leave(x=to.values[(name, FLOAT)], slot=slot))
     return to.program(), to.layers

@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from nmcompile import sparsity as sp
-from nmcompile.backends.cpu import steps
 from nmcompile.backends.cpu.fuse import Chain
 from nmcompile.backends.cpu.ops import Form, Linear
 from nmcompile.backends.cpu.pack import Packed, pack_as
-from nmcompile.backends.cpu.steps import Json
+from nmcompile.backends.cpu.steps import Json, linear
 from nmcompile.backends.cpu.tuning import Choice
 
 if TYPE_CHECKING:
@@ -59,7 +58,7 @@ def emit_chain(chain: Chain, to: Emitter) -> None:
         y, _, rest = to.store(last, last.y, fused=False)
         bias = to.array(root.bias, "bias")
         weight = to.held(np.ascontiguousarray(root.weight, np.float32), "weight")
-        to.step(steps.LinearFloat(x=to.x(root), y=y, weight=weight, bias=bias, activation=chain.activation,
+        to.step(linear.LinearFloat(x=to.x(root), y=y, weight=weight, bias=bias, activation=chain.activation,
                                   residual=residual))  # fmt: skip
         packed = None
     to.layers.append(_facts(chain, packed, to.choices.get(root.y)))
@@ -73,8 +72,8 @@ def _quantized(chain: Chain, root: Linear, to: Emitter, residual: int) -> tuple[
     bias = to.array(root.bias, "bias")
     packed = pack_as(root.weight, to.choices[root.y].kind)
     refs = {name: to.held(values, name) for name, values in packed.arrays.items()}
-    weight = steps.Weight(packed.format, refs["values"], packed.rows, refs.get("columns"), refs.get("starts"))
-    step = steps.Linear(
+    weight = linear.Weight(packed.format, refs["values"], packed.rows, refs.get("columns"), refs.get("starts"))
+    step = linear.Linear(
         x=to.x(root), y=y, weight=weight, w_scale=to.held(root.scale, "scale"), bias=bias, x_scale=read.scale,
         x_zero_point=read.zero_point, activation=chain.activation, residual=residual, y_scale=form.scale,
         y_zero_point=form.zero_point,

@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from nmcompile.backends.cpu import steps
 from nmcompile.backends.cpu.pack import halved
-from nmcompile.backends.cpu.steps import Buffer
+from nmcompile.backends.cpu.steps import Buffer, attention, linear, rows, tokens
 from nmcompile.backends.cpu.streams import Space
 
 if TYPE_CHECKING:
@@ -126,7 +125,7 @@ class Attention(AnyAttention):
     def emit(self, to: Emitter) -> None:
         q, k, v = (read.form for read in self.reads)
         y, form, rest = to.store(self, self.y, fused=True)
-        to.step(steps.Attention(
+        to.step(attention.Attention(
             q=to.x(self, 0), k=to.x(self, 1), v=to.x(self, 2), y=y, heads=self.heads, scale=self.scale,
             q_scale=q.scale, q_zero_point=q.zero_point, k_scale=k.scale, v_scale=v.scale, causal=self.causal,
             y_scale=form.scale, y_zero_point=form.zero_point,
@@ -140,7 +139,7 @@ class AttentionFloat(AnyAttention):
 
     def emit(self, to: Emitter) -> None:
         y, form, rest = to.store(self, self.y, fused=True)
-        to.step(steps.AttentionFloat(
+        to.step(attention.AttentionFloat(
             q=to.x(self, 0), k=to.x(self, 1), v=to.x(self, 2), y=y, heads=self.heads, scale=self.scale,
             causal=self.causal, y_scale=form.scale, y_zero_point=form.zero_point,
         ))  # fmt: skip
@@ -173,7 +172,7 @@ class LayerNorm(Op):
         y = to.buffer(self.y, FLOAT, self.rows, self.space) if FLOAT in forms or rest else -1
         q = -1 if fused is None else to.buffer(name, fused, self.rows, self.space)
         mul, add = (None, None) if factor is None else (to.array(factor.mul, "mul"), to.array(factor.add, "add"))
-        to.step(steps.LayerNorm(
+        to.step(rows.LayerNorm(
             x=to.x(self), gamma=to.held(self.gamma, "gamma"), beta=to.array(self.beta, "beta"), eps=self.eps,
             rms=self.rms, y=y, q=q, scale=fused.scale if fused else 1.0, zero_point=fused.zero_point if fused else 0,
             q_mul=mul, q_add=add,
@@ -188,7 +187,7 @@ class Unary(Op):
     op: str
 
     def emit(self, to: Emitter) -> None:
-        to.as_floats(self, lambda y: steps.Unary(x=to.x(self), y=y, op=self.op))
+        to.as_floats(self, lambda y: rows.Unary(x=to.x(self), y=y, op=self.op))
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -198,7 +197,7 @@ class Binary(Op):
     op: str
 
     def emit(self, to: Emitter) -> None:
-        to.as_floats(self, lambda y: steps.Binary(a=to.x(self, 0), b=to.x(self, 1), y=y, op=self.op))
+        to.as_floats(self, lambda y: rows.Binary(a=to.x(self, 0), b=to.x(self, 1), y=y, op=self.op))
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -210,7 +209,7 @@ class Affine(Op):
 
     def emit(self, to: Emitter) -> None:
         mul, add = to.array(self.mul, "mul"), to.array(self.add, "add")
-        to.as_floats(self, lambda y: steps.Affine(x=to.x(self), y=y, mul=mul, add=add))
+        to.as_floats(self, lambda y: rows.Affine(x=to.x(self), y=y, mul=mul, add=add))
 
 
 # ---- tokens -----------------------------------------------------------------------------------------------------
@@ -223,7 +222,7 @@ class AddPositions(Op):
     table: np.ndarray
 
     def emit(self, to: Emitter) -> None:
-        to.as_floats(self, lambda y: steps.AddPositions(x=to.x(self), y=y, table=to.held(self.table, "positions")))
+        to.as_floats(self, lambda y: tokens.AddPositions(x=to.x(self), y=y, table=to.held(self.table, "positions")))
 
 
 @dataclass(frozen=True)
@@ -236,10 +235,10 @@ class Lookup:
     source: str | None = None
     first: int = 0
 
-    def written(self, slots: Mapping[str, int]) -> steps.Source:
+    def written(self, slots: Mapping[str, int]) -> tokens.Source:
         if self.source is None:
-            return steps.Source("constant" if self.kind == "row" else self.kind, self.first)
-        return steps.Source(self.kind, slots[self.source], self.first if self.kind == "cumulative" else None)
+            return tokens.Source("constant" if self.kind == "row" else self.kind, self.first)
+        return tokens.Source(self.kind, slots[self.source], self.first if self.kind == "cumulative" else None)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -256,7 +255,7 @@ class Embed(Op):
         slots = {name: to.slot(name) for name in self.takes}
         tables = tuple(to.held(halved(lookup.table), "table") for lookup in self.lookups)
         sources = tuple(lookup.written(slots) for lookup in self.lookups)
-        to.as_floats(self, lambda y: steps.Embed(y=y, tables=tables, sources=sources))
+        to.as_floats(self, lambda y: tokens.Embed(y=y, tables=tables, sources=sources))
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -276,14 +275,14 @@ class PatchEmbed(Op):
 
     def emit(self, to: Emitter) -> None:
         entering = to.places.entering
-        pixels, patches = (to.unnamed(Buffer(rows, "f32", entering)) for rows in (self.weight.shape[1], self.rows))
+        pixels, patches = (to.unnamed(Buffer(size, "f32", entering)) for size in (self.weight.shape[1], self.rows))
         height, width = self.patch
-        to.step(steps.Patches(y=pixels, slot=to.slot(self.image), channels=self.channels, patch_h=height,
+        to.step(tokens.Patches(y=pixels, slot=to.slot(self.image), channels=self.channels, patch_h=height,
                               patch_w=width))  # fmt: skip
         weight = to.held(self.weight, "weight")
-        to.step(steps.ProjectPatches(x=pixels, y=patches, weight=weight, bias=to.array(self.bias, "bias")))
+        to.step(linear.ProjectPatches(x=pixels, y=patches, weight=weight, bias=to.array(self.bias, "bias")))
         row = to.held(self.row, "row")
-        to.as_floats(self, lambda y: steps.Prepend(x=patches, y=y, row=row))
+        to.as_floats(self, lambda y: tokens.Prepend(x=patches, y=y, row=row))
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -291,7 +290,7 @@ class First(Op):
     """The first token of each sequence."""
 
     def emit(self, to: Emitter) -> None:
-        to.as_floats(self, lambda y: steps.First(x=to.x(self), y=y))
+        to.as_floats(self, lambda y: tokens.First(x=to.x(self), y=y))
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

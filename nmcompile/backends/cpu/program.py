@@ -10,7 +10,7 @@ import numpy as np
 
 from nmcompile import _native
 from nmcompile.backends.cpu import steps
-from nmcompile.backends.cpu.steps import Buffer, Held, Json, Step
+from nmcompile.backends.cpu.steps import Buffer, Held, Json, Step, tokens
 from nmcompile.errors import PlanError
 
 Arrays = dict[str, np.ndarray]
@@ -89,7 +89,7 @@ def limits(programs: Iterable[Program], held: Held) -> tuple[dict[str, int], int
     vocabulary: dict[str, int] = {}
     longest: int | None = None
     for program in programs:
-        looked_up = (step for step in program.steps if isinstance(step, steps.Embed))
+        looked_up = (step for step in program.steps if isinstance(step, tokens.Embed))
         for source, table in (pair for step in looked_up for pair in zip(step.sources, step.tables, strict=True)):
             rows = int(table.of(held).shape[0])
             if source.kind == "input":

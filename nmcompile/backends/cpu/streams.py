@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 
-# "tokens": those that came in; "tokens1": the same behind a class token; "first": one of each sequence
-Geometry: TypeAlias = Literal["tokens", "tokens1", "first"]
+Geometry: TypeAlias = str
+ENTERED, CLASSED, FIRST = "tokens", "tokens1", "first"  # those that came in, behind a class token, one of each sequence
 
 
 @dataclass(frozen=True)
@@ -56,12 +56,12 @@ class Places:
 
     def geometry(self, space: Space) -> Geometry:
         """Of the buffers that hold a value."""
-        return "first" if space.first else "tokens1" if self.class_token else "tokens"
+        return FIRST if space.first else CLASSED if self.class_token else ENTERED
 
     @property
     def entering(self) -> Geometry:
         """Of tokens before a class token is put in front of them."""
-        return "tokens"
+        return ENTERED
 
 
 @dataclass(frozen=True)
@@ -79,5 +79,5 @@ def count(lengths: np.ndarray, padded: int, class_token: bool) -> Counts:
     top."""
     batch = len(lengths)
     seen = (lengths + class_token).astype(np.int64)
-    tokens = {"tokens": int(lengths.sum()), "tokens1": int(seen.sum()), "first": batch}
+    tokens = {ENTERED: int(lengths.sum()), CLASSED: int(seen.sum()), FIRST: batch}
     return Counts(tokens, int((seen**2).sum()), int((seen * (seen + 1) // 2).sum()), batch * (padded + class_token))

@@ -72,3 +72,6 @@ class AttentionFloat(Step):
 def _products(queries: Buffer, causal: bool, counts: Counts) -> int:
     """Queries with keys, and probabilities with values, of all heads."""
     return 2 * queries.rows * (counts.causal_pairs if causal else counts.pairs)
+
+
+STEPS: tuple[type[Step], ...] = (Attention, AttentionFloat)

@@ -127,3 +127,6 @@ class ProjectPatches(LinearFloat):
     """The layer that makes tokens of patches; it has stood in plans in this order since there are any."""
 
     order: ClassVar[tuple[str, ...]] = ("x", "y", "weight", "activation", "residual", "bias")
+
+
+STEPS: tuple[type[Step], ...] = (Linear, LinearFloat)

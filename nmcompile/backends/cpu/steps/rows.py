@@ -102,3 +102,6 @@ class Affine(Step):
 
     def call(self, program: _native.Program, held: Held) -> None:
         program.affine(x=self.x, y=self.y, mul=maybe(self.mul, held), add=maybe(self.add, held))
+
+
+STEPS: tuple[type[Step], ...] = (LayerNorm, Quantize, Unary, Binary, Affine)

@@ -160,3 +160,6 @@ class Prepend(Step):
 
     def call(self, program: _native.Program, held: Held) -> None:
         program.prepend(x=self.x, y=self.y, row=self.row.of(held))
+
+
+STEPS: tuple[type[Step], ...] = (Embed, Enter, Leave, First, AddPositions, Patches, Prepend)
