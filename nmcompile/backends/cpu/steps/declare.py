@@ -172,7 +172,7 @@ class Step(ABC):
 
     def to_json(self) -> Json:
         """As it stands in plan.json."""
-        written = _declared(type(self))
+        written = declared(type(self))
         given = {key: getattr(self, key) for key in self.order or written}
         if all(given[key] == written[key].default for key in self.together):
             given = {key: value for key, value in given.items() if key not in self.together}
@@ -181,7 +181,7 @@ class Step(ABC):
     @classmethod
     def from_json(cls, content: Mapping[str, object]) -> Self:
         """TypeError or ValueError, one line that begins with the step's name, for what no such step is."""
-        known = _declared(cls)
+        known = declared(cls)
         given: dict[str, Any] = {}
         for key, value in content.items():
             if key == "step":
@@ -217,7 +217,7 @@ class Step(ABC):
 
     def arrays(self) -> Iterator[tuple[Ref, bool]]:
         """The arrays of the plan that it holds, and whether a token reads but a row."""
-        for key, field in _declared(type(self)).items():
+        for key, field in declared(type(self)).items():
             value = getattr(self, key)
             for part in value if isinstance(value, tuple) else (value,):
                 if isinstance(part, Part):
@@ -228,7 +228,7 @@ class Step(ABC):
         return buffers[(*self.writes(), *self.reads())[0]]
 
     def _numbers(self, role: type[Role]) -> tuple[int, ...]:
-        found = (getattr(self, key) for key, field in _declared(type(self)).items() if isinstance(field.role, role))
+        found = (getattr(self, key) for key, field in declared(type(self)).items() if isinstance(field.role, role))
         return tuple(number for number in found if number != NONE)
 
 
@@ -242,20 +242,14 @@ class Field:
     read: Callable[[object], Any]
 
 
+@cache
 def declared(step: type[Step]) -> Mapping[str, Field]:
     """The fields of a step in the order of the engine's arguments."""
-    return _declared(step)
-
-
-@cache
-def _declared(step: type[Step]) -> dict[str, Field]:
-    hints = get_type_hints(step, include_extras=True)
+    hints, plain = get_type_hints(step, include_extras=True), get_type_hints(step)
     found = {}
     for item in fields(step):
-        kind = hints[item.name]
-        role = next((note for note in get_args(kind)[1:] if isinstance(note, Role)), None)
-        plain = get_type_hints(step)[item.name]
-        found[item.name] = Field(plain, role, item.default, _reader(plain))
+        role = next((note for note in get_args(hints[item.name]) if isinstance(note, Role)), None)
+        found[item.name] = Field(plain[item.name], role, item.default, _reader(plain[item.name]))
     if step.order and sorted(step.order) != sorted(found):
         raise TypeError(f"{step.__name__}: its order in plan.json does not name each of its fields")
     return found
