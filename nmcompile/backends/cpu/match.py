@@ -63,21 +63,14 @@ class Matcher:
         self.ops: list[Op] = []
         self.reasons: dict[str, str] = {}
         self.covered: set[int] = set()
-        table: dict[str, Callable[[gs.Node], Op | str | None]] = {
-            "MatMul": self._linear, "Softmax": self._attention, "LayerNormalization": self._norm,
-            "RMSNormalization": self._norm, "Gelu": self._gelu, "Relu": self._unary, "Tanh": self._unary,
-            "Sigmoid": self._unary, "Add": self._binary, "Sub": self._binary, "Mul": self._binary,
-            "Gather": self._gather, "Conv": lambda conv: match_patches(conv, self.inputs),
-            "Squeeze": self._view, "Cast": self._view, "Identity": self._view,
-        }  # fmt: skip
         self.attentions = {found.name: found for found in canonical.attentions(graph, self.derived)}
         attention = {id(n) for found in self.attentions.values() for n in found.nodes}
         last = [node for node in graph.nodes if node.op == "Softmax"]  # they ask how their operands are made
         for node in [*(node for node in graph.nodes if node.op != "Softmax"), *last]:
-            match = table.get(node.op)
+            match = MATCHES.get(node.op)
             if match is None or id(node) in self.covered or (id(node) in attention and node.op != "Softmax"):
                 continue
-            found = match(node)
+            found = match(self, node)
             if isinstance(found, str):
                 self.reasons[node.name] = found
             elif found is not None:
@@ -314,6 +307,17 @@ class Matcher:
 
     def _tensor(self, name: str) -> gs.Tensor:
         return self.tensors[name]
+
+
+# What finds an operation at a node of a type. It gives the operation, or why the node runs on onnxruntime, or None
+# where that needs no word.
+MATCHES: dict[str, Callable[[Matcher, gs.Node], Op | str | None]] = {
+    "MatMul": Matcher._linear, "Softmax": Matcher._attention, "LayerNormalization": Matcher._norm,
+    "RMSNormalization": Matcher._norm, "Gelu": Matcher._gelu, "Relu": Matcher._unary, "Tanh": Matcher._unary,
+    "Sigmoid": Matcher._unary, "Add": Matcher._binary, "Sub": Matcher._binary, "Mul": Matcher._binary,
+    "Gather": Matcher._gather, "Conv": lambda matcher, conv: match_patches(conv, matcher.inputs),
+    "Squeeze": Matcher._view, "Cast": Matcher._view, "Identity": Matcher._view,
+}  # fmt: skip
 
 
 def _per_position(value: np.ndarray) -> np.ndarray | None:
