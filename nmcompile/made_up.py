@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -44,23 +43,3 @@ def made_up(
         low = 3 if rows > 2 * 3 else 0  # 0, 1 and 2 are padding in one model or another
         feeds[info.name] = made(info, shape, rng, lengths=lengths, ids=(low, rows), types=1)
     return feeds
-
-
-def limits(header: Mapping[str, Any], rows: Callable[[str], int]) -> tuple[dict[str, int], int | None]:
-    """(rows of the table each input of a plan looks up, most tokens its positions allow); `rows` of an array."""
-    vocabulary: dict[str, int] = {}
-    longest: int | None = None
-    for segment in header["segments"]:
-        for step in segment.get("steps", ()):
-            if step["step"] != "embed":
-                continue
-            for source, table in zip(step["sources"], step["tables"], strict=True):
-                count = rows(table["array"])
-                kind = source[0]
-                if kind == "input":
-                    name = segment["inputs"][source[1]]
-                    vocabulary[name] = min(count, vocabulary.get(name, count))
-                elif kind in ("position", "cumulative"):
-                    room = count - int(source[1]) if kind == "position" else count - int(source[2]) - 1
-                    longest = min(room, longest) if longest is not None else room
-    return vocabulary, longest

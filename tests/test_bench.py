@@ -15,8 +15,8 @@ import nmcompile
 from nmcompile.bench import Contender, Latency, Worker, bench, ratios
 from nmcompile.cli import cli
 from nmcompile.errors import InputError, NmcompileError
-from nmcompile.made_up import limits, made_up
-from nmcompile.plan import read_plan
+from nmcompile.made_up import made_up
+from nmcompile.session import load_cpu
 from nmcompile.tensorinfo import TensorInfo
 
 MODELS = Path(__file__).parents[1] / "models"
@@ -62,9 +62,7 @@ def test_ragged_masks_are_prefixes() -> None:
 
 
 def test_limits_of_a_plan(plan: Path) -> None:
-    with read_plan(plan) as opened:
-        arrays = opened.arrays
-        vocabulary, longest = limits(opened.header, lambda name: int(arrays[name].shape[0]))
+    vocabulary, longest = load_cpu(plan).limits()
     assert vocabulary["input_ids"] == 256
     feeds = made_up(nmcompile.load(plan).inputs, 1, longest or 0, vocabulary=vocabulary)
     nmcompile.load(plan).run(feeds)

@@ -19,6 +19,8 @@ import nmcompile
 from nmcompile.backends.cpu import measure
 from nmcompile.backends.cpu.pack import Kind
 from nmcompile.backends.cpu.session import Session, Span, Trace
+from nmcompile.backends.cpu.steps.linear import Linear
+from nmcompile.backends.cpu.steps.tokens import Embed
 from nmcompile.cli import cli
 from nmcompile.cli.profile import inputs
 from nmcompile.errors import InputError, PlanError
@@ -99,14 +101,15 @@ def test_causal_attention_and_class_tokens_are_counted() -> None:
 def test_bytes_are_activations_weights_and_rows_of_tables(session: Session, found: Profile) -> None:
     tokens = int(LENGTHS.sum())
     rows = {row.step.kind: row for row in reversed(found.rows)}
-    tables = [session.plan.arrays[table["array"]] for table in rows["embed"].step.facts["tables"]]
+    embed, layer = rows["embed"].step.declared, rows["linear"].step.declared
+    assert isinstance(embed, Embed) and isinstance(layer, Linear)
+    tables = [table.of(session.plan.arrays) for table in embed.tables]
     looked_up = sum(min(tokens * table.itemsize * 64, table.nbytes) for table in tables)
     assert rows["embed"].bytes == looked_up + tokens * 64 * 4
     assert rows["attention"].bytes == 4 * 64 * tokens
     assert rows["leave"].bytes == 4 * 64 * (tokens + BATCH * TOKENS)  # padding rows are written too
     linear = rows["linear"]
-    weight = linear.step.facts["weight"]
-    arrays = [session.plan.arrays[item["array"]].nbytes for item in weight.values() if isinstance(item, dict)]
+    arrays = [ref.of(session.plan.arrays).nbytes for ref in layer.weight.arrays()]
     assert linear.bytes == 2 * 64 * tokens + sum(arrays) + 2 * 4 * 64  # with scales and biases
 
 
@@ -136,7 +139,8 @@ def test_times_of_threads_are_shared_out() -> None:
 
 def test_what_limits_a_step() -> None:
     def bound(macs: float, moved: float, kind: str = "linear") -> str:
-        return Row(Step(kind, ""), "", 1, 1.0, 1, int(macs), int(moved), ()).bound(MACHINE)
+        step = Step(kind, "", in_float=kind == "linear_float")
+        return Row(step, "", 1, 1.0, 1, int(macs), int(moved), ()).bound(MACHINE)
 
     assert bound(300e9, 1e9) == "compute" and bound(100e9, 15e9) == "memory" and bound(0, 30e9) == "cache"
     assert bound(100e9, 1e9) == "overhead" and bound(0, 0, "onnxruntime") == "-"

@@ -146,7 +146,7 @@ def inputs(
     InputError for sizes that the model does not take.
     """
     from nmcompile.bench import TOKENS
-    from nmcompile.made_up import limits, made_up
+    from nmcompile.made_up import made_up
 
     for info in session.inputs:
         for axis, size in enumerate(shape or ()):
@@ -155,8 +155,7 @@ def inputs(
                 raise InputError(f"--shape asks for {size}, but the model takes {info}; that size is fixed")
     firsts = (info.shape[0] for info in session.inputs if info.shape)
     batch, tokens = shape or (next((size for size in firsts if isinstance(size, int)), 1), None)
-    arrays = session.plan.arrays
-    vocabulary, longest = limits(session.header, lambda name: int(arrays[name].shape[0]))
+    vocabulary, longest = session.limits()
     length = tokens or min([TOKENS, *([] if longest is None else [longest])])
     if data is None:
         return made_up(session.inputs, batch, length, vocabulary=vocabulary)

@@ -59,7 +59,7 @@ def _roofline(axes: Any, rows: Sequence[Row], colours: dict[int, str], machine: 
     found = [row.macs / row.bytes for row in points]
     rates = [row.macs / row.seconds / 1e9 for row in points]
     peaks = {"int8": peak}
-    if any(row.step.kind.endswith("_float") for row in points):
+    if any(row.step.in_float for row in points):
         peaks["float"] = machine.float_peak() / 1e9
     ridge = peak / bandwidth  # multiply-adds per byte from which the peak is the limit
     left, right = min([*found, ridge]) / 3, max([*found, ridge]) * 3

@@ -11,7 +11,8 @@ import numpy as np
 
 from nmcompile.backends.cpu import measure
 from nmcompile.backends.cpu.session import Session, Span, Trace
-from nmcompile.profile.work import Step, moved_bytes, multiply_adds, named, sizes, steps_of
+from nmcompile.backends.cpu.streams import CLASSED
+from nmcompile.profile.work import Step, moved_bytes, named, sizes, steps_of
 
 Bound = Literal["compute", "memory", "cache", "overhead", "-"]
 Feeds = Mapping[str, np.ndarray]
@@ -63,7 +64,7 @@ class Row:
 
     def compute_share(self, machine: Machine) -> float:
         """Of the peak for the kind of products it computes, int8 or float."""
-        peak = machine.float_peak() if self.step.kind.endswith("_float") else machine.int8_peak
+        peak = machine.float_peak() if self.step.in_float else machine.int8_peak
         return self.macs / self.seconds / peak if self.seconds > 0 else 0.0
 
     def memory_share(self, machine: Machine) -> float:
@@ -138,12 +139,11 @@ def profile(session: Session, feeds: Feeds, *, runs: int | None = None, progress
     means = np.mean([tables[i] for i in fast], axis=0) * 1e-9
     rows = _rows(session, best, means[2:])
     natives = [span for span in best.spans if span.native]
-    segments = session.header["segments"]
-    sized = [sizes(segment, span) for segment, span in zip(segments, best.spans, strict=True) if span.native]
+    sized = [sizes(program, span) for program, span in zip(session.programs, best.spans, strict=True) if program]
     widest = max(sized, key=lambda item: item.padded, default=None)
     batch = max((len(array) for array in map(np.asarray, feeds.values()) if array.ndim), default=1)
     return Profile(
-        batch=batch, tokens=widest.tokens["tokens1"] if widest else 0, padded=widest.padded if widest else 0,
+        batch=batch, tokens=widest.tokens[CLASSED] if widest else 0, padded=widest.padded if widest else 0,
         runs=len(totals), workers=max((workers(best, span) for span in natives), default=session.threads),
         seconds=float(np.mean([totals[i] for i in fast])) * 1e-9,
         plain=float(np.mean(np.sort(plain)[: len(fast)])),
@@ -191,15 +191,16 @@ def split(trace: Trace) -> np.ndarray:
 
 
 def _rows(session: Session, trace: Trace, seconds: np.ndarray) -> tuple[Row, ...]:
-    arrays, segments = session.plan.arrays, session.header["segments"]
+    held, programs = session.plan.arrays, session.programs
     rows = []
-    for step, spent in zip(steps_of(session.header, arrays, trace.steps), seconds, strict=True):
+    for step, spent in zip(steps_of(session.header, held, trace.steps), seconds, strict=True):
         tokens = macs = moved = 0
-        if step.kind != "onnxruntime":
-            segment = segments[step.segment]
-            at = sizes(segment, trace.spans[step.segment])
+        program = programs[step.segment]
+        if program is not None and step.declared is not None:
+            at = sizes(program, trace.spans[step.segment])
             tokens = at.tokens[step.geometry]
-            macs, moved = multiply_adds(step, segment, arrays, at), moved_bytes(step, segment, arrays, at)
+            macs = step.declared.multiply_adds(program.buffers, held, at)
+            moved = moved_bytes(step.declared, program, held, at)
         layers = (step.layer,) if step.layer else ()
         rows.append(Row(step, step.label, 1, float(spent), tokens, macs, moved, layers))
     return tuple(rows)

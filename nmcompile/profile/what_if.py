@@ -56,7 +56,7 @@ def what_if(
     compiler keeps the faster kernel.
     """
     kind = kind_of(pattern)
-    rows = [row for row in profile.rows if row.step.kind == "linear" and row.step.linear is not None]
+    rows = [row for row in profile.rows if row.step.linear is not None and not row.step.in_float]
     cases = {case for row in rows for case in (_now(row), *(_then(row, kind, s) for s in sparsities))}
     ordered = sorted(cases, key=str)
     timed: dict[Case, float] = {}

@@ -6,14 +6,14 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from nmcompile.backends.cpu.ops import FLOAT, Form, Op
+from nmcompile.backends.cpu.ops import FLOAT, Affine, AnyLinear, Binary, Form, LayerNorm, Op, Unary
 
 
 @dataclass(frozen=True)
 class Chain:
     """A linear layer with what its epilogue takes in: an activation, a residual."""
 
-    root: Op
+    root: AnyLinear
     last: Op
     activation: str = "none"
     residual: str | None = None
@@ -35,7 +35,7 @@ class Fusion:
         self.leaving = frozenset(outputs)
         self.makers = {op.y: op for op in ops}
         self._position = {op.y: i for i, op in enumerate(ops)}
-        self.smoothed = self._smoothed(ops)
+        self.smoothed: dict[str, Affine] = self._smoothed(ops)
         self.ops = [op for op in ops if op.y not in self.smoothed]
         self.chains = self._chains(self.ops)
         inner = {id(op) for chain in self.chains.values() for op in (chain.root, *self._between(chain))}
@@ -50,14 +50,15 @@ class Fusion:
         chains: dict[int, Chain] = {}
         taken: set[int] = set()
         for op in ops:
-            if op.kind not in ("linear", "linear_float"):
+            if not isinstance(op, AnyLinear):
                 continue
-            last, activation, residual = op, "none", None
+            last: Op = op
+            activation, residual = "none", None
             user = self._only_user(last)
-            if user is not None and user.kind == "unary":
-                last, activation = user, str(user.data["op"])
+            if isinstance(user, Unary):
+                last, activation = user, user.op
                 user = self._only_user(last)
-            if user is not None and user.kind == "binary" and user.data["op"] == "add" and id(user) not in taken:
+            if isinstance(user, Binary) and user.op == "add" and id(user) not in taken:
                 names = [read.tensor for read in user.reads]
                 other = names[1] if names[0] == last.y else names[0]
                 if other != last.y and self._position.get(other, -1) < self._position[op.y]:
@@ -66,15 +67,15 @@ class Fusion:
             chains[id(last)] = Chain(op, last, activation, residual)
         return chains
 
-    def _smoothed(self, ops: Sequence[Op]) -> dict[str, Op]:
+    def _smoothed(self, ops: Sequence[Op]) -> dict[str, Affine]:
         """Per-channel factors between a normalisation and one quantized form of it; each normalisation takes one."""
-        found: dict[str, Op] = {}
+        found: dict[str, Affine] = {}
         for op in ops:
-            if op.kind != "affine" or op.y in self.leaving:
+            if not isinstance(op, Affine) or op.y in self.leaving:
                 continue
             norm = self.makers.get(op.reads[0].tensor)
             forms = {form for _, form in self.users[op.y]}
-            if norm is None or norm.kind != "layer_norm" or len(forms) != 1 or next(iter(forms)).layout != "u8":
+            if not isinstance(norm, LayerNorm) or len(forms) != 1 or next(iter(forms)).layout != "u8":
                 continue
             others = {form for user, form in self.users[norm.y] if user is not op}
             taken = any(item.reads[0].tensor == norm.y for item in found.values())
@@ -85,7 +86,7 @@ class Fusion:
     def _between(self, chain: Chain) -> list[Op]:
         """The activation between a chain's root and its residual."""
         user = self._only_user(chain.root)
-        return [user] if user is not None and user.kind == "unary" else []
+        return [user] if isinstance(user, Unary) else []
 
     def _only_user(self, op: Op) -> Op | None:
         users = self.users[op.y]

@@ -9,7 +9,7 @@ import numpy as np
 
 from nmcompile.backends.cpu import cluster
 from nmcompile.backends.cpu.fuse import Chain, Fusion
-from nmcompile.backends.cpu.ops import FLOAT, Op, Read
+from nmcompile.backends.cpu.ops import FLOAT, AnyAttention, LayerNorm, Linear, LinearFloat, Op, Read
 from nmcompile.backends.cpu.pack import FLOAT as IN_FLOAT
 from nmcompile.backends.cpu.partition import Segment
 from nmcompile.backends.cpu.tuning import Choice, Choose, gather_is_known
@@ -21,14 +21,16 @@ def choose_kernels(segment: Segment, choose: Choose) -> tuple[Sequence[Op], Mapp
     The choices are keyed by the name of what the layer's product makes.
     """
     fusion = Fusion(segment.ops, segment.outputs)
-    changed = _reordered(fusion, choose)
-    reordered = frozenset(changed)
+    reordered = _reordered(fusion, choose)
+    changed: dict[str, Op] = dict(reordered)
     choices: dict[str, Choice] = {}
+    layers = [chain.root for chain in fusion.chains.values() if isinstance(chain.root, Linear)]
     # from the last to the first: a layer that runs in float reads floats, so the one before it may run in float too
-    for name in [chain.root.y for chain in fusion.chains.values() if chain.root.kind == "linear"][::-1]:
+    for layer in layers[::-1]:
+        name = layer.y
         chain = next(chain for chain in fusion.chains.values() if chain.root.y == name)
-        op = changed.get(name, chain.root)
-        choice = choose(np.asarray(op.data["weight"]), *_could_be_float(fusion, chain))
+        op = reordered.get(name, layer)
+        choice = choose(op.weight, *_could_be_float(fusion, chain))
         choices[name] = replace(choice, reordered=name in reordered)
         if choice.kind == IN_FLOAT:
             changed[name] = _in_float(op)
@@ -36,35 +38,34 @@ def choose_kernels(segment: Segment, choose: Choose) -> tuple[Sequence[Op], Mapp
     return [changed.get(op.y, op) for op in segment.ops], choices
 
 
-def _reordered(fusion: Fusion, choose: Choose) -> dict[str, Op]:
+def _reordered(fusion: Fusion, choose: Choose) -> dict[str, Linear]:
     """Layers to replace by ones whose outputs, and whose reader's inputs, stand in an order that makes both faster."""
-    changed: dict[str, Op] = {}
+    changed: dict[str, Linear] = {}
     for chain in fusion.chains.values():
-        reader = _only_reader(fusion, chain)
-        if reader is None or reader.y in changed or chain.root.y in changed:
+        layer, reader = chain.root, _only_reader(fusion, chain)
+        if not isinstance(layer, Linear) or reader is None or reader.y in changed or layer.y in changed:
             continue
-        first, second = (np.asarray(op.data["weight"]) for op in (chain.root, reader))
-        order = cluster.best_order(first, second, gather_is_known())
+        order = cluster.best_order(layer.weight, reader.weight, gather_is_known())
         if order is None:
             continue
-        before = [choose(weight, False, False) for weight in (first, second)]
-        after = [choose(weight, False, False) for weight in (first[order], second[:, order])]
+        first = replace(layer, weight=layer.weight[order], scale=layer.scale[order],
+                        bias=None if layer.bias is None else layer.bias[order])  # fmt: skip
+        second = replace(reader, weight=reader.weight[:, order])
+        before = [choose(op.weight, False, False) for op in (layer, reader)]
+        after = [choose(op.weight, False, False) for op in (first, second)]
         alike = len({choice.by for choice in (*before, *after)}) == 1
         if alike and sum(c.cost for c in after) < cluster.WORTH * sum(c.cost for c in before):
-            given = {key: value for key, value in chain.root.data.items() if key in ("weight", "scale", "bias")}
-            rows = {key: value[order] for key, value in given.items() if isinstance(value, np.ndarray)}
-            changed[chain.root.y] = replace(chain.root, data={**chain.root.data, **rows})
-            changed[reader.y] = replace(reader, data={**reader.data, "weight": second[:, order]})
+            changed |= {layer.y: first, reader.y: second}
     return changed
 
 
-def _only_reader(fusion: Fusion, chain: Chain) -> Op | None:
+def _only_reader(fusion: Fusion, chain: Chain) -> Linear | None:
     """The quantized layer that alone reads a quantized layer's result, with one scale for all of it."""
     users = fusion.users[chain.last.y]
-    if chain.root.kind != "linear" or chain.residual is not None or chain.last.y in fusion.leaving or len(users) != 1:
+    if chain.residual is not None or chain.last.y in fusion.leaving or len(users) != 1:
         return None
     reader, form = users[0]
-    return reader if reader.kind == "linear" and form.layout == "u8" else None
+    return reader if isinstance(reader, Linear) and form.layout == "u8" else None
 
 
 def _could_be_float(fusion: Fusion, chain: Chain) -> tuple[bool, bool]:
@@ -76,17 +77,17 @@ def _could_be_float(fusion: Fusion, chain: Chain) -> tuple[bool, bool]:
         return False, False
     before = None if maker is None else fusion.chains.get(id(maker))
     # these write what is wanted, bytes alone if need be; everything else makes floats that are quantized after it
-    writes_bytes = maker is not None and (
-        maker.kind in ("attention", "attention_float", "layer_norm")
-        or (before is not None and before.root.kind == "linear")
+    writes_bytes = isinstance(maker, (AnyAttention, LayerNorm)) or (
+        before is not None and isinstance(before.root, Linear)
     )
     users, wanted_in_float = fusion.users[read.tensor], FLOAT in fusion.forms(read.tensor)
     if writes_bytes and not wanted_in_float and len(users) > 1:
         return False, False  # it would have to write both
-    in_passing = writes_bytes and (not wanted_in_float or (maker is not None and maker.kind == "layer_norm"))
+    in_passing = writes_bytes and (not wanted_in_float or isinstance(maker, LayerNorm))
     return True, not in_passing and sum(form == read.form for _, form in users) == 1
 
 
-def _in_float(op: Op) -> Op:
-    weight = np.asarray(op.data["weight"]).astype(np.float32) * np.asarray(op.data["scale"])[:, None]
-    return replace(op, kind="linear_float", reads=(Read(op.reads[0].tensor),), data={**op.data, "weight": weight})
+def _in_float(op: Linear) -> LinearFloat:
+    weight = op.weight.astype(np.float32) * op.scale[:, None]
+    return LinearFloat(reads=(Read(op.reads[0].tensor),), y=op.y, rows=op.rows, space=op.space, nodes=op.nodes,
+                       name=op.name, weight=weight, bias=op.bias)  # fmt: skip

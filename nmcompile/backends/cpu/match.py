@@ -7,23 +7,46 @@ pairs are not operations of their own; they say in which form an operation reads
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import TypedDict
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from nmcompile import canonical, probe
 from nmcompile import ir as g
-from nmcompile import probe
+from nmcompile.backends.cpu.match_lookups import match_embedding
 from nmcompile.backends.cpu.match_patches import match_patches
-from nmcompile.backends.cpu.ops import FLOAT, Form, Op, Read, Space
+from nmcompile.backends.cpu.ops import (
+    FLOAT,
+    AddPositions,
+    Affine,
+    Attention,
+    AttentionFloat,
+    Binary,
+    First,
+    Form,
+    LayerNorm,
+    Linear,
+    LinearFloat,
+    Op,
+    Read,
+    Unary,
+    View,
+)
 from nmcompile.backends.cpu.pack import MAX_INPUTS
-from nmcompile.canonical import Attention, attentions
-from nmcompile.derive import Underived
-from nmcompile.lookups import read_ids
-from nmcompile.symbolic import Poly
+from nmcompile.backends.cpu.streams import Space, Stream
 
-# (where its rows come from, the table, the nodes it stands for, the sizes of its ids unless they are one row)
-Lookup: TypeAlias = "tuple[tuple[object, ...], np.ndarray, list[gs.Node], tuple[Poly, ...] | None]"
+
+class Common(TypedDict):
+    """What all operations have beside their reads."""
+
+    y: str
+    rows: int
+    space: Space
+    nodes: tuple[gs.Node, ...]
+    name: str
+
+
 UNARY = {"Relu": "relu", "Tanh": "tanh", "Sigmoid": "sigmoid"}
 BINARY = {"Add": "add", "Sub": "sub", "Mul": "mul"}
 
@@ -40,21 +63,14 @@ class Matcher:
         self.ops: list[Op] = []
         self.reasons: dict[str, str] = {}
         self.covered: set[int] = set()
-        table: dict[str, Callable[[gs.Node], Op | str | None]] = {
-            "MatMul": self._linear, "Softmax": self._attention, "LayerNormalization": self._norm,
-            "RMSNormalization": self._norm, "Gelu": self._gelu, "Relu": self._unary, "Tanh": self._unary,
-            "Sigmoid": self._unary, "Add": self._binary, "Sub": self._binary, "Mul": self._binary,
-            "Gather": self._gather, "Conv": lambda conv: match_patches(conv, self.inputs),
-            "Squeeze": self._view, "Cast": self._view, "Identity": self._view,
-        }  # fmt: skip
-        self.attentions: dict[str, Attention] = {found.name: found for found in attentions(graph, self.derived)}
+        self.attentions = {found.name: found for found in canonical.attentions(graph, self.derived)}
         attention = {id(n) for found in self.attentions.values() for n in found.nodes}
         last = [node for node in graph.nodes if node.op == "Softmax"]  # they ask how their operands are made
         for node in [*(node for node in graph.nodes if node.op != "Softmax"), *last]:
-            match = table.get(node.op)
+            match = MATCHES.get(node.op)
             if match is None or id(node) in self.covered or (id(node) in attention and node.op != "Softmax"):
                 continue
-            found = match(node)
+            found = match(self, node)
             if isinstance(found, str):
                 self.reasons[node.name] = found
             elif found is not None:
@@ -75,7 +91,7 @@ class Matcher:
             return None
         if not isinstance(shape[2], int) or shape[0] is None or shape[1] is None:
             return None
-        return Space(shape[0], shape[1])
+        return Space(Stream(shape[0], shape[1]))
 
     def read(self, tensor: gs.Tensor, layout: str = "u8") -> Read:
         """The float tensor behind a quantize/dequantize pair and its quantized form, or the tensor as it is."""
@@ -116,13 +132,13 @@ class Matcher:
             if row is not None:
                 bias, y = row.astype(np.float32), users[0].outputs[0]
                 nodes.append(users[0])
-        data: dict[str, object] = {"weight": matrix, "bias": bias, "scale": scale}
-        quantized = scale is not None and read.form.layout == "u8"
-        if not quantized:
-            if scale is not None:
-                data["weight"] = matrix.astype(np.float32) * scale[:, None]
-            read = Read(node.inputs[0].name if read.form == FLOAT else read.tensor)
-        return Op("linear" if quantized else "linear_float", (read,), y.name, n, space, tuple(nodes), data, node.name)
+        common: Common = {"y": y.name, "rows": n, "space": space, "nodes": tuple(nodes), "name": node.name}
+        if scale is not None and read.form.layout == "u8":
+            return Linear(reads=(read,), weight=matrix, scale=scale, bias=bias, **common)
+        if scale is not None:
+            matrix = matrix.astype(np.float32) * scale[:, None]
+        read = Read(node.inputs[0].name if read.form == FLOAT else read.tensor)
+        return LinearFloat(reads=(read,), weight=matrix, bias=bias, **common)
 
     def _weight(self, tensor: gs.Tensor) -> tuple[np.ndarray, np.ndarray | None] | None:
         """[N, K] int8 with its scale per output, or float32 with None."""
@@ -153,25 +169,21 @@ class Matcher:
         if spaces[0] is None or spaces.count(spaces[0]) != 3 or not isinstance(width, int):
             return "its queries and keys are not the same tokens"
         mask = found.mask
-        if mask.padding is not None and list(mask.padding.shape or []) != [spaces[0].batch, spaces[0].tokens]:
+        if mask.padding is not None and list(mask.padding.shape or []) != spaces[0].stream.shape:
             return f"its mask {mask.padding.name} is not [batch, tokens] of its queries"
         if width % found.heads or (width // found.heads) % 4:
             return f"head size {width / found.heads:g} is not a multiple of 4"
         # only a linear layer writes the forms that keys and values are read in
-        made = {op.y for op in self.ops if op.kind == "linear"}
+        made = {op.y for op in self.ops if isinstance(op, Linear)}
         quantized = all(read.form != FLOAT for read in reads) and all(read.tensor in made for read in reads[1:])
+        kind: type[Attention] | type[AttentionFloat] = Attention if quantized else AttentionFloat
         if not quantized:
             reads = tuple(Read(read.tensor) for read in reads)
-        padding = found.mask.padding.name if found.mask.padding is not None else None
-        data: dict[str, object] = {
-            "heads": found.heads,
-            "scale": found.scale,
-            "causal": found.mask.causal,
-            "mask": padding,
-            "assumes": found.mask.assumes,
-        }
-        kind = "attention" if quantized else "attention_float"
-        return Op(kind, reads, found.y.name, width, spaces[0], found.nodes, data, node.name)
+        return kind(
+            reads=reads, y=found.y.name, rows=width, space=spaces[0], nodes=found.nodes, name=node.name,
+            heads=found.heads, scale=found.scale, causal=mask.causal,
+            mask=None if mask.padding is None else mask.padding.name, assumes=tuple(mask.assumes),
+        )  # fmt: skip
 
     def _operand(self, operand: gs.Tensor, source: gs.Tensor, layout: str) -> Read:
         """q, k or v: quantized right before the product, or already as it left its layer."""
@@ -189,20 +201,19 @@ class Matcher:
             return "its scale or bias is not one constant per feature"
         beta = values[1].astype(np.float32) if len(values) > 1 and values[1] is not None else None
         assert values[0] is not None
-        data: dict[str, object] = {
-            "gamma": values[0].astype(np.float32),
-            "beta": beta,
-            "eps": float(node.attrs.get("epsilon", 1e-5)),
-            "rms": node.op == "RMSNormalization",
-        }
-        return Op("layer_norm", (Read(x.name),), node.outputs[0].name, rows, space, (node,), data, node.name)
+        return LayerNorm(
+            reads=(Read(x.name),), y=node.outputs[0].name, rows=rows, space=space, nodes=(node,), name=node.name,
+            gamma=values[0].astype(np.float32), beta=beta, eps=float(node.attrs.get("epsilon", 1e-5)),
+            rms=node.op == "RMSNormalization",
+        )  # fmt: skip
 
     def _elementwise(self, node: gs.Node, x: gs.Tensor, op: str, nodes: tuple[gs.Node, ...]) -> Op | None:
         x = self._source(x)
         space, rows = self.space(x), _last(x)
         if space is None or rows is None:
             return None
-        return Op("unary", (Read(x.name),), node.outputs[0].name, rows, space, nodes, {"op": op}, node.name)
+        return Unary(reads=(Read(x.name),), y=node.outputs[0].name, rows=rows, space=space, nodes=nodes,
+                     name=node.name, op=op)  # fmt: skip
 
     def _gelu(self, node: gs.Node) -> Op | None:
         tanh = node.attrs.get("approximate", "none") == "tanh"
@@ -215,14 +226,11 @@ class Matcher:
         return self._elementwise(node, node.inputs[0], UNARY[node.op], (node,))
 
     def _binary(self, node: gs.Node) -> Op | None:
-        embedded = self._embedding(node) if node.op == "Add" else None
-        if embedded is not None:
-            return embedded
+        embedding = match_embedding(self.graph, self.derived, node) if node.op == "Add" else None
+        found = embedding or (self._gate(node) if node.op == "Mul" else None)
+        if found is not None:
+            return found
         a, b = (x if isinstance(x, gs.Constant) else self._source(x) for x in node.inputs)
-        gate = self._gate(node) if node.op == "Mul" else None
-        if gate is not None:
-            return gate
-        y = node.outputs[0].name
         for x, other in ((a, b), (b, a)):
             value = g.constant(other)
             space, rows = self.space(x), _last(x)
@@ -230,21 +238,28 @@ class Matcher:
                 continue
             if node.op == "Sub" and x is b:
                 return None
-            per_feature = g.per_feature(value, 2 if space.first else 3, rows)
-            if per_feature is not None:
-                row = per_feature.astype(np.float32)
-                data = {"mul": row if node.op == "Mul" else None,
-                        "add": {"Add": row, "Sub": -row, "Mul": None}[node.op]}  # fmt: skip
-                return Op("affine", (Read(x.name),), y, rows, space, (node,), dict(data), node.name)
-            table = _per_position(value)
-            fits = node.op == "Add" and table is not None and not space.first
-            if fits and table is not None and list(table.shape) == [space.tokens, rows]:
-                return Op("add_positions", (Read(x.name),), y, rows, space, (node,),
-                          {"table": table.astype(np.float32)}, node.name)  # fmt: skip
+            with_constant = self._with_constant(node, x, value, space, rows)
+            if with_constant is not None:
+                return with_constant
         space, rows = self.space(a), _last(a)
         if space is None or rows is None or self.space(b) != space or _last(b) != rows:
             return None
-        return Op("binary", (Read(a.name), Read(b.name)), y, rows, space, (node,), {"op": BINARY[node.op]}, node.name)
+        return Binary(reads=(Read(a.name), Read(b.name)), y=node.outputs[0].name, rows=rows, space=space, nodes=(node,),
+                      name=node.name, op=BINARY[node.op])  # fmt: skip
+
+    def _with_constant(self, node: gs.Node, x: gs.Tensor, value: np.ndarray, space: Space, rows: int) -> Op | None:
+        """One number per feature, or a row per position."""
+        common: Common = {"y": node.outputs[0].name, "rows": rows, "space": space, "nodes": (node,), "name": node.name}
+        reads = (Read(x.name),)
+        per_feature = g.per_feature(value, 2 if space.first else 3, rows)
+        if per_feature is not None:
+            row = per_feature.astype(np.float32)
+            added = {"Add": row, "Sub": -row, "Mul": None}[node.op]
+            return Affine(reads=reads, mul=row if node.op == "Mul" else None, add=added, **common)
+        table = _per_position(value)
+        if node.op != "Add" or table is None or space.first or list(table.shape) != [space.stream.tokens, rows]:
+            return None
+        return AddPositions(reads=reads, table=table.astype(np.float32), **common)
 
     def _gate(self, node: gs.Node) -> Op | None:
         """x * Sigmoid(x) is SiLU, x * Sigmoid(1.702 x) the quick GELU."""
@@ -262,7 +277,7 @@ class Matcher:
         return None
 
     def _gather(self, node: gs.Node) -> Op | None:
-        embedded = self._embedding(node)
+        embedded = match_embedding(self.graph, self.derived, node)
         if embedded is not None:
             return embedded
         x, index = self._source(node.inputs[0]), g.constant(node.inputs[1])
@@ -271,8 +286,8 @@ class Matcher:
             return None
         if node.attrs.get("axis", 0) != 1:
             return None
-        first = Space(space.batch, space.tokens, first=True)
-        return Op("first", (Read(x.name),), node.outputs[0].name, rows, first, (node,), {}, node.name)
+        return First(reads=(Read(x.name),), y=node.outputs[0].name, rows=rows, space=space.firsts(), nodes=(node,),
+                     name=node.name)  # fmt: skip
 
     def _view(self, node: gs.Node) -> Op | None:
         """A graph output that is a token tensor renamed, without its last axis of size 1, or in half precision."""
@@ -287,68 +302,22 @@ class Matcher:
                 return None
         elif node.op == "Cast" and y.dtype != np.float16:
             return None
-        data: dict[str, object] = {"view": {"Squeeze": "squeeze", "Cast": "float16"}.get(node.op, "same")}
-        return Op("view", (Read(x.name),), y.name, rows, space, (node,), data, node.name)
-
-    def _embedding(self, node: gs.Node) -> Op | None:
-        """A sum of look-ups, matched at its last Add (or at a lone Gather)."""
-        users = g.consumers(node.outputs[0])
-        if any(user.op == "Add" and self._lookups(user.outputs[0]) is not None for user in users):
-            return None  # a larger sum holds this one
-        sources = self._lookups(node.outputs[0])
-        shape = self.derived.shape(node.outputs[0])
-        if not sources or shape is None or len(shape) != 3:
-            return None
-        if not any(source[0][0] in ("input", "cumulative") for source in sources):
-            return None
-        lead = shape[:2]
-        if any(length is not None and length != lead[-len(length) :] for *_, length in sources):
-            return None  # by an input of other tokens than the rest
-        ids = next(self._tensor(str(s[0][1])) for s in sources if s[0][0] in ("input", "cumulative"))
-        if ids.shape is None or None in ids.shape:
-            return None
-        nodes = tuple(item for source in sources for item in source[2])
-        rows = int(sources[0][1].shape[-1])
-        data: dict[str, object] = {"sources": [s[0] for s in sources], "tables": [s[1] for s in sources]}
-        return Op(
-            "embed", (), node.outputs[0].name, rows, Space(ids.shape[0], ids.shape[1]),
-            tuple({id(n): n for n in nodes}.values()), data, node.name,
-        )  # fmt: skip
-
-    def _lookups(self, tensor: gs.Tensor) -> list[Lookup] | None:
-        """(source, table, nodes, sizes of its ids) of each term of a sum of look-ups; None when a term is something
-        else."""
-        value = g.constant(tensor)
-        if value is not None:
-            row = value.ndim == 1 and value.dtype == np.float32
-            return [(("row", 0), value.reshape(1, -1), [], None)] if row else None
-        node = g.producer(tensor)
-        if node is None:
-            return None
-        if node.op == "Add":
-            if len(g.consumers(tensor)) == 0 and not g.is_output(self.graph, tensor):
-                return None
-            left, right = self._lookups(node.inputs[0]), self._lookups(node.inputs[1])
-            if left is None or right is None:
-                return None
-            return [(source, table, [*nodes, node], size) for source, table, nodes, size in (*left, *right)]
-        table = g.constant(node.inputs[0]) if node.op == "Gather" and node.attrs.get("axis", 0) == 0 else None
-        if table is None or table.ndim != 2 or table.dtype != np.float32:
-            return None
-        try:
-            ids = read_ids(self.derived, node.inputs[1])
-        except Underived:
-            return None
-        shape = self.derived.value(node.inputs[1]).shape
-        if ids.kind == "position":
-            return [(("position", ids.first), table, [node], (ids.length,))]
-        if ids.source is None or len(shape) != 2:
-            return None
-        rest = (ids.first,) if ids.kind == "cumulative" else ()
-        return [((ids.kind, ids.source.name, *rest), table, [node], shape)]
+        view = {"Squeeze": "squeeze", "Cast": "float16"}.get(node.op, "same")
+        return View(reads=(Read(x.name),), y=y.name, rows=rows, space=space, nodes=(node,), name=node.name, view=view)
 
     def _tensor(self, name: str) -> gs.Tensor:
         return self.tensors[name]
+
+
+# What finds an operation at a node of a type. It gives the operation, or why the node runs on onnxruntime, or None
+# where that needs no word.
+MATCHES: dict[str, Callable[[Matcher, gs.Node], Op | str | None]] = {
+    "MatMul": Matcher._linear, "Softmax": Matcher._attention, "LayerNormalization": Matcher._norm,
+    "RMSNormalization": Matcher._norm, "Gelu": Matcher._gelu, "Relu": Matcher._unary, "Tanh": Matcher._unary,
+    "Sigmoid": Matcher._unary, "Add": Matcher._binary, "Sub": Matcher._binary, "Mul": Matcher._binary,
+    "Gather": Matcher._gather, "Conv": lambda matcher, conv: match_patches(conv, matcher.inputs),
+    "Squeeze": Matcher._view, "Cast": Matcher._view, "Identity": Matcher._view,
+}  # fmt: skip
 
 
 def _per_position(value: np.ndarray) -> np.ndarray | None:

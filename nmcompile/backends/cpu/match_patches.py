@@ -6,10 +6,11 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from nmcompile import ir as g
-from nmcompile.backends.cpu.ops import Op, Space
+from nmcompile.backends.cpu.ops import PatchEmbed
+from nmcompile.backends.cpu.streams import Space, Stream
 
 
-def match_patches(node: gs.Node, inputs: set[str]) -> Op | str:
+def match_patches(node: gs.Node, inputs: set[str]) -> PatchEmbed | str:
     """Conv over patches -> Reshape -> Transpose -> Concat(class token, .): the front of a ViT."""
     x, weight = node.inputs[0], g.constant(node.inputs[1])
     bias = g.constant(node.inputs[2]) if len(node.inputs) > 2 else None
@@ -49,9 +50,10 @@ def match_patches(node: gs.Node, inputs: set[str]) -> Op | str:
         return "more than a class token is put before its patches"
     if shape[2] % kernel[0] or shape[3] % kernel[1] or shape[0] is None:
         return "its image is not a whole number of patches"
-    data: dict[str, object] = {
-        "input": x.name, "channels": shape[1], "patch": tuple(kernel), "weight": weight.reshape(width, -1),
-        "bias": None if bias is None else bias.astype(np.float32), "row": row.reshape(-1).astype(np.float32),
-    }  # fmt: skip
     assert expand is not None
-    return Op("patch_embed", (), tensor.name, width, Space(shape[0], count + 1), (*nodes, expand), data, node.name)
+    return PatchEmbed(
+        reads=(), y=tensor.name, rows=width, space=Space(Stream(shape[0], count + 1)), nodes=(*nodes, expand),
+        name=node.name, image=x.name, channels=shape[1], patch=(kernel[0], kernel[1]),
+        weight=weight.reshape(width, -1), bias=None if bias is None else bias.astype(np.float32),
+        row=row.reshape(-1).astype(np.float32),
+    )  # fmt: skip

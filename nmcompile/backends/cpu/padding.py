@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 import onnx_graphsurgeon as gs
 
@@ -35,6 +36,9 @@ ALONG_LAST = {"LayerNormalization", "RMSNormalization", "Softmax", "LogSoftmax",
 REDUCTIONS = {"ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceL2", "ReduceSumSquare", "ArgMax", "ArgMin"}
 
 
+Content: TypeAlias = Literal["rows", "scores", "hidden", "probabilities"]
+
+
 class Leak(Exception):
     """The operator at which padding gets into what is computed."""
 
@@ -53,12 +57,12 @@ class Reading:
 class Rows:
     """Token rows lie along an axis, None where they are merged with others for the time being.
 
-    stage: "rows" as they are, "scores" as keys of queries that are no such rows, "hidden" the same where the mask hides
-    padding, "shares" after the softmax, where padding has none.
+    holds: "rows" as they are, "scores" as keys of queries that are no such rows, "hidden" the same where the mask hides
+    padding, "probabilities" after the softmax, where padding has none.
     """
 
     axis: int | None
-    stage: str = "rows"
+    holds: Content = "rows"
 
 
 def reads_padding(graph: gs.Graph, d: Derivation, mask: str, tensors: Sequence[str]) -> Reading:
@@ -109,24 +113,24 @@ class _Walk:
             return self._function(node, y)
         hidden = self._without_padding(value)
         left = [atom for atom in mentioned(value) if isinstance(atom, Element) and atom.tensor in self.roots]
-        stages = {self.roots[atom.tensor].stage for atom in left}
-        if stages == {"rows"}:
+        kinds = {self.roots[atom.tensor].holds for atom in left}
+        if kinds == {"rows"}:
             left = [atom for atom in left if atom in mentioned(hidden)]
         if not left:
             return None
         columns = {atom.index[self._axis(atom)] for atom in left}
-        if columns == {ZERO} and stages == {"rows"}:
+        if columns == {ZERO} and kinds == {"rows"}:
             self.first = True
             return None
         picked = any(isinstance(atom, Element) for column in columns for atom in mentioned(column))
-        if len(stages) > 1 or picked or any(column.number is not None and column != ZERO for column in columns):
+        if len(kinds) > 1 or picked or any(column.number is not None and column != ZERO for column in columns):
             raise Leak(f"{node.op} '{node.name}'")
-        (stage,) = stages
-        if stage == "scores" and _vanishes(hidden):
-            stage = "hidden"
+        (holds,) = kinds
+        if holds == "scores" and _vanishes(hidden):
+            holds = "hidden"
         column = columns.pop()
         straight = not columns and column in place and all(atom.index[0] == place[0] for atom in left)
-        return Rows(place.index(column) if straight else None, stage)
+        return Rows(place.index(column) if straight else None, holds)
 
     def _axis(self, atom: Element) -> int:
         axis = self.roots[atom.tensor].axis
@@ -147,26 +151,26 @@ class _Walk:
             raise Leak(f"{node.op} '{node.name}'")
         entering = [x for x in node.inputs if x.name in self.rows]
         rank = len(self.d.value(y).shape)
-        places = {(state.stage, None if state.axis is None else state.axis - len(self.d.value(x).shape))
+        places = {(state.holds, None if state.axis is None else state.axis - len(self.d.value(x).shape))
                   for x in entering for state in [self.rows[x.name]]}  # fmt: skip
-        (stage, back), *others = places
-        if others or back is None or stage in ("scores", "hidden"):
+        (holds, back), *others = places
+        if others or back is None or holds in ("scores", "hidden"):
             raise Leak(f"{node.op} '{node.name}'")
-        self.roots[y.name] = Rows(rank + back, stage)
+        self.roots[y.name] = Rows(rank + back, holds)
         return self.roots[y.name]
 
     def _product(self, node: gs.Node) -> Rows | None:
-        """Rows times a matrix; queries times rows as keys; shares times rows as values."""
+        """Rows times a matrix; queries times rows as keys; probabilities times rows as values."""
         ranks = [len(self.d.value(x).shape) for x in node.inputs]
         left, right = (self.rows.get(x.name) for x in node.inputs)
         by_matrix = right is None and ranks[1] == 2
-        if left is not None and left.axis is not None and left.stage == "rows" and by_matrix:
+        if left is not None and left.axis is not None and left.holds == "rows" and by_matrix:
             if left.axis > ranks[0] - 2:
                 raise Leak(f"{node.op} '{node.name}'")
             return left
         if left is None and right == Rows(ranks[1] - 1):
             return Rows(len(self.d.value(node.outputs[0]).shape) - 1, "scores")
-        if left == Rows(ranks[0] - 1, "shares") and right == Rows(ranks[1] - 2):
+        if left == Rows(ranks[0] - 1, "probabilities") and right == Rows(ranks[1] - 2):
             self.keys = True
             return None
         raise Leak(f"{node.op} '{node.name}'")
@@ -177,16 +181,15 @@ class _Walk:
         state, shape = self.rows[own.name], self.d.value(own).shape
         last = node.attrs.get("axis", -1) in (-1, len(shape) - 1)
         if state.axis is not None and node.op in ALONG_LAST and last:
-            if state.stage == "rows" and state.axis <= len(shape) - 2:
+            if state.holds == "rows" and state.axis <= len(shape) - 2:
                 return state
-            if state.stage == "hidden" and node.op == "Softmax" and state.axis == len(shape) - 1:
-                return Rows(state.axis, "shares")
-        if state.axis is not None and state.stage == "rows" and node.op in REDUCTIONS:
+            if state.holds == "hidden" and node.op == "Softmax" and state.axis == len(shape) - 1:
+                return Rows(state.axis, "probabilities")
+        if state.axis is not None and state.holds == "rows" and node.op in REDUCTIONS:
             axes = self._reduced(node, len(shape))
             if axes and min(axes) > state.axis:
                 return state
         raise Leak(f"{node.op} '{node.name}'")
-
 
     def _reduced(self, node: gs.Node, rank: int) -> list[int]:
         """The axes that a reduction goes over; none where they are all, or not known."""
@@ -198,7 +201,7 @@ class _Walk:
 
 
 def _vanishes(score: Poly) -> bool:
-    """Whether so much is taken from a score that nothing is left of its share."""
+    """Whether so much is taken from a score that nothing is left of its probability."""
     added = 0.0
     for monomial, factor in score.terms.items():
         if all(isinstance(atom, Infinity) for atom, _ in monomial):

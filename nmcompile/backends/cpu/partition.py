@@ -5,19 +5,18 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TypeAlias, cast
+from typing import TypeAlias
 
 import onnx_graphsurgeon as gs
 
 from nmcompile.backends.cpu.match import Matcher
-from nmcompile.backends.cpu.ops import Op
+from nmcompile.backends.cpu.ops import AnyAttention, Attention, Embed, First, Op, PatchEmbed
 from nmcompile.backends.cpu.padding import Reading, reads_padding
 from nmcompile.derive import Derivation
 from nmcompile.guards import Guard
 
 # A native segment pays for moving its activations into the engine's layout from this many layers on.
 MIN_LAYERS = 2
-LAYERS = ("linear", "linear_float", "attention", "attention_float")
 
 
 @dataclass
@@ -45,9 +44,10 @@ class Partition:
 def partition(graph: gs.Graph) -> Partition:
     """Segments in an order in which each finds its inputs ready; the graph has shapes.
 
-    Every item gets a level: that of its latest producer, one more where the kind changes. Items of one level and kind
-    are one segment, so segments cannot wait for each other in a circle. Native segments that would not pay, or whose
-    attentions disagree about the mask, give operations back to onnxruntime until all of them hold.
+    Every item gets a level: that of its latest producer, one more where the stream changes or onnxruntime takes over.
+    Items of one level and stream are one segment, so segments cannot wait for each other in a circle. Native segments
+    that would not pay, or whose attentions disagree about the mask, give operations back to onnxruntime until all of
+    them hold.
     """
     matcher = Matcher(graph)
     reasons = dict(matcher.reasons)
@@ -78,15 +78,14 @@ def _segments(graph: gs.Graph, ops: Sequence[Op]) -> list[Segment]:
     level: dict[int, int] = {}
     groups: dict[tuple[int, str], Segment] = {}
     for item in order:
-        kind = item.space.key if isinstance(item, Op) else ""
+        stream = _stream(item)
         depth = 0
         for name in _reads(item):
             before = made_by.get(name)
             if before is not None:
-                other = before.space.key if isinstance(before, Op) else ""
-                depth = max(depth, level[id(before)] + (other != kind))
+                depth = max(depth, level[id(before)] + (_stream(before) != stream))
         level[id(item)] = depth
-        segment = groups.setdefault((depth, kind), Segment(native=isinstance(item, Op)))
+        segment = groups.setdefault((depth, stream), Segment(native=isinstance(item, Op)))
         if isinstance(item, Op):
             segment.ops.append(item)
         else:
@@ -96,15 +95,18 @@ def _segments(graph: gs.Graph, ops: Sequence[Op]) -> list[Segment]:
     return segments
 
 
+def _stream(item: Item) -> str:
+    """Items may share a segment where this is equal: operations over one stream's tokens, or nodes for onnxruntime."""
+    return item.space.stream.key if isinstance(item, Op) else ""
+
+
 def _reads(item: Item) -> list[str]:
-    if isinstance(item, Op):
-        names = [read.tensor for read in item.reads]
-        given = [item.data.get("input"), item.data.get("mask")]
-        sources = item.data.get("sources", [])
-        assert isinstance(sources, list)
-        given += [source[1] for source in sources if source[0] in ("input", "cumulative")]
-        return names + [str(name) for name in given if name is not None]
-    return node_reads(item)
+    return [*_values(item), *item.takes] if isinstance(item, Op) else node_reads(item)
+
+
+def _values(op: Op) -> list[str]:
+    """The token tensors that it reads."""
+    return [read.tensor for read in op.reads]
 
 
 def node_reads(node: gs.Node) -> list[str]:
@@ -144,7 +146,7 @@ def _connect(graph: gs.Graph, segments: list[Segment]) -> None:
     for index, segment in enumerate(segments):
         read = [name for item in [*segment.ops, *segment.nodes] for name in _reads(item)]
         segment.inputs = [name for name in dict.fromkeys(read) if name not in made[index]]
-        masks = [str(op.data["mask"]) for op in segment.ops if op.data.get("mask") is not None]
+        masks = [op.mask for op in segment.ops if isinstance(op, AnyAttention) and op.mask is not None]
         segment.mask = Counter(masks).most_common(1)[0][0] if masks else None
         if segment.native:
             segment.inputs = [name for name in segment.inputs if name not in masks or _read_as_value(segment, name)]
@@ -155,25 +157,25 @@ def _connect(graph: gs.Graph, segments: list[Segment]) -> None:
 
 
 def _read_as_value(segment: Segment, name: str) -> bool:
-    return any(name in [n for n in _reads(op) if n != op.data.get("mask")] for op in segment.ops)
+    return any(name in (_values(op) if isinstance(op, AnyAttention) else _reads(op)) for op in segment.ops)
 
 
 def _refuse(segment: Segment) -> list[tuple[Op, str]]:
     """Operations that this native segment cannot or should not keep, with the reason."""
-    if sum(op.kind in LAYERS for op in segment.ops) < MIN_LAYERS:
+    if sum(op.pays for op in segment.ops) < MIN_LAYERS:
         return [(op, "too little around it runs natively to pay for the way in and out") for op in segment.ops]
-    refused = []
+    refused: list[tuple[Op, str]] = []
     made = {op.y: op.space for op in segment.ops}
     for op in segment.ops:
-        if op.kind.startswith("attention") and op.data.get("mask") != segment.mask:
+        if isinstance(op, AnyAttention) and op.mask != segment.mask:
             refused.append((op, "its mask differs from the other attentions'"))
-        if op.kind == "attention" and any(read.tensor not in made for read in op.reads):
+        if isinstance(op, Attention) and any(read.tensor not in made for read in op.reads):
             refused.append((op, "its queries, keys or values are made outside"))
         entering = [read.tensor for read in op.reads if read.tensor not in made]
-        if op.space.first and op.kind != "first" and entering:
+        if op.space.first and not isinstance(op, First) and entering:
             refused.append((op, f"its input {entering[0]} has one vector per sequence and is made outside"))
-    patched = [op for op in segment.ops if op.kind == "patch_embed"]
-    if patched and (segment.mask is not None or len(patched) > 1 or any(op.kind == "embed" for op in segment.ops)):
+    patched = [op for op in segment.ops if isinstance(op, PatchEmbed)]
+    if patched and (segment.mask is not None or len(patched) > 1 or any(isinstance(op, Embed) for op in segment.ops)):
         refused += [(op, "patches and masks or other tokens do not mix") for op in patched]
     return refused
 
@@ -191,16 +193,16 @@ def _leaks(
     """The attentions of a segment that drops padding, when what comes after it would miss that padding."""
     leak = _read_after(graph, d, segment, segments).leak
     why = f"what follows may read padding, which the engine does not compute, at {leak}"
-    return [(op, why) for op in segment.ops if op.kind.startswith("attention")] if leak else []
+    return [(op, why) for op in segment.ops if isinstance(op, AnyAttention)] if leak else []
 
 
 def _guards(graph: gs.Graph, d: Derivation, segment: Segment, segments: Sequence[Segment]) -> list[Guard]:
     """What a native segment assumes of the mask by which it drops tokens."""
     if segment.mask is None:
         return []
-    assumed = {rule for op in segment.ops for rule in cast("tuple[str, ...]", op.data.get("assumes", ()))}
+    assumed = {rule for op in segment.ops if isinstance(op, AnyAttention) for rule in op.assumes}
     after = _read_after(graph, d, segment, segments)
-    first = after.first or any(op.kind == "first" for op in segment.ops)
+    first = after.first or any(isinstance(op, First) for op in segment.ops)
     assumed |= {"first-token"} if first else set()
     assumed |= {"some-token"} if after.keys else set()
     return [Guard(segment.mask, rule) for rule in assumed]

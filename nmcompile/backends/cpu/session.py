@@ -14,22 +14,17 @@ import numpy as np
 from nmcompile import _native
 from nmcompile.backends.cpu import budget
 from nmcompile.backends.cpu.onnx_blob import check_blob
+from nmcompile.backends.cpu.program import Arrays, Program, limits, line
+from nmcompile.backends.cpu.steps import Ref
 from nmcompile.errors import InputError, PlanError
 from nmcompile.guards import check as check_guards
 from nmcompile.guards import read_guards
-from nmcompile.made_up import limits
 from nmcompile.ort_options import session_options
 from nmcompile.plan import Plan
 from nmcompile.roles import read_roles
 from nmcompile.tensorinfo import check_feeds, chosen_outputs, read_infos
 
-Arrays = dict[str, np.ndarray]
 T = TypeVar("T")
-STEPS = frozenset({
-    "embed", "enter", "leave", "first", "layer_norm", "quantize", "linear", "linear_float", "attention",
-    "attention_float", "unary", "binary", "affine", "add_positions", "patches", "prepend",
-})  # fmt: skip
-VIEWS = ("same", "squeeze", "float16")
 NOWHERE = "/dev/null/nowhere"  # a folder that there cannot be
 MOST_FOLDED = "optimization.constant_folding_max_output_size_in_bytes"  # of one node
 MOST_SEGMENTS, MOST_BUFFERS, MOST_STEPS = 1024, 1 << 15, 1 << 17  # of a plan
@@ -96,7 +91,7 @@ class Session:
             self.guards = read_guards(header.get("assumes", []), [info.name for info in self.inputs])
             self._segments = [self._open(segment, isa or "") for segment in header["segments"]]
         except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
-            why = f"{type(error).__name__}: {_line(error)}"
+            why = f"{type(error).__name__}: {line(error)}"
             raise PlanError(f"the plan's description is damaged ({why}); compile it again") from None
         self._check_names()
         natives = [segment for segment in self._segments if isinstance(segment, NativeSegment)]
@@ -145,10 +140,15 @@ class Session:
     def limits(self) -> tuple[dict[str, int], int | None]:
         """(rows of the table that each input looks up, most tokens that positions allow)."""
         try:
-            return limits(self.header, lambda name: int(self.plan.arrays[name].shape[0]))
+            return limits((program for program in self.programs if program is not None), self.plan.arrays)
         except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
-            why = f"{type(error).__name__}: {_line(error)}"
+            why = f"{type(error).__name__}: {line(error)}"
             raise PlanError(f"the plan's steps are damaged ({why}); compile it again") from None
+
+    @property
+    def programs(self) -> tuple[Program | None, ...]:
+        """What the engine runs, segment by segment; None for those on onnxruntime."""
+        return tuple(s.described if isinstance(s, NativeSegment) else None for s in self._segments)
 
     def memory(self) -> int:
         """Bytes of activation memory that the native segments hold now."""
@@ -179,10 +179,10 @@ class Session:
         spans: list[Span] = []
         parts = [np.zeros((0, 5), np.int64)]
         for segment, (begin, events) in zip(self._segments, found, strict=True):
-            described = segment.described()
+            own = segment.steps()
             parts.append(events + np.array([len(steps), 0, 0, begin, begin]))
-            spans.append(segment.span(values, len(steps), len(described)))
-            steps += described
+            spans.append(segment.span(values, len(steps), len(own)))
+            steps += own
         return Trace(tuple(steps), np.concatenate(parts), tuple(spans), total)
 
 
@@ -192,40 +192,21 @@ class NativeSegment:
     def __init__(
         self, segment: Mapping[str, Any], arrays: Mapping[str, np.ndarray], isa: str, threads: int, most_copied: int = 0
     ) -> None:
-        self.inputs = [str(name) for name in segment["inputs"]]
-        self.outputs = [str(name) for name in segment["outputs"]]
-        self.mask = segment["mask"]
-        self.reads = [*self.inputs, *([] if self.mask is None else [str(self.mask)])]
-        self.views = {str(name): str(view) for name, view in segment["views"].items()}
-        leaves = sorted(step["slot"] for step in segment["steps"] if step["step"] == "leave")
-        if leaves != list(range(len(self.outputs))) or not set(self.views) <= set(self.outputs) or (
-            not set(self.views.values()) <= set(VIEWS)
-        ):
-            raise PlanError("the plan's outputs do not fit its steps; compile it again")
+        self.described = Program.from_json(segment)
+        self.outputs, self.reads = self.described.outputs, self.described.reads
         try:
             self.program = _native.Program(isa=isa, threads=threads, most_copied=most_copied)
         except (ValueError, TypeError) as error:  # of a name that is no text C++ reads
-            raise PlanError(_line(error)) from None
-        try:
-            for rows, layout, geometry in segment["buffers"]:
-                self.program.buffer(rows=rows, layout=layout, geometry=geometry)
-            for step in segment["steps"]:
-                name = step["step"]
-                if name not in STEPS:
-                    shown = str(name)[:60]
-                    raise PlanError(f"the plan has an unknown step {shown!r}; it is damaged or from a newer nmcompile")
-                arguments = {key: _resolve(value, arrays) for key, value in step.items() if key != "step"}
-                getattr(self.program, name)(**arguments)
-            self.program.prepare()
-        except (ValueError, TypeError, OverflowError, MemoryError) as error:
-            raise PlanError(f"the plan's program does not fit together ({_line(error)}); compile it again") from None
+            raise PlanError(line(error)) from None
+        self.described.build(self.program, arrays)
 
     def _feeds(self, values: Arrays) -> tuple[list[np.ndarray], np.ndarray | None]:
-        arrays = [_plain(values[name]) for name in self.inputs]
-        return arrays, None if self.mask is None else _plain(values[self.mask])
+        mask = self.described.mask
+        arrays = [_plain(values[name]) for name in self.described.inputs]
+        return arrays, None if mask is None else _plain(values[mask])
 
     def run(self, values: Arrays) -> Arrays:
-        return self._viewed(self._call(self.program.run, values))
+        return self.described.viewed(self._call(self.program.run, values))
 
     def _call(self, method: Callable[..., T], values: Arrays) -> T:
         arrays, mask = self._feeds(values)
@@ -235,34 +216,26 @@ class NativeSegment:
             shapes = ", ".join(str(list(array.shape)) for array in arrays)
             raise InputError(f"not enough memory to run inputs of shape {shapes}; run smaller batches") from None
         except (ValueError, TypeError, BufferError) as error:  # the latter: of types that C++ does not know
-            raise InputError(self._named(_line(error))) from None
-
-    def _viewed(self, results: Sequence[np.ndarray]) -> Arrays:
-        """Results by name, in the shape and type that the model gives them."""
-        made = dict(zip(self.outputs, results, strict=True))
-        for name, view in self.views.items():
-            if view == "squeeze":
-                made[name] = made[name][..., 0]
-            elif view == "float16":
-                made[name] = made[name].astype(np.float16)
-        return made
+            raise InputError(self._named(line(error))) from None
 
     def profile(self, values: Arrays) -> tuple[Arrays, list[tuple[str, int]]]:
         results, spent = self._call(self.program.run_profiled, values)
         steps = [f"{kind} {text}".strip() for kind, text in self.program.steps()]
-        return self._viewed(results), list(zip(steps, spent, strict=True))
+        return self.described.viewed(results), list(zip(steps, spent, strict=True))
 
     def trace(self, values: Arrays) -> tuple[Arrays, np.ndarray]:
         """Outputs, and events counted from the segment's first step and begin."""
         results, events = self._call(self.program.run_traced, values)
-        return self._viewed(results), events
+        return self.described.viewed(results), events
 
-    def described(self) -> list[tuple[str, str]]:
+    def steps(self) -> list[tuple[str, str]]:
+        """(kind, description) of each, as the engine tells them."""
         return list(self.program.steps())
 
     def span(self, values: Arrays, first: int, steps: int) -> Span:
-        shapes = tuple(values[name].shape for name in self.inputs)
-        real = None if self.mask is None else np.count_nonzero(values[self.mask], axis=1)
+        described = self.described
+        shapes = tuple(values[name].shape for name in described.inputs)
+        real = None if described.mask is None else np.count_nonzero(values[described.mask], axis=1)
         return Span(True, first, steps, shapes, real)
 
     def _named(self, text: str) -> str:
@@ -271,7 +244,7 @@ class NativeSegment:
             return f"{text}: the inputs have more tokens than the model's position table; shorten them"
         if text.startswith("memory: "):
             return f"{text}; run smaller batches, or load the plan with more memory="
-        return re.sub(r"input slot (\d+)", lambda m: f"input {self.inputs[int(m[1])]!r}", text)
+        return re.sub(r"input slot (\d+)", lambda m: f"input {self.described.inputs[int(m[1])]!r}", text)
 
 
 class OrtSegment:
@@ -286,9 +259,10 @@ class OrtSegment:
         self.outputs = [str(name) for name in segment["outputs"]]
         self.reads = self.inputs
         self.model = str(segment["model"])
-        self.weights: Arrays = {str(k): _resolve(v, plan.arrays) for k, v in segment["weights"].items()}
-        if not all(isinstance(values, np.ndarray) for values in self.weights.values()):
-            raise PlanError(f"a weight of {self.model} is no array of the plan; compile it again")
+        try:
+            self.weights: Arrays = {str(k): Ref.from_json(v).of(plan.arrays) for k, v in segment["weights"].items()}
+        except TypeError:
+            raise PlanError(f"a weight of {self.model} is no array of the plan; compile it again") from None
         self._blob = plan.blobs(self.model)  # a copy: what was checked is what runs
         nodes = check_blob(self._blob, self.model, self.weights)
         self._most_folded = budget.most_copied(plan.size) // max(nodes, 1)
@@ -310,7 +284,7 @@ class OrtSegment:
                     f"onnxruntime needs more memory for {self.model} than the {budget.ARENA.size >> 20} MB allowed; "
                     "run smaller batches, or load the plan with more memory="
                 ) from None
-            raise InputError(f"onnxruntime could not run {self.model}: {_line(error)}") from None
+            raise InputError(f"onnxruntime could not run {self.model}: {line(error)}") from None
         if not all(isinstance(values, np.ndarray) for values in results):
             raise PlanError(f"{self.model} of the plan gives something that is no array; compile it again")
         return dict(zip(self.outputs, results, strict=True))
@@ -326,7 +300,7 @@ class OrtSegment:
         made = self.run(values)
         return made, np.array([[0, 0, -1, 0, perf_counter_ns() - start]])
 
-    def described(self) -> list[tuple[str, str]]:
+    def steps(self) -> list[tuple[str, str]]:
         return [("onnxruntime", self.model)]
 
     def span(self, values: Arrays, first: int, steps: int) -> Span:
@@ -347,7 +321,7 @@ class OrtSegment:
             options.add_external_initializers(list(self.weights), self._held)
             session = ort.InferenceSession(self._blob, options, providers=["CPUExecutionProvider"])
         except Exception as error:
-            raise PlanError(f"onnxruntime cannot open {self.model} of the plan: {_line(error)}") from None
+            raise PlanError(f"onnxruntime cannot open {self.model} of the plan: {line(error)}") from None
         self._blob = b""
         return session
 
@@ -361,11 +335,6 @@ def _plain(array: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(array)
 
 
-def _line(error: Exception) -> str:
-    """The first line of what an error says, its class where it says nothing."""
-    return (str(error).splitlines() or [""])[0][:300] or type(error).__name__
-
-
 def _check_counts(segments: Any, layers: Any) -> None:
     """PlanError when there are more segments, buffers or steps than any model needs: loading takes time for each."""
     if not isinstance(layers, list) or not all(isinstance(layer, dict) and "name" in layer for layer in layers):
@@ -375,19 +344,3 @@ def _check_counts(segments: Any, layers: Any) -> None:
     if len(segments) > MOST_SEGMENTS or buffers > MOST_BUFFERS or steps > MOST_STEPS:
         raise PlanError(f"the plan has {len(segments)} segments, {buffers} buffers and {steps} steps, more than "
                         f"{MOST_SEGMENTS}, {MOST_BUFFERS} and {MOST_STEPS}; compile it again")  # fmt: skip
-
-
-def _resolve(value: Any, arrays: Mapping[str, np.ndarray]) -> Any:
-    """Replace references {"array": name} by the plan's arrays, however deep they stand."""
-    if isinstance(value, dict):
-        if set(value) == {"array"}:
-            name = value["array"]
-            if name not in arrays:
-                shown = str(name)[:60]
-                raise PlanError(f"the plan refers to an array {shown!r} that it does not hold; compile it again")
-            return arrays[name]
-        return {key: _resolve(item, arrays) for key, item in value.items()}
-    if isinstance(value, list):
-        items = [_resolve(item, arrays) for item in value]
-        return tuple(items) if items and isinstance(items[0], str) else items
-    return value
