@@ -397,6 +397,5 @@ def test_a_step_is_named_in_three_files() -> None:
     for words, files in (
         ("AddPositions|add_positions", {f"{cpu}/steps/tokens.py", f"{cpu}/ops.py", f"{cpu}/match.py"}),
         ("AttentionFloat|attention_float", {f"{cpu}/steps/attention.py", f"{cpu}/ops.py", f"{cpu}/match.py"}),
-        ("Prepend|prepend", {f"{cpu}/steps/tokens.py", f"{cpu}/ops.py"}),
     ):
         assert {path for path, text in known.items() if re.search(rf"\b({words})\b", text)} == files

@@ -192,12 +192,13 @@ def split(trace: Trace) -> np.ndarray:
 
 def _rows(session: Session, trace: Trace, seconds: np.ndarray) -> tuple[Row, ...]:
     held, programs = session.plan.arrays, session.programs
+    given = [None if program is None else sizes(program, span)
+             for program, span in zip(programs, trace.spans, strict=True)]  # fmt: skip
     rows = []
     for step, spent in zip(steps_of(session.header, held, trace.steps), seconds, strict=True):
         tokens = macs = moved = 0
-        program = programs[step.segment]
-        if program is not None and step.declared is not None:
-            at = sizes(program, trace.spans[step.segment])
+        program, at = programs[step.segment], given[step.segment]
+        if program is not None and at is not None and step.declared is not None:
             tokens = at.tokens[step.geometry]
             macs = step.declared.multiply_adds(program.buffers, held, at)
             moved = moved_bytes(step.declared, program, held, at)
