@@ -89,5 +89,6 @@ def test_streams_have_words_for_their_tokens() -> None:
     assert (classed.entering, classed.geometry(SPACE), classed.geometry(SPACE.firsts())) == (ENTERED, CLASSED, FIRST)
     assert SPACE.firsts().whole() == SPACE and SPACE.stream.key == "batchxtokens"
     at = count(np.array([3, 1]), 4, class_token=True)
-    assert at.tokens == {ENTERED: 4, CLASSED: 6, FIRST: 2}
-    assert (at.pairs, at.causal_pairs, at.padded) == (16 + 4, 10 + 3, 10)
+    assert [at.tokens(word) for word in (ENTERED, CLASSED, FIRST)] == [4, 6, 2] and at.padded == 2 * 5
+    assert at.pairs(CLASSED, CLASSED, causal=False) == 16 + 4 and at.pairs(CLASSED, CLASSED, causal=True) == 10 + 3
+    assert at.pairs(FIRST, ENTERED, causal=False) == 3 + 1

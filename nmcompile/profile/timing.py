@@ -143,7 +143,7 @@ def profile(session: Session, feeds: Feeds, *, runs: int | None = None, progress
     widest = max(sized, key=lambda item: item.padded, default=None)
     batch = max((len(array) for array in map(np.asarray, feeds.values()) if array.ndim), default=1)
     return Profile(
-        batch=batch, tokens=widest.tokens[CLASSED] if widest else 0, padded=widest.padded if widest else 0,
+        batch=batch, tokens=widest.tokens(CLASSED) if widest else 0, padded=widest.padded if widest else 0,
         runs=len(totals), workers=max((workers(best, span) for span in natives), default=session.threads),
         seconds=float(np.mean([totals[i] for i in fast])) * 1e-9,
         plain=float(np.mean(np.sort(plain)[: len(fast)])),
@@ -192,13 +192,14 @@ def split(trace: Trace) -> np.ndarray:
 
 def _rows(session: Session, trace: Trace, seconds: np.ndarray) -> tuple[Row, ...]:
     held, programs = session.plan.arrays, session.programs
+    given = [None if program is None else sizes(program, span)
+             for program, span in zip(programs, trace.spans, strict=True)]  # fmt: skip
     rows = []
     for step, spent in zip(steps_of(session.header, held, trace.steps), seconds, strict=True):
         tokens = macs = moved = 0
-        program = programs[step.segment]
-        if program is not None and step.declared is not None:
-            at = sizes(program, trace.spans[step.segment])
-            tokens = at.tokens[step.geometry]
+        program, at = programs[step.segment], given[step.segment]
+        if program is not None and at is not None and step.declared is not None:
+            tokens = at.tokens(step.geometry)
             macs = step.declared.multiply_adds(program.buffers, held, at)
             moved = moved_bytes(step.declared, program, held, at)
         layers = (step.layer,) if step.layer else ()

@@ -161,13 +161,13 @@ def moved_bytes(step: EngineStep, program: Program, held: Held, at: Counts) -> i
     total = 0
     for number in (*step.reads(), *step.writes()):
         buffer = program.buffers[number]
-        total += buffer.row_bytes * at.tokens[buffer.geometry]
+        total += buffer.row_bytes * at.tokens(buffer.geometry)
     for _ in step.takes():  # the other side is an array of the caller's
-        total += own.rows * 4 * at.tokens[own.geometry]
+        total += own.rows * 4 * at.tokens(own.geometry)
     for _ in step.gives():  # where padding is written too
-        total += own.rows * 4 * (at.tokens[FIRST] if own.geometry == FIRST else at.padded)
+        total += own.rows * 4 * (at.tokens(FIRST) if own.geometry == FIRST else at.padded)
     for ref, looked_up in step.arrays():
         array = ref.of(held)
-        each = array.nbytes // max(1, len(array)) * at.tokens[own.geometry]
+        each = array.nbytes // max(1, len(array)) * at.tokens(own.geometry)
         total += min(each, array.nbytes) if looked_up else array.nbytes
     return total

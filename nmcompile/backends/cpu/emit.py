@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -13,7 +13,7 @@ from nmcompile.backends.cpu.kernels import choose_kernels
 from nmcompile.backends.cpu.ops import FLOAT, Form, Op, PatchEmbed
 from nmcompile.backends.cpu.partition import Segment
 from nmcompile.backends.cpu.program import Program
-from nmcompile.backends.cpu.steps import Buffer, Ref, Step
+from nmcompile.backends.cpu.steps import Buffer, Ref, Step, layouts
 from nmcompile.backends.cpu.steps.rows import Quantize
 from nmcompile.backends.cpu.steps.tokens import Enter, Leave
 from nmcompile.backends.cpu.streams import Places, Space
@@ -74,15 +74,13 @@ class Emitter:
         y = self.buffer(name, form, rows, space)
         self.step(Quantize(x=x, y=y, scale=form.scale, zero_point=form.zero_point))
 
-    def store(self, op: Op, name: str, fused: bool) -> tuple[int, Form, list[Form]]:
-        """The buffer an operation writes, in the only form wanted if it can write that (`fused`), and the forms to
-        add after."""
+    def store(self, op: Op, name: str, by: type[Step]) -> tuple[int, Form, list[Form]]:
+        """The buffer an operation writes, in the only form wanted if the step can write that, and the forms to add
+        after."""
         forms = self.fusion.forms(name)
-        if fused and len(forms) == 1:
-            form = next(iter(forms))
-            rest: list[Form] = []
-        else:
-            form, rest = FLOAT, sorted(forms - {FLOAT}, key=lambda f: (f.layout, f.scale, f.zero_point))
+        form, rest = next(iter(forms)), list[Form]()
+        if len(forms) > 1 or form.layout not in layouts(by, "y"):
+            form, rest = FLOAT, _sorted(forms - {FLOAT})
         return self.buffer(name, form, op.rows, op.space), form, rest
 
     def finish(self, op: Op, rest: list[Form]) -> None:
@@ -97,9 +95,9 @@ class Emitter:
 
     def as_floats(self, op: Op, step: Callable[[int], Step]) -> None:
         """A step that writes floats alone, made for the number of the buffer that it writes."""
-        y, _, rest = self.store(op, op.y, fused=False)
+        y = self.buffer(op.y, FLOAT, op.rows, op.space)
         self.step(step(y))
-        self.finish(op, rest)
+        self.finish(op, _sorted(self.fusion.forms(op.y) - {FLOAT}))
 
     def view(self, name: str, number: int, view: str) -> None:
         """The output `name` is a buffer that is there, seen in another way."""
@@ -147,3 +145,7 @@ def emit(
     for slot, name in enumerate(segment.outputs):
         to.step(Leave(x=to.values[(name, FLOAT)], slot=slot))
     return to.program(), to.layers
+
+
+def _sorted(forms: Iterable[Form]) -> list[Form]:
+    return sorted(forms, key=lambda form: (form.layout, form.scale, form.zero_point))

@@ -55,7 +55,7 @@ def emit_chain(chain: Chain, to: Emitter) -> None:
     if isinstance(root, Linear):
         rest, packed = _quantized(chain, root, to, residual)
     else:
-        y, _, rest = to.store(last, last.y, fused=False)
+        y, _, rest = to.store(last, last.y, linear.LinearFloat)
         bias = to.array(root.bias, "bias")
         weight = to.held(np.ascontiguousarray(root.weight, np.float32), "weight")
         to.step(linear.LinearFloat(x=to.x(root), y=y, weight=weight, bias=bias, activation=chain.activation,
@@ -68,7 +68,7 @@ def emit_chain(chain: Chain, to: Emitter) -> None:
 def _quantized(chain: Chain, root: Linear, to: Emitter, residual: int) -> tuple[list[Form], Packed]:
     """The forms of the result that are still to be added, and the weight as it is stored."""
     last, read = chain.last, root.reads[0].form
-    y, form, rest = to.store(last, last.y, fused=True)
+    y, form, rest = to.store(last, last.y, linear.Linear)
     bias = to.array(root.bias, "bias")
     packed = pack_as(root.weight, to.choices[root.y].kind)
     refs = {name: to.held(values, name) for name, values in packed.arrays.items()}

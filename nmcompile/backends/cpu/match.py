@@ -34,6 +34,8 @@ from nmcompile.backends.cpu.ops import (
     View,
 )
 from nmcompile.backends.cpu.pack import MAX_INPUTS
+from nmcompile.backends.cpu.steps import Layout, layouts
+from nmcompile.backends.cpu.steps.attention import Attention as AttentionStep
 from nmcompile.backends.cpu.streams import Space, Stream
 
 
@@ -93,7 +95,7 @@ class Matcher:
             return None
         return Space(Stream(shape[0], shape[1]))
 
-    def read(self, tensor: gs.Tensor, layout: str = "u8") -> Read:
+    def read(self, tensor: gs.Tensor, layout: Layout = "u8") -> Read:
         """The float tensor behind a quantize/dequantize pair and its quantized form, or the tensor as it is."""
         pair = g.read_pair(tensor)
         if pair is None:
@@ -162,7 +164,8 @@ class Matcher:
             return "its attention is not in canonical form"
         if found.quantized_probabilities:
             return "its softmax is quantized, which the engine does by steps of its own"
-        parts = zip(found.operands, (found.q, found.k, found.v), ("u8", "keys", "values"), strict=True)
+        read_as = [layouts(AttentionStep, field)[0] for field in ("q", "k", "v")]
+        parts = zip(found.operands, (found.q, found.k, found.v), read_as, strict=True)
         reads = tuple(self._operand(*part) for part in parts)
         spaces = [self.space(self._tensor(read.tensor)) for read in reads]
         width = found.q.shape[-1] if found.q.shape is not None else None
@@ -185,7 +188,7 @@ class Matcher:
             mask=None if mask.padding is None else mask.padding.name, assumes=tuple(mask.assumes),
         )  # fmt: skip
 
-    def _operand(self, operand: gs.Tensor, source: gs.Tensor, layout: str) -> Read:
+    def _operand(self, operand: gs.Tensor, source: gs.Tensor, layout: Layout) -> Read:
         """q, k or v: quantized right before the product, or already as it left its layer."""
         form = self.read(operand, layout).form
         return Read(source.name, form) if form != FLOAT else self.read(source, layout)

@@ -15,7 +15,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from nmcompile.backends.cpu.pack import halved
-from nmcompile.backends.cpu.steps import Buffer, attention, linear, rows, tokens
+from nmcompile.backends.cpu.steps import Buffer, Layout, attention, linear, rows, tokens
 from nmcompile.backends.cpu.streams import Space
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 class Form:
     """How a value lies in memory: "f32", or "u8"/"keys"/"values" with its scale and zero point."""
 
-    layout: str = "f32"
+    layout: Layout = "f32"
     scale: float = 1.0
     zero_point: int = 0
 
@@ -124,7 +124,7 @@ class Attention(AnyAttention):
 
     def emit(self, to: Emitter) -> None:
         q, k, v = (read.form for read in self.reads)
-        y, form, rest = to.store(self, self.y, fused=True)
+        y, form, rest = to.store(self, self.y, attention.Attention)
         to.step(attention.Attention(
             q=to.x(self, 0), k=to.x(self, 1), v=to.x(self, 2), y=y, heads=self.heads, scale=self.scale,
             q_scale=q.scale, q_zero_point=q.zero_point, k_scale=k.scale, v_scale=v.scale, causal=self.causal,
@@ -138,7 +138,7 @@ class AttentionFloat(AnyAttention):
     """In float32 throughout."""
 
     def emit(self, to: Emitter) -> None:
-        y, form, rest = to.store(self, self.y, fused=True)
+        y, form, rest = to.store(self, self.y, attention.AttentionFloat)
         to.step(attention.AttentionFloat(
             q=to.x(self, 0), k=to.x(self, 1), v=to.x(self, 2), y=y, heads=self.heads, scale=self.scale,
             causal=self.causal, y_scale=form.scale, y_zero_point=form.zero_point,

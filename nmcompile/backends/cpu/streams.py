@@ -64,20 +64,25 @@ class Places:
         return ENTERED
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Counts:
-    """How much a native segment was given: real tokens by geometry, pairs that attention looks at, padded tokens."""
+    """How much a run was given: by geometry the real tokens of each sequence, int64 [batch]; tokens with padding."""
 
-    tokens: Mapping[str, int]
-    pairs: int
-    causal_pairs: int
+    lengths: Mapping[Geometry, np.ndarray]
     padded: int
+
+    def tokens(self, geometry: Geometry) -> int:
+        return int(self.lengths[geometry].sum())
+
+    def pairs(self, queries: Geometry, keys: Geometry, causal: bool) -> int:
+        """Of a query and a key that attention looks at; causal: the keys up to each query, of the same tokens."""
+        q, k = self.lengths[queries], self.lengths[keys]
+        return int((q * (q + 1) // 2 if causal else q * k).sum())
 
 
 def count(lengths: np.ndarray, padded: int, class_token: bool) -> Counts:
     """Of sequences with these numbers of real tokens, int [batch], each padded to `padded`; a class token comes on
     top."""
-    batch = len(lengths)
-    seen = (lengths + class_token).astype(np.int64)
-    tokens = {ENTERED: int(lengths.sum()), CLASSED: int(seen.sum()), FIRST: batch}
-    return Counts(tokens, int((seen**2).sum()), int((seen * (seen + 1) // 2).sum()), batch * (padded + class_token))
+    entered = lengths.astype(np.int64)
+    found = {ENTERED: entered, CLASSED: entered + class_token, FIRST: np.ones_like(entered)}
+    return Counts(found, len(lengths) * (padded + class_token))

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from nmcompile.backends.cpu.steps import attention, linear, rows, tokens
-from nmcompile.backends.cpu.steps.declare import Buffer, Held, Json, Ref, Step
+from nmcompile.backends.cpu.steps.declare import Buffer, Held, Json, Layout, Ref, Step, layouts
 from nmcompile.errors import PlanError
 
-__all__ = ["STEPS", "Buffer", "Held", "Json", "Ref", "Step", "read"]
+__all__ = ["STEPS", "Buffer", "Held", "Json", "Layout", "Ref", "Step", "layouts", "read"]
 
 STEPS: dict[str, type[Step]] = {
     step.name: step for step in (*tokens.STEPS, *rows.STEPS, *linear.STEPS, *attention.STEPS)

@@ -39,7 +39,7 @@ class Attention(Step):
         )  # fmt: skip
 
     def multiply_adds(self, buffers: Sequence[Buffer], held: Held, counts: Counts) -> int:
-        return _products(buffers[self.q], self.causal, counts)
+        return _products(buffers[self.q], buffers[self.k], self.causal, counts)
 
 
 @dataclass(frozen=True)
@@ -66,12 +66,12 @@ class AttentionFloat(Step):
         )  # fmt: skip
 
     def multiply_adds(self, buffers: Sequence[Buffer], held: Held, counts: Counts) -> int:
-        return _products(buffers[self.q], self.causal, counts)
+        return _products(buffers[self.q], buffers[self.k], self.causal, counts)
 
 
-def _products(queries: Buffer, causal: bool, counts: Counts) -> int:
+def _products(queries: Buffer, keys: Buffer, causal: bool, counts: Counts) -> int:
     """Queries with keys, and probabilities with values, of all heads."""
-    return 2 * queries.rows * (counts.causal_pairs if causal else counts.pairs)
+    return 2 * queries.rows * counts.pairs(queries.geometry, keys.geometry, causal)
 
 
 STEPS: tuple[type[Step], ...] = (Attention, AttentionFloat)

@@ -255,6 +255,13 @@ def declared(step: type[Step]) -> Mapping[str, Field]:
     return found
 
 
+def layouts(step: type[Step], field: str) -> tuple[Layout, ...]:
+    """The layouts that a buffer of the step may have, the usual one first."""
+    role = declared(step)[field].role
+    assert isinstance(role, Reads | Writes), f"{step.__name__}.{field} is no buffer"
+    return role.layouts
+
+
 def _reader(kind: Any) -> Callable[[object], Any]:
     """What makes a field's value of its JSON."""
     plain: dict[Any, Callable[[object], Any]] = {int: integer, float: _number, bool: _flag, str: word}

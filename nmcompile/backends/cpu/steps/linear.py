@@ -94,7 +94,7 @@ class Linear(Step):
         )  # fmt: skip
 
     def multiply_adds(self, buffers: Sequence[Buffer], held: Held, counts: Counts) -> int:
-        return int(self.weight.values.of(held).size) * counts.tokens[self.buffer(buffers).geometry]
+        return int(self.weight.values.of(held).size) * counts.tokens(self.buffer(buffers).geometry)
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ class LinearFloat(Step):
         )  # fmt: skip
 
     def multiply_adds(self, buffers: Sequence[Buffer], held: Held, counts: Counts) -> int:
-        return int(self.weight.of(held).size) * counts.tokens[self.buffer(buffers).geometry]
+        return int(self.weight.of(held).size) * counts.tokens(self.buffer(buffers).geometry)
 
 
 @dataclass(frozen=True)
