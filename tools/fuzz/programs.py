@@ -24,7 +24,7 @@ Call = tuple[str, dict[str, Any]]
 
 
 class Writer:
-    """Draws the calls that build one program; buffers are known by rows, layout and geometry."""
+    """Draws the calls that build one program; buffers are known by rows, layout and stream."""
 
     def __init__(self, seed: int) -> None:
         self.rng = random.Random(seed)
@@ -32,7 +32,31 @@ class Writer:
         self.buffers: list[tuple[int, str, str]] = []
         self.written: list[int] = []
         self.calls: list[Call] = []
-        self.slots: list[tuple[str, int]] = []  # kind and rows
+        self.slots: list[tuple[str, int, str]] = []  # kind, rows and stream
+        self.streams = {"tokens": ("input", ""), "first": ("first", "tokens"), "tokens1": ("prepended", "tokens")}
+        for _ in range(self.rng.choice((0, 0, 1, 2, 4))):
+            self.declare()
+
+    def declare(self) -> None:
+        """One more stream, now and then one that cannot be."""
+        name = self.rng.choice(("source", "image", "rest", "behind", "again"))
+        kind = self.rng.choice(("input", "input", "rest", "prepended", "first"))
+        of = "" if kind == "input" else self.rng.choice([*self.streams])
+        self.calls.append(("stream", {"name": name, "kind": kind, "of": of}))
+        if name not in self.streams and self.streams.get(of, ("", ""))[0] != "first":
+            self.streams[name] = (kind, of)
+
+    def some_stream(self) -> str:
+        return self.rng.choice(("tokens", "tokens", "tokens", *self.streams))
+
+    def masks(self, batch: int, lengths: dict[str, int]) -> dict[str, np.ndarray]:
+        """Masks of some of the streams that are read from inputs, of all kinds of types."""
+        used = {stream for *_, stream in self.buffers}
+        whole = {of for name, (kind, of) in self.streams.items() if kind == "prepended" and name in used}
+        read = {stream for *_, stream in self.slots} - (whole if self.rng.random() < 0.9 else set())
+        kinds = (np.int64, np.int32, np.float32, np.bool_)
+        return {name: self.numbers.integers(0, 2, (batch, lengths[name])).astype(self.rng.choice(kinds))
+                for name in sorted(read) if self.rng.random() < 0.6}  # fmt: skip
 
     def buffer(self, rows: int, layout: str, geometry: str = "tokens") -> int:
         self.buffers.append((rows, layout, geometry))
@@ -83,12 +107,24 @@ class Writer:
         return values
 
     def enter(self, rows: int, geometry: str) -> int:
-        x = self.buffer(rows, "f32")
+        """A buffer of a stream that holds what an input gives, or what follows from that."""
+        kind, of = self.streams.get(geometry, ("input", ""))
+        if kind == "input":
+            return self.read_input(rows, geometry)
+        x, y = self.some("f32", rows, of), self.buffer(rows, "f32", geometry)
+        if kind == "prepended":
+            self.step("prepend", y, x=x, y=y, row=self.floats(rows))
+        else:
+            self.step(kind, y, x=x, y=y)
+        return y
+
+    def read_input(self, rows: int, stream: str) -> int:
+        x = self.buffer(rows, "f32", stream)
         if self.rng.random() < 0.5:
-            self.slots.append(("features", rows))
+            self.slots.append(("features", rows, stream))
             self.step("enter", x, y=x, slot=len(self.slots) - 1)
         else:
-            self.slots.append(("ids", 0))
+            self.slots.append(("ids", 0, stream))
             slot = len(self.slots) - 1
             sources = [("input", slot), ("position", 0), ("cumulative", slot, 1), ("constant", 2)]
             self.rng.shuffle(sources)
@@ -98,14 +134,7 @@ class Writer:
             kinds = [self.rng.choice((np.float32, np.float16)) for _ in sources]
             tables = [self.floats(300, rows).astype(kind) for kind in kinds]
             self.step("embed", x, y=x, tables=tables, sources=sources)
-        if geometry == "tokens":
-            return x
-        y = self.buffer(rows, "f32", geometry)
-        if geometry == "first":
-            self.step("first", y, x=x, y=y)
-        else:
-            self.step("prepend", y, x=x, y=y, row=self.floats(rows))
-        return y
+        return x
 
     def weight(self, n: int, k: int) -> dict[str, Any]:
         form, groups = self.rng.choice(("dense", "blocks", "gather")), -(-k // 4)
@@ -142,7 +171,7 @@ class Writer:
     def draw(self) -> None:
         """One more step, with what it needs before it."""
         rng, kind = self.rng, self.rng.randrange(12)
-        geometry = rng.choice(("tokens", "tokens", "tokens", "tokens1", "first"))
+        geometry = self.some_stream()
         if kind < 4:
             x = self.some("u8", None, geometry)
             layout = rng.choice(("f32", "u8", "u8", "keys", "values"))
@@ -182,31 +211,41 @@ class Writer:
         fit = [h for h in range(1, rows + 1) if rows % h == 0 and rows // h % 4 == 0]
         return self.rng.choice(fit) if fit and self.rng.random() < 0.95 else self.rng.choice((1, 3, rows))
 
+    def sight(self, where: str) -> tuple[str, dict[str, Any]]:
+        """The stream of the keys, and which of them queries see."""
+        keys = self.some_stream() if self.rng.random() < 0.5 else where
+        causal = self.rng.random() < 0.4
+        if causal and self.rng.random() < (0.3 if keys == where else 0.95):
+            return keys, {"causal": causal, "offset": self.rng.choice((0, 0, 1, -1, 30, -30, 2**28, 2**40))}
+        return keys, {"causal": causal}
+
     def float_attention(self, x: int, where: str) -> None:
         rows = self.rows_of(x)
         y = self.buffer(rows, self.rng.choice(("f32", "u8")), where)
-        self.step("attention_float", y, q=x, k=self.some("f32", rows, where), v=self.some("f32", rows, where), y=y,
-                  heads=self.heads(rows), scale=self.scale(), causal=self.rng.random() < 0.4, y_scale=self.scale(),
-                  y_zero_point=self.rng.choice((0, 128)))  # fmt: skip
+        keys, sight = self.sight(where)
+        self.step("attention_float", y, q=x, k=self.some("f32", rows, keys), v=self.some("f32", rows, keys), y=y,
+                  heads=self.heads(rows), scale=self.scale(), y_scale=self.scale(),
+                  y_zero_point=self.rng.choice((0, 128)), **sight)  # fmt: skip
 
     def attention(self, geometry: str) -> None:
         q = self.some("u8", self.rng.choice((4, 8, 16, 32, 64)), geometry)
         rows, where = self.rows_of(q), self.at(q, geometry)
         y = self.buffer(rows, self.rng.choice(("f32", "u8")), where)
-        self.step("attention", y, q=q, k=self.some("keys", rows, where), v=self.some("values", rows, where), y=y,
+        keys, sight = self.sight(where)
+        self.step("attention", y, q=q, k=self.some("keys", rows, keys), v=self.some("values", rows, keys), y=y,
                   heads=self.heads(rows), scale=self.scale(), q_scale=self.scale(), q_zero_point=128,
-                  k_scale=self.scale(), v_scale=self.scale(), causal=self.rng.random() < 0.4, y_scale=self.scale(),
-                  y_zero_point=128)  # fmt: skip
+                  k_scale=self.scale(), v_scale=self.scale(), y_scale=self.scale(), y_zero_point=128,
+                  **sight)  # fmt: skip
 
     def leave(self) -> None:
         for x in self.rng.sample(self.written, min(len(self.written), 4)):
             if 0 <= x < len(self.buffers) and self.buffers[x][1] == "f32":
                 self.calls.append(("leave", {"x": x}))
 
-    def inputs(self, batch: int, length: int) -> list[np.ndarray]:
+    def inputs(self, batch: int, lengths: dict[str, int]) -> list[np.ndarray]:
         high = self.rng.choice((300, 300, 300, 301))
-        return [self.numbers.integers(0, high, (batch, length)) if kind == "ids" else
-                self.floats(batch, length, rows) for kind, rows in self.slots]  # fmt: skip
+        return [self.numbers.integers(0, high, (batch, lengths[stream])) if kind == "ids" else
+                self.floats(batch, lengths[stream], rows) for kind, rows, stream in self.slots]  # fmt: skip
 
 
 def build(calls: list[Call], isa: str, threads: int) -> _native.Program:
@@ -240,12 +279,12 @@ def attempt(seed: int, now: Path) -> str:
     ran = 0
     for _ in range(2):
         batch, length = writer.rng.choice(((0, 3), (1, 1), (1, 5), (2, 17), (3, 40), (1, 130), (5, 0)))
-        inputs = writer.inputs(batch, length)
-        mask = None if writer.rng.random() < 0.5 else writer.numbers.integers(0, 2, (batch, length))
+        lengths = {name: writer.rng.choice((length, 0, 1, 70)) for name in writer.streams} | {"tokens": length}
+        inputs, masks = writer.inputs(batch, lengths), writer.masks(batch, lengths)
         results = []
         for program in programs:
             try:
-                results.append(program.run(inputs, mask))
+                results.append(program.run(inputs, masks=masks))
             except ValueError as error:
                 results.append([np.array([hash(str(error)) % 1000])])
         for result in results[1:]:
