@@ -80,7 +80,8 @@ def type_of(field: Field) -> str:
         array = "_F32" if field.role.dtypes == ("float32",) else "NDArray[Any]"
         return f"Sequence[{array}]" if field.type == tuple[Ref, ...] else array + none
     special = {Weight: "dict[str, Any]", tuple[Source, ...]: "Sequence[tuple[Any, ...]]"}
-    return special.get(field.type) or field.type.__name__ + none
+    inner = next((item for item in get_args(field.type) if item is not NoneType), field.type)
+    return special.get(field.type) or inner.__name__ + none
 
 
 @every
@@ -101,7 +102,7 @@ def test_every_method_that_adds_a_step_is_declared() -> None:
 
 OPTIONS: Mapping[str, object] = {
     "heads": 2, "op": "add", "channels": 2, "patch_h": 2, "patch_w": 2, "activation": "relu", "causal": True,
-    "rms": True, "x_zero_point": 3, "q_zero_point": 3, "y_zero_point": 5, "zero_point": 5,
+    "rms": True, "x_zero_point": 3, "q_zero_point": 3, "y_zero_point": 5, "zero_point": 5, "offset": 2,
 }  # fmt: skip
 PACKED = Weight("dense", Ref("packed"))
 ARRAYS: Held = {"packed": np.ones((2, 2, 4, 4), np.int8)}
@@ -118,6 +119,7 @@ class Example:
     def build(self) -> _native.Program:
         """A program that fills what the step reads and then has the step."""
         program = _native.Program(threads=1)
+        program.stream("behind", "rest", "tokens")
         for buffer in self.buffers:
             program.buffer(buffer.rows, buffer.layout, buffer.geometry)
         for number in self.step.reads():
@@ -155,7 +157,8 @@ def example(step: type[Step], **layouts: Layout) -> Example:
 
 
 def geometry(step: type[Step], field: str) -> str:
-    return {("first", "y"): "first", ("prepend", "y"): "tokens1"}.get((step.name, field), "tokens")
+    others = {("first", "y"): "first", ("prepend", "y"): "tokens1", ("rest", "y"): "behind"}
+    return others.get((step.name, field), "tokens")
 
 
 def fill(program: _native.Program, number: int, buffer: Buffer) -> None:

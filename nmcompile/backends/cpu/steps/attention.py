@@ -16,6 +16,7 @@ class Attention(Step):
     """Queries u8, keys and values in the tiles that its products read."""
 
     name: ClassVar[str] = "attention"
+    together: ClassVar[tuple[str, ...]] = ("offset",)
 
     q: Annotated[int, Reads(("u8",))]
     k: Annotated[int, Reads(("keys",))]
@@ -30,12 +31,13 @@ class Attention(Step):
     causal: bool = False
     y_scale: float = 1.0
     y_zero_point: int = 0
+    offset: int | None = None  # positions of queries behind those of keys, where they are not the same tokens
 
     def call(self, program: _native.Program, held: Held) -> None:
         program.attention(
             q=self.q, k=self.k, v=self.v, y=self.y, heads=self.heads, scale=self.scale, q_scale=self.q_scale,
             q_zero_point=self.q_zero_point, k_scale=self.k_scale, v_scale=self.v_scale, causal=self.causal,
-            y_scale=self.y_scale, y_zero_point=self.y_zero_point,
+            y_scale=self.y_scale, y_zero_point=self.y_zero_point, offset=self.offset,
         )  # fmt: skip
 
     def multiply_adds(self, buffers: Sequence[Buffer], held: Held, counts: Counts) -> int:
@@ -47,6 +49,7 @@ class AttentionFloat(Step):
     """Queries, keys and values in float32."""
 
     name: ClassVar[str] = "attention_float"
+    together: ClassVar[tuple[str, ...]] = ("offset",)
     multiplies_floats: ClassVar[bool] = True
 
     q: Floats
@@ -58,11 +61,12 @@ class AttentionFloat(Step):
     causal: bool = False
     y_scale: float = 1.0
     y_zero_point: int = 0
+    offset: int | None = None  # positions of queries behind those of keys, where they are not the same tokens
 
     def call(self, program: _native.Program, held: Held) -> None:
         program.attention_float(
             q=self.q, k=self.k, v=self.v, y=self.y, heads=self.heads, scale=self.scale, causal=self.causal,
-            y_scale=self.y_scale, y_zero_point=self.y_zero_point,
+            y_scale=self.y_scale, y_zero_point=self.y_zero_point, offset=self.offset,
         )  # fmt: skip
 
     def multiply_adds(self, buffers: Sequence[Buffer], held: Held, counts: Counts) -> int:

@@ -111,6 +111,19 @@ class First(Step):
 
 
 @dataclass(frozen=True)
+class Rest(Step):
+    """All tokens of each sequence but the first."""
+
+    name: ClassVar[str] = "rest"
+
+    x: Floats
+    y: Made
+
+    def call(self, program: _native.Program, held: Held) -> None:
+        program.rest(x=self.x, y=self.y)
+
+
+@dataclass(frozen=True)
 class AddPositions(Step):
     """y = x + the row of the table for each token's position."""
 
@@ -162,4 +175,4 @@ class Prepend(Step):
         program.prepend(x=self.x, y=self.y, row=self.row.of(held))
 
 
-STEPS: tuple[type[Step], ...] = (Embed, Enter, Leave, First, AddPositions, Patches, Prepend)
+STEPS: tuple[type[Step], ...] = (Embed, Enter, Leave, First, Rest, AddPositions, Patches, Prepend)
