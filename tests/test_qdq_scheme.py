@@ -55,7 +55,9 @@ def test_what_recipes_say() -> None:
         "quantize-outputs(clip=mse)",
     ]
     assert said(tensorrt_passes(PRESETS["fast"], "int8", "none"))[1:] == [
-        "insert-qdq(activations=int8, least_scale=6.2e-05, softmax=true)", 'quantize-outputs(layers="none")']  # fmt: skip
+        "insert-qdq(activations=int8, least_scale=6.2e-05, softmax=true)",
+        'quantize-outputs(layers="none")',
+    ]
 
 
 def test_a_scheme_says_its_passes() -> None:
