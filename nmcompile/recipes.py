@@ -151,6 +151,6 @@ def legalizing_passes(profile: Profile, weights: str) -> list[Pass]:
         SimplifyMasks(),  # first, as the next: both match attention, which what follows takes apart
         ScaleQueries(),
         StoreWeights(form=weights),
-        LowerOpset(version=profile.opset),  # before types: GELU spelled out is typed like the rest
+        LowerOpset(version=profile.opset),  # before types: a legalized GELU is typed like the rest
         *([NarrowFloats()] if profile.strong else []),
     ]
