@@ -126,8 +126,9 @@ def test_a_shared_weight_has_one_pair() -> None:
     assert_same_bits(found.graph, rounded(found), graph)
 
 
-def test_a_weight_is_rounded_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For its range, its bias and the graph together."""
+@pytest.mark.parametrize(("text", "shapes"), [(MODEL, [(16, 8), (8, 16)]), (SHARED, [(8, 8)])])
+def test_a_weight_is_rounded_once(text: str, shapes: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """For its ranges, its biases and the graph together."""
     seen: list[tuple[int, ...]] = []
     real = q8.round_weight
 
@@ -136,8 +137,8 @@ def test_a_weight_is_rounded_once(monkeypatch: pytest.MonkeyPatch) -> None:
         return real(weight, scales, levels)
 
     monkeypatch.setattr(q8, "round_weight", counted)
-    calibrated(InsertQdq(clip="output", bias=True), parse(MODEL))
-    assert seen == [(16, 8), (8, 16)]
+    calibrated(InsertQdq(clip="output", bias=True), parse(text))
+    assert seen == shapes
 
 
 def test_a_least_scale_holds_where_a_range_rounded_without_it() -> None:
