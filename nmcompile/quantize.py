@@ -6,6 +6,7 @@ zero_point) and x = (q - zero_point) * scale, in float32.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -39,7 +40,7 @@ def weight_scales(weight: Array, levels: int = WEIGHT_LEVELS[8]) -> npt.NDArray[
 
     InputError when a weight is NaN or infinite.
     """
-    largest = np.abs(weight.astype(np.float32)).max(axis=1, initial=0.0)
+    largest = np.abs(np.asarray(weight, np.float32)).max(axis=1, initial=0.0)
     if not np.isfinite(largest).all():
         row = int(np.flatnonzero(~np.isfinite(largest))[0])
         raise InputError(
@@ -55,8 +56,13 @@ def quantize_weight(
     """(int8 [N, K] within +-levels, scales float32 [N], none below `least`) of weight [N outputs, K inputs]; zeros stay
     zeros."""
     scales = np.maximum(weight_scales(weight, levels), np.float32(least))
-    rounded = np.rint(weight.astype(np.float32) / scales[:, None])
-    return np.clip(rounded, -levels, levels).astype(np.int8), scales
+    return round_weight(weight, scales, levels), scales
+
+
+def round_weight(weight: Array, scales: npt.NDArray[np.float32], levels: int) -> npt.NDArray[np.int8]:
+    """int8 [N, K] within +-levels of weight [N, K] at scales [N]."""
+    steps = np.rint(np.asarray(weight, np.float32) / scales[:, None])
+    return np.asarray(np.clip(steps, -levels, levels, out=steps), np.int8)
 
 
 def activation_params(lo: float, hi: float, dtype: QuantType) -> QuantParams:
@@ -65,7 +71,7 @@ def activation_params(lo: float, hi: float, dtype: QuantType) -> QuantParams:
     uint8: asymmetric, 255 steps from lo to hi. int8: symmetric, zero point 0, 127 steps to the larger side.
     An empty range [0, 0] has scale 1.
     """
-    if not (np.isfinite(lo) and np.isfinite(hi)) or lo > hi:
+    if not (math.isfinite(lo) and math.isfinite(hi)) or lo > hi:
         raise InputError(
             f"[{lo:g}, {hi:g}] is not a range to quantize; calibrate with data that give finite values"
         )
@@ -74,13 +80,20 @@ def activation_params(lo: float, hi: float, dtype: QuantType) -> QuantParams:
         return QuantParams(_scale(max(-lo, hi), 127), 0, "int8")
     if dtype == "uint8":
         scale = _scale(hi - lo, 255)
-        return QuantParams(scale, int(np.clip(np.rint(-lo / scale), 0, 255)), "uint8")
+        return QuantParams(scale, min(max(round(-lo / scale), 0), 255), "uint8")
     raise InputError(f"quantization type '{dtype}' is not known; use uint8 or int8")
 
 
 def rounded(x: Array, params: QuantParams) -> npt.NDArray[np.float32]:
-    """x after quantization and back, float32 of its shape."""
-    return dequantize(quantize(x, params.scale, params.zero_point, params.dtype), params.scale, params.zero_point)
+    """x after quantization and back, float32 of its shape: as `quantize` and `dequantize`, whose integers float32 holds
+    exactly."""
+    scale, zero = np.float32(params.scale), np.float32(params.zero_point)
+    steps: npt.NDArray[np.float32] = np.rint(np.asarray(x, np.float32) / scale)
+    steps += zero
+    np.clip(steps, *((0, 255) if params.dtype == "uint8" else (-128, 127)), out=steps)
+    steps -= zero
+    steps *= scale
+    return steps
 
 
 def quantize(

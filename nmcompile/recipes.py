@@ -34,8 +34,8 @@ from nmcompile.passes import (
 )
 from nmcompile.pipeline import Pass
 from nmcompile.prune.selection import MASKS
+from nmcompile.qdq.scheme import CPU, TENSORRT, Scheme
 
-LEAST_SCALE = 6.2e-5  # of weights for TensorRT: half precision holds no smaller one in full
 SPARSE_MULTIPLE = 32  # outputs and inputs of a layer that TensorRT may run sparse: INT8 formats hold 32 channels
 
 
@@ -53,6 +53,11 @@ class Preset:
     alpha: float = 0.6  # how far; 0 chooses it for each normalisation
     bias: bool = False  # biases take on the mean error of rounding
     weight_bits: int = 8  # 7: the emitted graph is right in onnxruntime on CPUs without VNNI too
+
+    def scheme(self, target: Scheme) -> Scheme:
+        """A target's scheme with what the preset says of it."""
+        alpha = self.alpha if self.smooth else None
+        return replace(target, clip=self.clip, bias=self.bias, alpha=alpha, weight_bits=self.weight_bits)
 
 
 PRESETS: Mapping[str, Preset] = {
@@ -121,24 +126,23 @@ def pruning_passes(
 
 def quantizing_passes(preset: Preset, attention: str, exclude: Sequence[str] = ()) -> list[Pass]:
     """For the CPU: what follows pruning; `exclude` names layers that stay in float."""
-    # of the pruned model: what is left of the weights takes the outliers
-    smooth: list[Pass] = [SmoothActivations(alpha=preset.alpha)] if preset.smooth else []
-    # last: ranges are those of the smoothed model
-    return [*smooth, InsertQdq(clip=preset.clip, bias=preset.bias, attention=attention, exclude=tuple(exclude),
-                               weight_bits=preset.weight_bits)]  # fmt: skip
+    return scheme_passes(replace(preset.scheme(CPU), attention=attention, keep=tuple(exclude)))
 
 
 def tensorrt_passes(preset: Preset, attention: str, outputs: str, exclude: Sequence[str] = ()) -> list[Pass]:
     """For TensorRT: the same, symmetric; `outputs` says which layers hand on eight bits (sparse, all, none)."""
-    smooth: list[Pass] = [SmoothActivations(alpha=preset.alpha, activations="int8")] if preset.smooth else []
-    return [
-        *smooth,
-        # fused INT8 attention wants pairs on all it multiplies, the softmax's shares too
-        InsertQdq(activations="int8", clip=preset.clip, bias=preset.bias, attention=attention,
-                  softmax=attention == "int8", exclude=tuple(exclude), least_scale=LEAST_SCALE),
-        # after pruning and Q/DQ: only quantized sparse layers gain
-        QuantizeOutputs(layers=outputs, clip="mse" if preset.clip == "output" else preset.clip),
-    ]  # fmt: skip
+    scheme = replace(preset.scheme(TENSORRT), attention=attention, outputs=outputs, keep=tuple(exclude))
+    passes = scheme_passes(scheme)
+    return passes if outputs != "none" else [*passes, QuantizeOutputs.of(scheme)]  # the log says that none are
+
+
+def scheme_passes(scheme: Scheme) -> list[Pass]:
+    """What follows pruning, as a scheme says."""
+    # of the pruned model: what is left of the weights takes the outliers
+    smooth = [] if scheme.alpha is None else [SmoothActivations(alpha=scheme.alpha, activations=scheme.activations)]
+    # after pruning and Q/DQ: only quantized sparse layers gain
+    outputs = [] if scheme.outputs == "none" else [QuantizeOutputs.of(scheme)]
+    return [*smooth, InsertQdq.of(scheme), *outputs]  # ranges are those of the smoothed model
 
 
 def legalizing_passes(profile: Profile, weights: str) -> list[Pass]:
@@ -147,6 +151,6 @@ def legalizing_passes(profile: Profile, weights: str) -> list[Pass]:
         SimplifyMasks(),  # first, as the next: both match attention, which what follows takes apart
         ScaleQueries(),
         StoreWeights(form=weights),
-        LowerOpset(version=profile.opset),  # before types: GELU spelled out is typed like the rest
+        LowerOpset(version=profile.opset),  # before types: a legalized GELU is typed like the rest
         *([NarrowFloats()] if profile.strong else []),
     ]

@@ -1,4 +1,4 @@
-"""LowerOpset: spell a graph with the operators of an older set, for runtimes that read no newer one."""
+"""LowerOpset: legalize a graph for an older operator set, for runtimes that read no newer one."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class LowerOpset(Pass):
 
     opset 23: Gelu(x)  ->  opset 17: x * 0.5 * (1 + Erf(x / sqrt 2))
 
-    Operators that came later are spelled out, sizes that became inputs turn into attributes again. An operator that
-    the older set cannot express is an error.
+    Operators that came later are written with those of before, sizes that became inputs turn into attributes again.
+    An operator that the older set cannot express is an error.
     """
 
     preserves: ClassVar[bool] = True
@@ -38,10 +38,10 @@ class LowerOpset(Pass):
             return Report()
         changed = 0
         for inner in [graph, *graph.subgraphs(recursive=True)]:
-            for op, (since, spell) in SPELLINGS.items():
+            for op, (since, legalize) in LEGALIZATIONS.items():
                 found = [node for node in inner.nodes if node.op == op and node.domain in DOMAINS]
                 for node in found if since > self.version else ():
-                    spell(inner, node)
+                    legalize(inner, node)
                     changed += 1
         g.cleanup(graph)
         for node in _nodes(graph):
@@ -51,7 +51,7 @@ class LowerOpset(Pass):
         graph.ir_version = onnx.helper.find_min_ir_version_for([onnx.helper.make_opsetid("", self.version)])
         for inner in graph.subgraphs(recursive=True):
             inner.opset = self.version
-        return Report(changed=1, detail={"from": before, "to": self.version, "spelled out": changed})
+        return Report(changed=1, detail={"from": before, "to": self.version, "legalized": changed})
 
 
 def _nodes(graph: gs.Graph) -> Iterator[gs.Node]:
@@ -132,11 +132,11 @@ def _pad(graph: gs.Graph, node: gs.Node) -> None:
     node.inputs = node.inputs[:3]
 
 
-Spelling = Callable[[gs.Graph, gs.Node], None]
+Legalization = Callable[[gs.Graph, gs.Node], None]
 REDUCTIONS = ("ReduceMean", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceL1", "ReduceL2", "ReduceLogSum",
               "ReduceLogSumExp", "ReduceSumSquare")  # fmt: skip
-# operator -> (first opset of the form that is spelled out, how); in this order, since some make others
-SPELLINGS: Mapping[str, tuple[int, Spelling]] = {
+# operator -> (first opset of the form that is legalized, how); in this order, since some make others
+LEGALIZATIONS: Mapping[str, tuple[int, Legalization]] = {
     "Gelu": (20, _gelu),
     "RMSNormalization": (23, _rms_norm),
     "Split": (18, _split),

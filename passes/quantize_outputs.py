@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, cast, get_args
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -13,13 +12,9 @@ import onnx_graphsurgeon as gs
 from nmcompile import ir as g
 from nmcompile import quantize as q8
 from nmcompile import sparsity as sp
-from nmcompile.calibrate.statistics import Method
 from nmcompile.contract import Context, Pass, Report
-from nmcompile.errors import PassError
 from nmcompile.qdq.pairs import quantized
-
-if TYPE_CHECKING:
-    pass
+from nmcompile.qdq.scheme import METHODS, OUTPUTS, Scheme, known
 
 PATTERN = sp.NM(2, 4)
 # what a product computes before it rounds: activations, and the parts of a SiLU
@@ -46,17 +41,30 @@ class QuantizeOutputs(Pass):
     least_sqnr: float = 20.0
     exclude: tuple[str, ...] = ()
 
+    @classmethod
+    def of(cls, scheme: Scheme) -> QuantizeOutputs:
+        """The pass of a scheme: no layer reads what it quantizes, so that no error of outputs chooses its ranges."""
+        return cls(layers=scheme.outputs, clip=scheme.method)
+
+    @property
+    def scheme(self) -> Scheme:
+        """The options as a scheme; PassError for one that is not known."""
+        known("layers", self.layers, OUTPUTS)
+        known("clip", self.clip, METHODS)
+        return Scheme(activations="int8", clip=self.clip, percentile=self.percentile, outputs=self.layers,
+                      keep=self.exclude)  # fmt: skip
+
     def needs(self, graph: gs.Graph) -> dict[str, tuple[str, ...]]:
-        ranges = ("range",) if self.clip == "min-max" else ("range", "histogram")
-        return {end.name: (*ranges, "squares") for _, end in self._chosen(graph)}
+        scheme = self.scheme
+        return {end.name: (*scheme.kinds, "squares") for _, end in _chosen(graph, scheme)}
 
     def run(self, graph: gs.Graph, context: Context) -> Report:
         found: dict[str, object] = {}
-        notes = []
-        for layer, end in self._chosen(graph):
+        notes, scheme = [], self.scheme
+        for layer, end in _chosen(graph, scheme):
             statistics, name = context.statistics, end.name
-            low, high = statistics.clip(name, cast("Method", self.clip), self.percentile, "int8")
-            params = q8.activation_params(low, high, "int8")
+            low, high = statistics.clip(name, scheme.method, scheme.percentile, scheme.dtype)
+            params = q8.activation_params(low, high, scheme.dtype)
             power = float(np.mean(statistics.squares(name))) / max(statistics.rows(name), 1)
             sqnr = 10 * np.log10(max(power, 1e-30) / (params.scale**2 / 12))  # of uniform rounding errors
             if sqnr < self.least_sqnr:
@@ -69,20 +77,17 @@ class QuantizeOutputs(Pass):
             g.cleanup(graph)
         return Report(changed=len(found), detail={"outputs": found} if found else {}, notes=tuple(notes))
 
-    def _chosen(self, graph: gs.Graph) -> Iterator[tuple[g.Linear, gs.Tensor]]:
-        """Layers, and the ends of what TensorRT computes together with them."""
-        if self.layers not in ("sparse", "all", "none"):
-            raise PassError(f"layers={self.layers} is not known; choose sparse, all or none")
-        if self.clip not in get_args(Method):
-            raise PassError(f"clip={self.clip} is not known; choose one of {', '.join(get_args(Method))}")
-        for layer in g.linear_layers(graph) if self.layers != "none" else ():
-            if not layer.quantized or any(fnmatchcase(layer.name, glob) for glob in self.exclude):
-                continue
-            end = _end(graph, layer.y)
-            if g.is_output(graph, end) or _only_quantized(end):
-                continue
-            if self.layers == "all" or is_sparse(layer.weight):
-                yield layer, end
+
+def _chosen(graph: gs.Graph, scheme: Scheme) -> Iterator[tuple[g.Linear, gs.Tensor]]:
+    """Layers, and the ends of what TensorRT computes together with them."""
+    for layer in g.linear_layers(graph) if scheme.outputs != "none" else ():
+        if not layer.quantized or any(fnmatchcase(layer.name, glob) for glob in scheme.keep):
+            continue
+        end = _end(graph, layer.y)
+        if g.is_output(graph, end) or _only_quantized(end):
+            continue
+        if scheme.outputs == "all" or is_sparse(layer.weight):
+            yield layer, end
 
 
 def is_sparse(weight: np.ndarray) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, cast
+from typing import ClassVar
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -14,10 +14,7 @@ from nmcompile import quantize as q8
 from nmcompile.builder import Builder
 from nmcompile.canonical import role
 from nmcompile.contract import CANONICAL, Context, Pass, Report
-from nmcompile.errors import PassError
-
-if TYPE_CHECKING:
-    pass
+from nmcompile.qdq.scheme import Scheme
 
 ALPHAS = (0.6, 0.5, 0.7, 0.4, 0.8, 0.3)  # the first of equals is taken
 ROWS = 256  # on which they are compared
@@ -42,15 +39,17 @@ class SmoothActivations(Pass):
     alpha: float = 0.6
     activations: str = "uint8"  # or int8 for TensorRT: what alpha is chosen for
 
+    @property
+    def scheme(self) -> Scheme:
+        """The options as a scheme; PassError for one that is not known."""
+        return Scheme(activations=self.activations, alpha=self.alpha)
+
     def needs(self, graph: gs.Graph) -> dict[str, tuple[str, ...]]:
         wanted = ("channels",) if self.alpha else ("channels", "sample")
         return dict.fromkeys(_readers(graph), wanted)
 
     def run(self, graph: gs.Graph, context: Context) -> Report:
-        if self.activations not in ("uint8", "int8"):
-            raise PassError(f"activations={self.activations} is not known; choose uint8 (CPU) or int8 (TensorRT)")
-        if not 0 <= self.alpha < 1:
-            raise PassError(f"alpha={self.alpha} is not between 0 and 1; 0.5 shares the load evenly, 0 chooses")
+        kind = self.scheme.dtype
         readers = _readers(graph)
         detail: dict[str, object] = {}
         alphas: dict[str, float] = {}
@@ -59,8 +58,8 @@ class SmoothActivations(Pass):
             peaks = np.maximum(statistics.channels(name).astype(np.float64), 1e-5)
             weights = np.maximum(np.max([np.abs(layer.weight).max(axis=0) for layer in layers], axis=0), 1e-5)
             alpha = self.alpha or _best_alpha(
-                statistics.sample(name), [layer.weight for layer in layers], peaks,
-                cast("q8.QuantType", self.activations))  # fmt: skip
+                statistics.sample(name), [layer.weight for layer in layers], peaks, weights, kind
+            )
             scale = _factors(peaks, weights, alpha)
             x = layers[0].x
             b = Builder(graph, f"{name}/smooth")
@@ -76,11 +75,18 @@ class SmoothActivations(Pass):
         return Report(changed=len(readers), detail={"peak reduced by": detail, **chosen} if detail else {})
 
 
-def _best_alpha(x: np.ndarray, matrices: list[np.ndarray], peaks: np.ndarray, kind: q8.QuantType) -> float:
-    """The exponent of least error on some of the rows x [T, K]."""
+def _best_alpha(
+    x: np.ndarray, matrices: list[np.ndarray], peaks: np.ndarray, weights: np.ndarray, kind: q8.QuantType
+) -> float:
+    """The exponent of least error on some of the rows x [T, K], for the largest |x| and |W| by channel."""
     few = x[:: max(len(x) // ROWS, 1)]
-    weights = np.maximum(np.max([np.abs(matrix).max(axis=0) for matrix in matrices], axis=0), 1e-5)
-    return min(ALPHAS, key=lambda alpha: _error(few, matrices, _factors(peaks, weights, alpha), kind))
+    wanted = [few @ matrix.T for matrix in matrices]
+    best, least = ALPHAS[0], _error(few, matrices, wanted, _factors(peaks, weights, ALPHAS[0]), kind)
+    for alpha in ALPHAS[1:]:
+        error = _error(few, matrices, wanted, _factors(peaks, weights, alpha), kind, least)
+        if error < least:
+            best, least = alpha, error
+    return best
 
 
 def _factors(peaks: np.ndarray, weights: np.ndarray, alpha: float) -> np.ndarray:
@@ -89,15 +95,20 @@ def _factors(peaks: np.ndarray, weights: np.ndarray, alpha: float) -> np.ndarray
     return np.asarray(scale / np.exp(np.log(scale).mean()))
 
 
-def _error(x: np.ndarray, weights: list[np.ndarray], scale: np.ndarray, kind: q8.QuantType) -> float:
-    """Sum over layers of |Q(x / s) Q(s W)^T - x W^T|^2 / |x W^T|^2 for x [T, K] and weights [N, K]."""
+def _error(
+    x: np.ndarray, weights: list[np.ndarray], wanted: list[np.ndarray], scale: np.ndarray, kind: q8.QuantType,
+    limit: float = np.inf,
+) -> float:  # fmt: skip
+    """Sum over layers of |Q(x / s) Q(s W)^T - x W^T|^2 / |x W^T|^2 for x [T, K] and weights [N, K], `wanted` holds
+    x W^T; only the first of them where these reach the limit already."""
     smooth = (x / scale).astype(np.float32)
     small, total = q8.rounded(smooth, q8.activation_params(float(smooth.min()), float(smooth.max()), kind)), 0.0
-    for weight in weights:
+    for weight, exact in zip(weights, wanted, strict=True):
         levels, steps = q8.quantize_weight(weight * scale.astype(np.float32))
-        wanted = x @ weight.T
-        lost = small @ (levels * steps[:, None]).T - wanted
-        total += float(np.vdot(lost, lost)) / max(float(np.vdot(wanted, wanted)), 1e-30)
+        lost = small @ (levels * steps[:, None]).T - exact
+        total += float(np.vdot(lost, lost)) / max(float(np.vdot(exact, exact)), 1e-30)
+        if total >= limit:
+            break
     return total
 
 

@@ -10,13 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from nmcompile.errors import CalibrationError
-from nmcompile.quantize import QuantType, activation_params, dequantize, quantize
+from nmcompile.quantize import QuantType, activation_params, rounded
 
 Array = npt.NDArray[Any]
 Method = Literal["min-max", "percentile", "entropy", "mse"]
@@ -279,11 +280,12 @@ def _clip_mse(histogram: Histogram, dtype: QuantType) -> tuple[float, float]:
     counts = histogram.counts[used].astype(np.float64)
     centres = np.clip((histogram.edges[:-1] + histogram.width / 2)[used], histogram.lo, histogram.hi)
 
+    narrow = centres.astype(np.float32)
+
+    @cache  # ends are tried again, those of both rounds most of all
     def error(lo: float, hi: float) -> float:
-        params = activation_params(lo, hi, dtype)
-        stored = quantize(centres, params.scale, params.zero_point, dtype)
-        back = dequantize(stored, params.scale, params.zero_point)
-        return float((counts * (back - centres) ** 2).sum())
+        lost = rounded(narrow, activation_params(lo, hi, dtype)) - centres
+        return float((counts * lost**2).sum())
 
     lo, hi = min(histogram.lo, 0.0), max(histogram.hi, 0.0)
     if dtype == "int8":

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-import onnx_graphsurgeon as gs
 
-from nmcompile import ir as g
 from nmcompile import quantize as q8
 from nmcompile.calibrate.statistics import Method
 
@@ -19,31 +18,60 @@ CANDIDATES: tuple[tuple[Method, float], ...] = (("mse", 0.0), ("min-max", 0.0), 
                                                 ("percentile", 99.99), ("percentile", 99.9))  # fmt: skip
 
 
-def best_range(
-    statistics: Statistics, name: str, layers: Sequence[g.Linear], dtype: q8.QuantType, levels: int
-) -> tuple[float, float]:
-    """The range of a tensor, of those that the clipping methods propose, with the least
-    |Q(x) Q(W)^T - x W^T|^2 / |x W^T|^2 over the layers that read it; weights are within +-levels."""
-    x = statistics.sample(name)
-    weights = [(layer.weight, _rounded(layer.weight, levels)) for layer in layers]
-    exact = [x @ weight.T for weight, _ in weights]
+@dataclass(frozen=True)
+class Sample:
+    """Layers that read one tensor, on a sample of it.
 
-    def error(ends: tuple[float, float]) -> float:
-        small = q8.rounded(x, q8.activation_params(*ends, dtype))
-        lost = [small @ coarse.T - wanted for (_, coarse), wanted in zip(weights, exact, strict=True)]
-        return sum(float(np.vdot(a, a)) / max(float(np.vdot(b, b)), 1e-30) for a, b in zip(lost, exact, strict=True))
+    x [T, K]; exact: what each layer gives, [T, N]; coarse: each weight [N, K] after quantization and back.
+    """
 
-    return min((statistics.clip(name, method, share, dtype) for method, share in CANDIDATES), key=error)
+    x: np.ndarray
+    exact: tuple[np.ndarray, ...]
+    coarse: tuple[np.ndarray, ...]
+
+    @classmethod
+    def of(cls, x: np.ndarray, weights: Sequence[np.ndarray], coarse: Sequence[np.ndarray]) -> Sample:
+        return cls(x, tuple(x @ weight.T for weight in weights), tuple(coarse))
+
+    def trial(self, params: q8.QuantParams, limit: float | None = None) -> Trial | None:
+        """x rounded so; None as soon as the error reaches `limit`."""
+        small, products, terms = q8.rounded(self.x, params), [], [0.0]
+        for weight, wanted in zip(self.coarse, self.exact, strict=True):
+            products.append(small @ weight.T)
+            lost = products[-1] - wanted
+            terms.append(float(np.vdot(lost, lost)) / max(float(np.vdot(wanted, wanted)), 1e-30))
+            if limit is not None and not sum(terms) < limit:  # terms are not negative, or not numbers
+                return None
+        return Trial(params, tuple(products), sum(terms))
 
 
-def correct_bias(graph: gs.Graph, layer: g.Linear, x: np.ndarray, params: q8.QuantParams, levels: int) -> None:
-    """Let the layer's bias take on what rounding adds to its outputs on average (Nagel et al. 2019, arXiv 1906.04721),
-    for x [T, K] as it comes in; a layer without a bias stays as it is."""
-    if layer.bias is not None:
-        lost = (x @ layer.weight.T - q8.rounded(x, params) @ _rounded(layer.weight, levels).T).mean(axis=0)
-        g.set_bias(graph, layer, layer.bias + lost.astype(np.float32))
+@dataclass(frozen=True)
+class Trial:
+    """What layers give where x and their weights are rounded, [T, N] each; error: the sum over them of
+    |Q(x) Q(W)^T - x W^T|^2 / |x W^T|^2."""
+
+    params: q8.QuantParams
+    products: tuple[np.ndarray, ...]
+    error: float
 
 
-def _rounded(weight: np.ndarray, levels: int) -> np.ndarray:
-    small, steps = q8.quantize_weight(weight, levels=levels)
-    return np.asarray(small * steps[:, None])
+def candidates(statistics: Statistics, name: str, dtype: q8.QuantType) -> list[q8.QuantParams]:
+    """What the clipping methods propose for a tensor, each once."""
+    ends = dict.fromkeys(statistics.clip(name, method, share, dtype) for method, share in CANDIDATES)
+    return [q8.activation_params(low, high, dtype) for low, high in ends]
+
+
+def best_trial(sample: Sample, proposed: Iterable[q8.QuantParams]) -> Trial:
+    """The first of those with the least error; `proposed` holds one at least."""
+    best: Trial | None = None
+    for params in proposed:
+        best = sample.trial(params, None if best is None else best.error) or best
+    assert best is not None
+    return best
+
+
+def mean_errors(sample: Sample, trial: Trial) -> list[np.ndarray]:
+    """What biases take on, float32 [N] of each layer: what rounding takes from its outputs on average (Nagel et al.
+    2019, arXiv 1906.04721)."""
+    return [(wanted - found).mean(axis=0).astype(np.float32)
+            for wanted, found in zip(sample.exact, trial.products, strict=True)]  # fmt: skip
