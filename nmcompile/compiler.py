@@ -96,7 +96,7 @@ def _made(work: Work, pruned: Pruned) -> _Made:
     def build(keep: Keep, final: bool = False) -> Product:
         if keep not in known or (final and work.runner.observers):  # observers see what led to the plan, and only that
             runner = work.runner if final else work.runner.unseen
-            known[keep] = work.target.lower(quantize(pruned, work.quantizing, runner, keep), runner)
+            known[keep] = work.target.lower(quantize(pruned, work.scheme, runner, keep), runner)
         return known[keep]
 
     if work.limit is None:

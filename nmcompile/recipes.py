@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from nmcompile import sparsity as sp
@@ -34,7 +34,7 @@ from nmcompile.passes import (
 )
 from nmcompile.pipeline import Pass
 from nmcompile.prune.selection import MASKS
-from nmcompile.qdq.scheme import CPU, TENSORRT, Scheme
+from nmcompile.qdq.scheme import Scheme
 
 SPARSE_MULTIPLE = 32  # outputs and inputs of a layer that TensorRT may run sparse: INT8 formats hold 32 channels
 
@@ -122,18 +122,6 @@ def pruning_passes(
     if isinstance(kind, sp.Block):
         return [*order, BlockPrune(sparsity=share, block=str(kind), **given)]  # type: ignore[arg-type]
     return [MagnitudePrune(sparsity=share, **given)]  # type: ignore[arg-type]
-
-
-def quantizing_passes(preset: Preset, attention: str, exclude: Sequence[str] = ()) -> list[Pass]:
-    """For the CPU: what follows pruning; `exclude` names layers that stay in float."""
-    return scheme_passes(replace(preset.scheme(CPU), attention=attention, keep=tuple(exclude)))
-
-
-def tensorrt_passes(preset: Preset, attention: str, outputs: str, exclude: Sequence[str] = ()) -> list[Pass]:
-    """For TensorRT: the same, symmetric; `outputs` says which layers hand on eight bits (sparse, all, none)."""
-    scheme = replace(preset.scheme(TENSORRT), attention=attention, outputs=outputs, keep=tuple(exclude))
-    passes = scheme_passes(scheme)
-    return passes if outputs != "none" else [*passes, QuantizeOutputs.of(scheme)]  # the log says that none are
 
 
 def scheme_passes(scheme: Scheme) -> list[Pass]:

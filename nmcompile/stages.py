@@ -2,7 +2,7 @@
 
     canonical = canonicalise(source, runner)
     pruned    = prune(canonical, PrunePlan.of(passes), runner)
-    quantized = quantize(pruned, quantizing, runner, keep)
+    quantized = quantize(pruned, scheme, runner, keep)
 
 What a target makes of the last one stands in nmcompile.targets.
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from glob import escape
@@ -27,11 +27,10 @@ from nmcompile.contract import Costs, Pass, Progress, Report
 from nmcompile.pipeline import Observer, Pipeline
 from nmcompile.prune.fitting import fit_norms, restore_norms
 from nmcompile.prune.selection import PruningPass
-from nmcompile.recipes import canonical_passes
+from nmcompile.qdq.scheme import Scheme
+from nmcompile.recipes import canonical_passes, scheme_passes
 from nmcompile.roles import stated
 from nmcompile.spec import spec
-
-Quantizing = Callable[[Sequence[str]], Sequence[Pass]]  # the passes that leave layers of these names in float
 
 
 class PassRun(NamedTuple):
@@ -241,9 +240,10 @@ class Quantized:
     ran: tuple[PassRun, ...]
 
 
-def quantize(pruned: Pruned, quantizing: Quantizing, runner: Runner, keep: Keep = Keep()) -> Quantized:
+def quantize(pruned: Pruned, scheme: Scheme, runner: Runner, keep: Keep = Keep()) -> Quantized:
     """Quantize what pruning has left, layers of `keep` as that says."""
     graph, after = with_dense(pruned, keep.dense, runner) if keep.dense else (pruned.graph, pruned.after)
-    quantized, ran = runner.run(quantizing([escape(name) for name in keep.floating]), graph)
+    left = replace(scheme, keep=(*scheme.keep, *map(escape, keep.floating)))
+    quantized, ran = runner.run(scheme_passes(left), graph)
     told = (_told(one, keep.floating, "float") for one in ran)
     return Quantized(pruned, keep, graph, quantized, (*pruned.ran, *(after or pruned.after), *told))

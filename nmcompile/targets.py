@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,11 +19,11 @@ from nmcompile.backends.cpu.session import Session
 from nmcompile.backends.cpu.tuning import Tuner, by_cost_model
 from nmcompile.backends.tensorrt import rules
 from nmcompile.backends.tensorrt.profiles import Profile
-from nmcompile.contract import Pass
 from nmcompile.errors import UnsupportedError
 from nmcompile.plan import write_plan
 from nmcompile.plan_memory import PlanInMemory
-from nmcompile.recipes import SPARSE_MULTIPLE, Preset, legalizing_passes, quantizing_passes, tensorrt_passes
+from nmcompile.qdq.scheme import CPU, TENSORRT, Scheme
+from nmcompile.recipes import SPARSE_MULTIPLE, Preset, legalizing_passes
 from nmcompile.stages import PassRun, Quantized, Runner
 
 Arrays = Mapping[str, np.ndarray]
@@ -80,8 +80,8 @@ class Target(ABC):
     attention: ClassVar[str]  # int8 or float, unless the user says
 
     @abstractmethod
-    def quantizing(self, preset: Preset, attention: str | None, floating: Sequence[str]) -> list[Pass]:
-        """The passes after pruning; layers `floating` stay in float."""
+    def scheme(self, preset: Preset, attention: str | None = None) -> Scheme:
+        """What is rounded and how; attention None: as is usual for the target."""
 
     @abstractmethod
     def lower(self, quantized: Quantized, runner: Runner) -> Product:
@@ -143,8 +143,8 @@ class CpuTarget(Target):
     attention: ClassVar[str] = "int8"
     tuner: Tuner | None = None
 
-    def quantizing(self, preset: Preset, attention: str | None, floating: Sequence[str]) -> list[Pass]:
-        return quantizing_passes(preset, attention or self.attention, floating)
+    def scheme(self, preset: Preset, attention: str | None = None) -> Scheme:
+        return replace(preset.scheme(CPU), attention=attention or self.attention)
 
     def lower(self, quantized: Quantized, runner: Runner) -> CpuProduct:
         runner.progress("choosing kernels", 0, 1)
@@ -188,8 +188,8 @@ class TensorrtTarget(Target):
     outputs: str = "sparse"
     weights: str = "float"
 
-    def quantizing(self, preset: Preset, attention: str | None, floating: Sequence[str]) -> list[Pass]:
-        return tensorrt_passes(preset, attention or self.attention, self.outputs, floating)
+    def scheme(self, preset: Preset, attention: str | None = None) -> Scheme:
+        return replace(preset.scheme(TENSORRT), attention=attention or self.attention, outputs=self.outputs)
 
     def lower(self, quantized: Quantized, runner: Runner) -> TensorrtProduct:
         """Legalize, and check every rule; UnsupportedError names the first that TensorRT would break on."""

@@ -23,10 +23,11 @@ from nmcompile.holdout import Holdout, hold_out
 from nmcompile.metrics import Limit
 from nmcompile.options import DataOptions, Options, Place
 from nmcompile.pipeline import Observer
+from nmcompile.qdq.scheme import Scheme
 from nmcompile.recipes import PRESETS, Preset
 from nmcompile.request import MAX_LENGTH, check_files, check_options, passes_for, without_effect
 from nmcompile.sizes import Model, model_bytes, sparsity_for
-from nmcompile.stages import Canonical, PrunePlan, Quantizing, Runner, prune, quantize
+from nmcompile.stages import Canonical, PrunePlan, Runner, prune, quantize
 from nmcompile.targets import CpuTarget, Target, TensorrtTarget
 from nmcompile.tensorinfo import TensorInfo
 
@@ -67,9 +68,9 @@ class Work:
         return self.target.tuner if isinstance(self.target, CpuTarget) else None
 
     @property
-    def quantizing(self) -> Quantizing:
-        """The passes after pruning, of the options."""
-        return lambda floating: self.target.quantizing(self.preset, self.options.quantize.attention, floating)
+    def scheme(self) -> Scheme:
+        """What is rounded and how."""
+        return self.target.scheme(self.preset, self.options.quantize.attention)
 
     def passes(self, canonical: Canonical) -> list[Pass]:
         """The passes between canonical form and quantization."""
@@ -88,8 +89,7 @@ class Work:
             magnitude = replace(asked, solver="magnitude")
             plan = PrunePlan.of(passes_for(magnitude, preset, sparsity, target, True))
             pruned = prune(canonical, plan, runner)
-            return target.lower(quantize(pruned, lambda names: target.quantizing(preset, None, names), runner),
-                                runner).size  # fmt: skip
+            return target.lower(quantize(pruned, target.scheme(preset), runner), runner).size
 
         return sparsity_for(size, asked.pattern, model_bytes(self.model), size_at)
 

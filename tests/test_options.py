@@ -66,8 +66,8 @@ def test_a_plan_in_memory_is_what_its_file_would_be(model: Path, tmp_path: Path)
     source, target = g.load(model), CpuTarget()
     runner = Runner(Calibration(open_data(feeds(model), g.inputs(source))))
     pruned = prune(canonicalise(source, runner), PrunePlan(), runner)
-    quantizing = lambda left: target.quantizing(PRESETS["fast"], None, left)  # noqa: E731
-    product = target.lower(quantize(pruned, quantizing, runner), runner)
+    scheme = target.scheme(PRESETS["fast"])
+    product = target.lower(quantize(pruned, scheme, runner), runner)
     product.write(tmp_path / "m.plan")
     written, held = read_plan(tmp_path / "m.plan"), product.session.plan
     assert held.header == written.header and held.blob_names == written.blob_names
@@ -88,11 +88,11 @@ def test_a_stage_changes_nothing_of_those_before_it() -> None:
     texts.append(g.to_text(canonical.graph))
     pruned = prune(canonical, PrunePlan.of(parse_spec("block-prune, smooth-activations")), runner)
     texts += [g.to_text(graph) for graph in (pruned.dense, pruned.sparse, pruned.graph)]
-    quantizing = lambda left: target.quantizing(PRESETS["fast"], None, left)  # noqa: E731
-    once = quantize(pruned, quantizing, runner, Keep(dense=pruned.changed[:2]))
+    scheme = target.scheme(PRESETS["fast"])
+    once = quantize(pruned, scheme, runner, Keep(dense=pruned.changed[:2]))
     texts.append(g.to_text(once.graph))
     target.lower(once, runner)
-    again = quantize(pruned, quantizing, runner, Keep(dense=pruned.changed[:2]))
+    again = quantize(pruned, scheme, runner, Keep(dense=pruned.changed[:2]))
     assert texts == [g.to_text(graph) for graph in (source, canonical.graph, pruned.dense, pruned.sparse, pruned.graph,
                                                     once.graph)]  # fmt: skip
     assert g.to_text(again.graph) == texts[-1]  # what goes back does not depend on what was tried before

@@ -11,7 +11,7 @@ from nmcompile.contract import Pass
 from nmcompile.errors import PassError
 from nmcompile.passes import InsertQdq, QuantizeOutputs, SmoothActivations
 from nmcompile.qdq.scheme import CPU, TENSORRT, Scheme
-from nmcompile.recipes import PRESETS, quantizing_passes, scheme_passes, tensorrt_passes
+from nmcompile.recipes import PRESETS, scheme_passes
 from nmcompile.spec import parse_spec, spec
 
 DEFAULT = PRESETS["default"]
@@ -47,17 +47,15 @@ def test_what_recipes_say() -> None:
     def said(passes: Sequence[Pass]) -> list[str]:
         return [spec(pass_) for pass_ in passes]
 
-    assert said(quantizing_passes(DEFAULT, "int8", ["a"])) == [
+    assert said(scheme_passes(replace(DEFAULT.scheme(CPU), keep=("a",)))) == [
         "smooth-activations(alpha=0.0)", "insert-qdq(clip=output, bias=true, exclude=a)"]  # fmt: skip
-    assert said(tensorrt_passes(DEFAULT, "float", "sparse")) == [
+    assert said(scheme_passes(replace(DEFAULT.scheme(TENSORRT), attention="float", outputs="sparse"))) == [
         "smooth-activations(alpha=0.0, activations=int8)",
         "insert-qdq(activations=int8, clip=output, bias=true, least_scale=6.2e-05, attention=float)",
         "quantize-outputs(clip=mse)",
     ]
-    assert said(tensorrt_passes(PRESETS["fast"], "int8", "none"))[1:] == [
-        "insert-qdq(activations=int8, least_scale=6.2e-05, softmax=true)",
-        'quantize-outputs(layers="none")',
-    ]
+    fast = replace(PRESETS["fast"].scheme(TENSORRT), attention="int8", outputs="none")
+    assert said(scheme_passes(fast))[1:] == ["insert-qdq(activations=int8, least_scale=6.2e-05, softmax=true)"]
 
 
 def test_a_scheme_says_its_passes() -> None:

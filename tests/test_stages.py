@@ -37,8 +37,7 @@ def pruned_by(passes: str, data: Data) -> Pruned:
 
 def quantized(pruned: Pruned, names: Sequence[str], data: Data) -> Quantized:
     keep = Keep(dense=tuple(names))
-    return quantize(pruned, lambda left: CpuTarget().quantizing(PRESETS["fast"], "int8", left),
-                    Runner(Calibration(data)), keep)  # fmt: skip
+    return quantize(pruned, CpuTarget().scheme(PRESETS["fast"]), Runner(Calibration(data)), keep)
 
 
 def back(pruned: Pruned, names: Sequence[str], data: Data) -> gs.Graph:
@@ -132,8 +131,7 @@ def test_layers_that_the_search_left_in_float_are_not_said_to_be_named(data: Dat
     pruned = pruned_by("", data)
     name = g.linear_layers(pruned.dense)[0].name
     runner, target = Runner(Calibration(data)), CpuTarget()
-    made = quantize(pruned, lambda left: target.quantizing(PRESETS["fast"], "int8", left), runner,
-                    Keep(floating=(name,)))  # fmt: skip
+    made = quantize(pruned, target.scheme(PRESETS["fast"]), runner, Keep(floating=(name,)))
     told = target.lower(made, runner).told
     assert f"{name}: kept float, by the search that holds the limit" in told
     assert not any("by name" in note for note in told) and len(told) == len(set(told))

@@ -36,7 +36,7 @@ def product(name: str, version: str, attention: str = "float", weights: str = "f
     target = TensorrtTarget(PROFILES[version], "sparse", weights)
     runner = Runner(Calibration(data))
     pruned = prune(canonicalise(source, runner), PrunePlan.of([NMPrune(multiple=32)]), runner)
-    quantized = quantize(pruned, lambda names: target.quantizing(PRESETS["fast"], attention, names), runner)
+    quantized = quantize(pruned, target.scheme(PRESETS["fast"], attention), runner)
     return target.lower(quantized, runner)
 
 
