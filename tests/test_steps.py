@@ -37,7 +37,7 @@ from nmcompile.backends.cpu.steps.declare import (
 from nmcompile.backends.cpu.steps.linear import Weight
 from nmcompile.backends.cpu.steps.rows import LayerNorm, Unary
 from nmcompile.backends.cpu.steps.tokens import Source
-from nmcompile.backends.cpu.streams import Counts, count
+from nmcompile.backends.cpu.streams import CLASSED, ENTERED, FIRST, Counts, count
 from nmcompile.plan import read_plan, write_plan
 from nmcompile.profile.work import moved_bytes, steps_of
 from nmcompile.session import load_cpu
@@ -80,7 +80,10 @@ def type_of(field: Field) -> str:
         array = "_F32" if field.role.dtypes == ("float32",) else "NDArray[Any]"
         return f"Sequence[{array}]" if field.type == tuple[Ref, ...] else array + none
     special = {Weight: "dict[str, Any]", tuple[Source, ...]: "Sequence[tuple[Any, ...]]"}
-    return special.get(field.type) or field.type.__name__ + none
+    if field.type in special:
+        return special[field.type]
+    plain = [option for option in get_args(field.type) if option is not NoneType] or [field.type]
+    return " | ".join(option.__name__ for option in plain) + none
 
 
 @every
@@ -145,6 +148,8 @@ def example(step: type[Step], **layouts: Layout) -> Example:
             given[name] = PACKED
         elif field.type == tuple[Source, ...]:
             given[name] = (Source("constant", 1),)
+        elif NoneType in get_args(field.type):
+            given[name] = None
         elif name in OPTIONS:
             given[name] = OPTIONS[name]
         else:
@@ -155,21 +160,29 @@ def example(step: type[Step], **layouts: Layout) -> Example:
 
 
 def geometry(step: type[Step], field: str) -> str:
-    return {("first", "y"): "first", ("prepend", "y"): "tokens1"}.get((step.name, field), "tokens")
+    """Of the buffers that must be of other tokens than those that enter."""
+    return {("first", "y"): FIRST, ("prepend", "y"): CLASSED}.get((step.name, field), ENTERED)
 
 
 def fill(program: _native.Program, number: int, buffer: Buffer) -> None:
-    """Let a buffer of any layout hold something."""
-    if buffer.layout == "f32":
-        program.enter(y=number, slot=9)
-        return
-    floats = program.buffer(buffer.rows, "f32")
-    program.enter(y=floats, slot=9)
-    packed = number if buffer.layout == "u8" else program.buffer(buffer.rows, "u8")
-    program.quantize(x=floats, y=packed, scale=0.5, zero_point=0)
-    if packed != number:
-        program.linear(x=packed, y=number, weight=PACKED.of(ARRAYS), w_scale=np.ones(ROWS, np.float32), bias=None,
-                       x_scale=0.5, x_zero_point=0)  # fmt: skip
+    """Let a buffer of any layout, of what enters or has a class token, hold something."""
+    wanted = [(ENTERED, "f32")]
+    wanted += [(CLASSED, "f32")] if buffer.geometry == CLASSED else []
+    wanted += [(buffer.geometry, "u8")] if buffer.layout != "f32" else []
+    wanted += [(buffer.geometry, buffer.layout)] if buffer.layout not in ("f32", "u8") else []
+    x = -1
+    for at, (words, layout) in enumerate(wanted, 1):
+        y = number if at == len(wanted) else program.buffer(buffer.rows, layout, words)
+        if x < 0:
+            program.enter(y=y, slot=9)
+        elif layout == "f32":
+            program.prepend(x=x, y=y, row=np.ones(ROWS, np.float32))
+        elif layout == "u8":
+            program.quantize(x=x, y=y, scale=0.5, zero_point=0)
+        else:
+            program.linear(x=x, y=y, weight=PACKED.of(ARRAYS), w_scale=np.ones(ROWS, np.float32), bias=None,
+                           x_scale=0.5, x_zero_point=0)  # fmt: skip
+        x = y
 
 
 def buffer_fields(step: type[Step]) -> Iterator[tuple[str, Reads | Writes]]:
