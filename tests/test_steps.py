@@ -321,6 +321,12 @@ def test_a_plan_holds_declared_steps_and_nothing_else(tmp_path: Path, step: Any,
     refused(tmp_path / "a.plan", header(native([[4, "f32", "tokens"]], [ENTER, step, LEAVE])), said)
 
 
+@pytest.mark.parametrize("buffer", [None, 4, [], [4, "f32"], [4, "f32", "tokens", 1], ["4", "f32", "tokens"],
+                                    [4, None, "tokens"], [True, "f32", "tokens"], "abc"])  # fmt: skip
+def test_buffers_that_are_none(tmp_path: Path, buffer: Any) -> None:
+    refused(tmp_path / "a.plan", header(native([buffer], [ENTER, LEAVE])), r"\(a buffer is no \[rows, layout, geom")
+
+
 @pytest.mark.parametrize("weight", [None, {}, {"format": "dense"}, {"format": 1, "values": {"array": "t"}}, "dense",
                                     {"format": "dense", "values": {"array": "t"}, "more": 1}, {"array": "t"},
                                     {"format": "blocks", "rows": "2", "values": {"array": "t"}}])  # fmt: skip
