@@ -24,7 +24,7 @@ from nmcompile.backends.cpu.steps.tokens import Embed
 from nmcompile.cli import cli
 from nmcompile.cli.profile import inputs
 from nmcompile.errors import InputError, PlanError
-from nmcompile.profile import Machine, Profile, Row, Step, grouped, kind_of, profile, steps_of, what_if
+from nmcompile.profile import Machine, Profile, Row, TimedStep, grouped, kind_of, profile, steps_of, what_if
 from nmcompile.profile.chrome import trace_events
 from nmcompile.profile.timing import split
 from nmcompile.session import load_cpu
@@ -139,7 +139,7 @@ def test_times_of_threads_are_shared_out() -> None:
 
 def test_what_limits_a_step() -> None:
     def bound(macs: float, moved: float, kind: str = "linear") -> str:
-        step = Step(kind, "", in_float=kind == "linear_float")
+        step = TimedStep(kind, "", in_float=kind == "linear_float")
         return Row(step, "", 1, 1.0, 1, int(macs), int(moved), ()).bound(MACHINE)
 
     assert bound(300e9, 1e9) == "compute" and bound(100e9, 15e9) == "memory" and bound(0, 30e9) == "cache"

@@ -6,9 +6,9 @@
 
 from nmcompile.profile.timing import Machine, Profile, Row, grouped, machine, profile
 from nmcompile.profile.what_if import WhatIf, kind_of, what_if
-from nmcompile.profile.work import Linear, Step, steps_of
+from nmcompile.profile.work import TimedLinear, TimedStep, steps_of
 
 __all__ = [
-    "Linear", "Machine", "Profile", "Row", "Step", "WhatIf", "grouped", "kind_of", "machine", "profile", "steps_of",
-    "what_if",
+    "Machine", "Profile", "Row", "TimedLinear", "TimedStep", "WhatIf", "grouped", "kind_of", "machine", "profile",
+    "steps_of", "what_if",
 ]  # fmt: skip

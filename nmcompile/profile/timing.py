@@ -12,7 +12,7 @@ import numpy as np
 from nmcompile.backends.cpu import measure
 from nmcompile.backends.cpu.session import Session, Span, Trace
 from nmcompile.backends.cpu.streams import CLASSED
-from nmcompile.profile.work import Step, moved_bytes, named, sizes, steps_of
+from nmcompile.profile.work import TimedStep, moved_bytes, named, sizes, steps_of
 
 Bound = Literal["compute", "memory", "cache", "overhead", "-"]
 Feeds = Mapping[str, np.ndarray]
@@ -53,7 +53,7 @@ def machine(session: Session) -> Machine:
 class Row:
     """A step, or `count` equal ones: their time and work in one run of the model, all of them together."""
 
-    step: Step
+    step: TimedStep
     label: str
     count: int
     seconds: float

@@ -11,10 +11,8 @@ import numpy as np
 
 from nmcompile.backends.cpu.program import Program
 from nmcompile.backends.cpu.session import Span
-from nmcompile.backends.cpu.steps import Held
-from nmcompile.backends.cpu.steps import Step as EngineStep
-from nmcompile.backends.cpu.steps.linear import Linear as LinearStep
-from nmcompile.backends.cpu.steps.linear import LinearFloat
+from nmcompile.backends.cpu.steps import Held, Step
+from nmcompile.backends.cpu.steps.linear import Linear, LinearFloat
 from nmcompile.backends.cpu.steps.tokens import First, Patches
 from nmcompile.backends.cpu.streams import CLASSED, FIRST, Counts, count
 from nmcompile.errors import PlanError
@@ -25,7 +23,7 @@ OPERATORS = 4  # of a segment on onnxruntime, in its label
 
 
 @dataclass(frozen=True)
-class Linear:
+class TimedLinear:
     """A linear layer as it is computed. `share`: of the dense products."""
 
     outputs: int
@@ -42,7 +40,7 @@ class Linear:
 
 
 @dataclass(frozen=True)
-class Step:
+class TimedStep:
     """A step of a plan. Steps of equal `head` and `tail` are equal but for their weights' share of zeros."""
 
     kind: str
@@ -50,10 +48,10 @@ class Step:
     tail: str = ""  # "gelu"
     layer: str = ""  # the model's name of a linear layer
     geometry: str = "tokens"
-    linear: Linear | None = None
+    linear: TimedLinear | None = None
     segment: int = 0
     in_float: bool = False  # its products are of floats
-    declared: EngineStep | None = field(default=None, repr=False, compare=False)  # None on onnxruntime
+    declared: Step | None = field(default=None, repr=False, compare=False)  # None on onnxruntime
 
     @property
     def label(self) -> str:
@@ -72,18 +70,18 @@ def named(head: str, shares: Sequence[float], tail: str) -> str:
     return " ".join(word for word in (head, share, tail) if word)
 
 
-def steps_of(header: Json, held: Held, described: Sequence[tuple[str, str]]) -> list[Step]:
+def steps_of(header: Json, held: Held, described: Sequence[tuple[str, str]]) -> list[TimedStep]:
     """The steps of a plan in the order of a session's trace; `described` (kind, text) is what the engine calls them.
 
     held: the plan's arrays. PlanError when the plan and the engine do not agree on the steps.
     """
     layers = iter(header["layers"])
-    found: list[Step] = []
+    found: list[TimedStep] = []
     for number, segment in enumerate(header["segments"]):
         if segment["kind"] != "native":
             operators = [*segment["operators"][:OPERATORS], *(["..."] if len(segment["operators"]) > OPERATORS else [])]
             text = f"onnxruntime, {segment['nodes']} nodes: {', '.join(operators)}"
-            found.append(Step("onnxruntime", text, segment=number))
+            found.append(TimedStep("onnxruntime", text, segment=number))
             continue
         program = Program.from_json(segment)
         for step, name in zip(program.steps, _layer_names(program, layers), strict=True):
@@ -97,13 +95,13 @@ def steps_of(header: Json, held: Held, described: Sequence[tuple[str, str]]) -> 
 def _layer_names(program: Program, layers: Iterator[Json]) -> list[str]:
     """The header lists linear layers in order; one may take two steps, in two forms of its result."""
     names: list[str] = []
-    last: LinearStep | LinearFloat | None = None
-    before: EngineStep | None = None
+    last: Linear | LinearFloat | None = None
+    before: Step | None = None
     for step in program.steps:
         name = ""
         if isinstance(step, LinearFloat) and isinstance(before, Patches):
             name, last = "patches", None
-        elif isinstance(step, (LinearStep, LinearFloat)):
+        elif isinstance(step, (Linear, LinearFloat)):
             if last is not None and (last.weight, last.x) == (step.weight, step.x):
                 name = names[-1]
             else:
@@ -118,29 +116,29 @@ def _layer_names(program: Program, layers: Iterator[Json]) -> list[str]:
     return names
 
 
-def _step(step: EngineStep, program: Program, held: Held, text: str, layer: str, number: int) -> Step:
+def _step(step: Step, program: Program, held: Held, text: str, layer: str, number: int) -> TimedStep:
     geometry = step.buffer(program.buffers).geometry
     of_first = ["of first tokens"] if geometry == FIRST and not isinstance(step, First) else []
     linear = _linear(step, program, held)
     if linear is None:
         head, tail = f"{step.name} {text}".strip(), of_first
     else:
-        residual = isinstance(step, (LinearStep, LinearFloat)) and step.residual >= 0
+        residual = isinstance(step, (Linear, LinearFloat)) and step.residual >= 0
         head = f"linear {linear.inputs} -> {linear.outputs} {linear.kernel}"
         tail = [] if linear.activation == "none" else [linear.activation]
         tail += [*(["+ residual"] if residual else []), *of_first]
-    return Step(step.name, head, " ".join(tail), layer, geometry, linear, number, step.multiplies_floats, step)
+    return TimedStep(step.name, head, " ".join(tail), layer, geometry, linear, number, step.multiplies_floats, step)
 
 
-def _linear(step: EngineStep, program: Program, held: Held) -> Linear | None:
-    if not isinstance(step, (LinearStep, LinearFloat)):
+def _linear(step: Step, program: Program, held: Held) -> TimedLinear | None:
+    if not isinstance(step, (Linear, LinearFloat)):
         return None
     inputs, outputs = program.buffers[step.x].rows, program.buffers[step.y].rows
     if isinstance(step, LinearFloat):
-        return Linear(outputs, inputs, "float", 0, 1.0, step.activation)
+        return TimedLinear(outputs, inputs, "float", 0, 1.0, step.activation)
     whole = -(-outputs // 4) * 4 * -(-inputs // 4) * 4
-    weight = step.weight
-    return Linear(outputs, inputs, weight.format, weight.rows, weight.values.of(held).size / whole, step.activation)
+    weight, share = step.weight, step.weight.values.of(held).size / whole
+    return TimedLinear(outputs, inputs, weight.format, weight.rows, share, step.activation)
 
 
 # ---- work -------------------------------------------------------------------------------------------------
@@ -155,7 +153,7 @@ def sizes(program: Program, span: Span) -> Counts:
     return count(lengths, padded, any(buffer.geometry == CLASSED for buffer in program.buffers))
 
 
-def moved_bytes(step: EngineStep, program: Program, held: Held, at: Counts) -> int:
+def moved_bytes(step: Step, program: Program, held: Held, at: Counts) -> int:
     """Bytes that a run of the step reads and writes if each is touched once: activations, weights, rows of tables."""
     own = step.buffer(program.buffers)
     total = 0

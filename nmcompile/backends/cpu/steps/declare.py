@@ -135,8 +135,12 @@ class Buffer:
 
     @classmethod
     def from_json(cls, value: Any) -> Self:
-        rows, layout, geometry = value
-        return cls(integer(rows), word(layout), word(geometry))
+        """TypeError for what is no [rows, layout, geometry]."""
+        try:
+            rows, layout, geometry = value
+            return cls(integer(rows), word(layout), word(geometry))
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"a buffer is no [rows, layout, geometry]: {error}") from None
 
     @property
     def row_bytes(self) -> int:
