@@ -13,7 +13,7 @@ from test_native_schedule import net
 from nmcompile import _native
 from nmcompile.backends.cpu import measure, tuning
 from nmcompile.backends.cpu.measure import Case, made_up
-from nmcompile.backends.cpu.pack import DENSE, ENGINE, KERNELS, QUANTIZE, Kind
+from nmcompile.backends.cpu.pack import DENSE, ENGINE, FLOAT, KERNELS, MAX_INPUTS, QUANTIZE, Kind
 
 
 def add_layer(kind: Kind, inputs: int) -> None:
@@ -35,6 +35,10 @@ def test_every_kernel_takes_as_many_inputs_as_it_says_and_no_more(kind: Kind) ->
     add_layer(kind, most)
     with pytest.raises(ValueError, match="rows"):
         add_layer(kind, most + 1)
+
+
+def test_what_the_matcher_asks_is_what_every_int8_kernel_takes() -> None:
+    assert {kernel.most_inputs for kind, kernel in KERNELS.items() if kind != FLOAT} == {MAX_INPUTS}
 
 
 @pytest.mark.parametrize("kind", [Kind("blocks", 3), Kind("blocks", 32), Kind("gather", 8), Kind("csr", 4)], ids=str)

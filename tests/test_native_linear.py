@@ -26,21 +26,20 @@ def linear(
     w: np.ndarray,
     weight: dict[str, Any],
     *,
-    isa: str = "",
-    threads: int = 1,
+    on: tuple[str, int] = ("", 1),
     activation: str = "none",
     layout: str = "f32",
     residual: bool = False,
     mask: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The engine's result and numpy's, of one linear step with all it can do after the product."""
+    """The engine's result and numpy's, of one linear step with all it can do after the product; on: ISA and threads."""
     rng = np.random.default_rng(1)
     n, k = (int(size) for size in w.shape)
     zx, sx, sy, zy = 117, 0.03, 0.11, 90 if layout == "u8" else -3
     w_scale = (rng.random(n) * 0.002 + 0.001).astype(np.float32)
     bias = rng.standard_normal(n).astype(np.float32)
     more = rng.standard_normal((*x.shape[:2], n)).astype(np.float32)
-    net = Net(isa, threads)
+    net = Net(*on)
     q = net.u8(net.enter(k), k, sx, zx)
     r = net.enter(n) if residual else -1
     y = net.program.buffer(n, layout)
@@ -75,7 +74,7 @@ def test_dense_for_any_number_of_tokens(isa: str, tokens: int) -> None:
     rng = np.random.default_rng(tokens)
     w = rng.integers(-127, 128, (22, 19)).astype(np.int8)
     x = rng.standard_normal((1, tokens, 19)).astype(np.float32)
-    assert_close(*linear(x, w, dense_weight(w), isa=isa), "f32")
+    assert_close(*linear(x, w, dense_weight(w), on=(isa, 1)), "f32")
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -85,9 +84,9 @@ def test_blocks_of_every_height(isa: str, rows: int, tokens: int) -> None:
     rng = np.random.default_rng(rows)
     w = sparse(rng, 37, 50, rows, 0.3)
     x = rng.standard_normal((1, tokens, 50)).astype(np.float32)
-    got, want = linear(x, w, block_weight(w, rows), isa=isa)
+    got, want = linear(x, w, block_weight(w, rows), on=(isa, 1))
     assert_close(got, want, "f32")
-    np.testing.assert_array_equal(got, linear(x, w, dense_weight(w), isa=isa)[0])
+    np.testing.assert_array_equal(got, linear(x, w, dense_weight(w), on=(isa, 1))[0])
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -98,9 +97,9 @@ def test_gathered_inputs_of_every_height(isa: str, rows: int, tokens: int) -> No
     w = np.asarray(rng.integers(-127, 128, (37, 50)) * (rng.random((37, 50)) < 0.2), np.int8)
     w[8:16] = 0
     x = rng.standard_normal((1, tokens, 50)).astype(np.float32)
-    got, want = linear(x, w, gather_weight(w, rows), isa=isa)
+    got, want = linear(x, w, gather_weight(w, rows), on=(isa, 1))
     assert_close(got, want, "f32")
-    np.testing.assert_array_equal(got, linear(x, w, dense_weight(w), isa=isa)[0])
+    np.testing.assert_array_equal(got, linear(x, w, dense_weight(w), on=(isa, 1))[0])
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -109,7 +108,7 @@ def test_a_panel_far_larger_than_the_first_cache(isa: str, rows: int) -> None:
     rng = np.random.default_rng(rows)
     w = sparse(rng, 20, 1700, 1, 0.1)
     x = rng.standard_normal((1, 100, 1700)).astype(np.float32)
-    assert_close(*linear(x, w, block_weight(w, rows) if rows else gather_weight(w, 2), isa=isa, layout="u8"), "u8")
+    assert_close(*linear(x, w, block_weight(w, rows) if rows else gather_weight(w, 2), on=(isa, 1), layout="u8"), "u8")
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -168,7 +167,7 @@ def test_what_follows_the_product(isa: str, activation: str, layout: str, residu
     x = rng.standard_normal((3, 30, 70)).astype(np.float32) * 2
     mask = ragged_mask(rng, 3, 30)
     got, want = linear(
-        x, w, block_weight(w, 2), isa=isa, activation=activation, layout=layout, residual=residual, mask=mask
+        x, w, block_weight(w, 2), on=(isa, 1), activation=activation, layout=layout, residual=residual, mask=mask
     )
     by_table = not residual and activation in ("gelu", "gelu_tanh", "quick_gelu", "silu")  # in 64ths of a step
     assert_close(got, want, layout, ties=0.03 if by_table else 0.01)
@@ -203,7 +202,7 @@ def test_every_isa_and_thread_count_gives_the_same_bits(
     weights = [dense_weight(w), *(block_weight(w, rows) for rows in (1, 2, 4, 8, 16))]
     weights += [gather_weight(w, rows) for rows in (1, 2, 4)]
     results = [
-        linear(x, w, weight, isa=isa, threads=threads, activation=activation, layout=layout, residual=residual)[0]
+        linear(x, w, weight, on=(isa, threads), activation=activation, layout=layout, residual=residual)[0]
         for isa in ISAS
         for threads in (1, 2)
         for weight in (weights if isa == ISAS[0] else weights[threads::2])
@@ -219,8 +218,8 @@ def test_threads_share_uneven_rows(threads: int, full: slice) -> None:
     w = np.zeros((150, 200), np.int8)
     w[full] = rng.integers(-127, 128, w[full].shape)
     x = rng.standard_normal((1, 300, 200)).astype(np.float32)
-    assert_close(*linear(x, w, block_weight(w, 1), threads=threads), "f32")
-    assert_close(*linear(x, w, dense_weight(w), threads=threads), "f32")
+    assert_close(*linear(x, w, block_weight(w, 1), on=("", threads)), "f32")
+    assert_close(*linear(x, w, dense_weight(w), on=("", threads)), "f32")
 
 
 @pytest.mark.parametrize("isa", ISAS)
