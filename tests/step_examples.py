@@ -86,7 +86,8 @@ def example(step: type[Step], **layouts: Layout) -> Example:
 
 def geometry(step: type[Step], field: str) -> str:
     """Of the buffers that must be of other tokens than those that enter."""
-    return {("first", "y"): FIRST, ("prepend", "y"): CLASSED}.get((step.name, field), ENTERED)
+    others = {("first", "y"): FIRST, ("prepend", "y"): CLASSED, ("rest", "y"): "behind"}
+    return others.get((step.name, field), ENTERED)
 
 
 def fill(program: _native.Program, number: int, buffer: Buffer) -> None:
