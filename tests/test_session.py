@@ -208,3 +208,17 @@ def test_running_a_plan_imports_neither_onnx_nor_the_compiler() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", ["bert-torchscript", "t5-torchscript"])
+def test_a_tuned_session_gives_the_same_bits(name: str) -> None:
+    made = compiled(name)
+    plain, tuned = (load_cpu(made.plan, threads=2) for _ in range(2))
+    batches = list(feeds(made.source))
+    tuned.tune(batches[2])
+    for batch in batches:
+        expected, found = plain.run(batch), tuned.run(batch)
+        assert all(found[output].tobytes() == values.tobytes() for output, values in expected.items())
+    wrong = {key: values.astype(np.float64) for key, values in batches[0].items()}
+    with pytest.raises(InputError, match="is float64"):
+        tuned.tune(wrong)

@@ -27,6 +27,7 @@ from nmcompile.tensorinfo import check_feeds, chosen_outputs, read_infos
 T = TypeVar("T")
 NOWHERE = "/dev/null/nowhere"  # a folder that there cannot be
 MOST_FOLDED = "optimization.constant_folding_max_output_size_in_bytes"  # of one node
+TIMED = 3  # runs that steps are measured in
 MOST_SEGMENTS, MOST_BUFFERS, MOST_STEPS = 1024, 1 << 15, 1 << 17  # of a plan
 
 
@@ -150,6 +151,15 @@ class Session:
         """What the engine runs, segment by segment; None for those on onnxruntime."""
         return tuple(s.described if isinstance(s, NativeSegment) else None for s in self._segments)
 
+    def tune(self, feeds: Mapping[str, np.ndarray]) -> None:
+        """Measure the engine's steps on these inputs, and split later runs among threads by their times instead of the
+        shipped cost model. Outputs keep their bits. Call it once, before the session serves; InputError as `run`."""
+        values = self._checked(feeds)
+        for segment in self._segments:
+            if isinstance(segment, NativeSegment):
+                segment.tune(values)
+            values.update(segment.run(values))
+
     def memory(self) -> int:
         """Bytes of activation memory that the native segments hold now."""
         return sum(s.program.memory() for s in self._segments if isinstance(s, NativeSegment))
@@ -217,6 +227,11 @@ class NativeSegment:
             raise InputError(f"not enough memory to run inputs of shape {shapes}; run smaller batches") from None
         except (ValueError, TypeError, BufferError) as error:  # the latter: of types that C++ does not know
             raise InputError(self._named(line(error))) from None
+
+    def tune(self, values: Arrays) -> None:
+        """Let schedules count with what each step takes on this machine, the least of some runs."""
+        runs = [self._call(self.program.run_costs, values) for _ in range(TIMED + 1)][1:]  # the first one warms up
+        self.program.measured({step: min(run[step] for run in runs) for step in runs[0]})
 
     def profile(self, values: Arrays) -> tuple[Arrays, list[tuple[str, int]]]:
         results, spent = self._call(self.program.run_profiled, values)
