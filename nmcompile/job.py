@@ -15,8 +15,7 @@ import nmcompile
 from nmcompile import ir as g
 from nmcompile.calibrate import Calibration
 from nmcompile.pipeline import Observer, Pass, Pipeline, Report
-from nmcompile.prune.fitting import fit_norms, restore_norms
-from nmcompile.prune.selection import PruningPass
+from nmcompile.prune import PruningPass, completed, joined, undone
 from nmcompile.recipes import Preset, canonical_passes
 from nmcompile.spec import spec
 from nmcompile.targets import Target
@@ -133,17 +132,8 @@ class Job:
         to what is pruned now; all of them: the graph before."""
         if set(names) >= set(self.changed):
             return self.dense
-        graph, before = g.copy(self.pruned), {layer.name: layer for layer in g.linear_layers(self.dense)}
-        for layer in g.linear_layers(graph):
-            if layer.name in names and layer.name in before:
-                g.set_weight(graph, layer, before[layer.name].weight)
-                bias = before[layer.name].bias
-                if bias is not None:
-                    g.set_bias(graph, layer, bias)
-        if restore_norms(graph, self.dense):
-            left = [layer for layer in g.linear_layers(graph) if layer.name in {*self.changed} - {*names}]
-            fit_norms(graph, self.dense, self.calibration.data, left)
-        return graph
+        records = completed(joined(report.records for _, report, _ in self.first), self.dense, self.pruned)
+        return undone(self.pruned, records, names, self.calibration.data)
 
 
 def _without(pass_: Pass, names: Sequence[str]) -> Pass:

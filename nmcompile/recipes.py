@@ -33,7 +33,7 @@ from nmcompile.passes import (
     WidenFloats,
 )
 from nmcompile.pipeline import Pass
-from nmcompile.prune.selection import MASKS
+from nmcompile.solvers import SOLVERS
 
 LEAST_SCALE = 6.2e-5  # of weights for TensorRT: half precision holds no smaller one in full
 SPARSE_MULTIPLE = 32  # outputs and inputs of a layer that TensorRT may run sparse: INT8 formats hold 32 channels
@@ -99,7 +99,7 @@ def pruning_passes(
     if (pattern is None and sparsity is None) or pattern == "dense":
         return []
     kind = sp.parse_pattern(pattern or "2x4")
-    fitted = solver not in MASKS
+    fitted = solver in SOLVERS and SOLVERS[solver].fits
     given = {"solver": solver, **({"ranking": "sensitivity"} if fitted else {}), **(options or {})}
     order: list[Pass] = []
     if fitted and not isinstance(kind, sp.Unstructured) and given["ranking"] != "uniform":

@@ -14,7 +14,7 @@ from nmcompile.errors import NmcompileError, PassError, UnsupportedError
 from nmcompile.files import check_outputs
 from nmcompile.outputs import real_path
 from nmcompile.pipeline import Pass, Report
-from nmcompile.prune.selection import MASKS, PruningPass
+from nmcompile.prune import PruningPass
 from nmcompile.recipes import PRESETS, Preset, pruning_passes
 from nmcompile.sizes import wanted_size
 from nmcompile.spec import parse_spec
@@ -144,7 +144,7 @@ def without_effect(
 
 
 def _fits(pass_: PruningPass) -> bool:
-    return pass_.solver not in MASKS and getattr(pass_, "sparsity", 1.0) > 0
+    return pass_.fits and getattr(pass_, "sparsity", 1.0) > 0
 
 
 def _free(data: Data) -> bool:

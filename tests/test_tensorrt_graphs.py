@@ -13,6 +13,7 @@ import pytest
 from compiled import MODELS, NAMES, NATIVE, feeds
 
 from nmcompile import ir as g
+from nmcompile import sparsity as sp
 from nmcompile.backends.tensorrt import rules
 from nmcompile.backends.tensorrt.profiles import PROFILES
 from nmcompile.calibrate import Calibration, open_data
@@ -20,6 +21,8 @@ from nmcompile.compare import Comparison, real_tokens
 from nmcompile.job import Job
 from nmcompile.passes import NMPrune
 from nmcompile.passes.quantize_outputs import is_sparse
+from nmcompile.prune import Goal
+from nmcompile.prune.selection import unfit
 from nmcompile.recipes import PRESETS
 from nmcompile.targets import TensorrtTarget
 
@@ -124,9 +127,10 @@ def test_query_key_and_value_are_pruned_all_or_none() -> None:
     layers = g.linear_layers(graph)
     query = next(layer for layer in layers if "layer.0" in layer.name and "query" in layer.name)
     odd = [layer for layer in layers if layer.x is query.x]
-    kept = NMPrune(multiple=32)._unfit(layers, 4)
+    goals = dict.fromkeys((layer.name for layer in layers), Goal(sp.NM(2, 4), 0.5))
+    kept = unfit(layers, goals, 32)
     assert not any(layer.name in kept for layer in odd)
-    kept = NMPrune(multiple=128)._unfit(layers, 4)
+    kept = unfit(layers, goals, 128)
     assert all("are not multiples of 128" in kept[layer.name] for layer in odd)
     wide = next(layer for layer in layers if layer.weight.shape[0] == 128)
     assert "64" in kept[wide.name]
