@@ -27,7 +27,7 @@ from nmcompile.pipeline import Observer
 from nmcompile.request import attention_note, pruning_note
 from nmcompile.result import Result
 from nmcompile.sizes import Model, model_bytes, size_note
-from nmcompile.stages import Keep, Pruned, PrunePlan, canonicalise, prune, quantize
+from nmcompile.stages import Keep, Pruned, PrunePasses, canonicalise, prune, quantize
 from nmcompile.targets import CpuProduct, Product, TensorrtTarget
 from nmcompile.work import NO_DATA, Work, prepared
 
@@ -61,7 +61,7 @@ def compile(
     canonical = canonicalise(work.source, work.runner)
     passes = work.passes(canonical)
     notes = work.notes(passes)
-    pruned = prune(canonical, PrunePlan.of(passes), work.runner)
+    pruned = prune(canonical, PrunePasses.of(passes), work.runner)
     with pending() as files:
         made = _made(work, pruned)
         notes += [*pruning_note(passes, pruned.changed, made.product.told),

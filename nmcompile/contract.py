@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import onnx_graphsurgeon as gs
 
@@ -14,6 +14,9 @@ from nmcompile.calibrate import Calibration, Data, Statistics
 from nmcompile.derive import Derivation
 from nmcompile.errors import PassError
 from nmcompile.shapes import Shapes
+
+if TYPE_CHECKING:
+    from nmcompile.prune.records import Records
 
 SHAPES = "shapes"  # a pass requires: shapes and types by onnx's inference, written on every tensor
 CANONICAL = "canonical"  # a pass requires: linear layers in the one form that `ir.linear_layers` finds
@@ -25,11 +28,13 @@ NEEDS_DATA = "needs calibration data; give the pipeline calibration=..., or --ca
 
 @dataclass(frozen=True)
 class Report:
-    """What a pass did: how many things it changed, facts by name (JSON-able), and remarks such as why not."""
+    """What a pass did: how many things it changed, facts by name (JSON-able), and remarks such as why not. records: of
+    a pass that prunes, what was there before."""
 
     changed: int = 0
     detail: Mapping[str, object] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    records: Records | None = field(default=None, compare=False, repr=False)
 
 
 class Costs(Protocol):

@@ -33,8 +33,8 @@ from nmcompile.passes import (
     WidenFloats,
 )
 from nmcompile.pipeline import Pass
-from nmcompile.prune.selection import MASKS
 from nmcompile.qdq.scheme import Scheme
+from nmcompile.solvers import SOLVERS
 
 SPARSE_MULTIPLE = 32  # outputs and inputs of a layer that TensorRT may run sparse: INT8 formats hold 32 channels
 
@@ -104,7 +104,7 @@ def pruning_passes(
     if (pattern is None and sparsity is None) or pattern == "dense":
         return []
     kind = sp.parse_pattern(pattern or "2x4")
-    fitted = solver not in MASKS
+    fitted = solver in SOLVERS and SOLVERS[solver].fits
     given = {"solver": solver, **({"ranking": "sensitivity"} if fitted else {}), **(options or {})}
     order: list[Pass] = []
     if fitted and not isinstance(kind, sp.Unstructured) and given["ranking"] != "uniform":

@@ -13,7 +13,7 @@ from nmcompile.errors import NmcompileError, UnsupportedError
 from nmcompile.files import check_outputs
 from nmcompile.options import DataOptions, Options, Place, PruneOptions
 from nmcompile.outputs import real_path
-from nmcompile.prune.selection import MASKS, PruningPass
+from nmcompile.prune import PruningPass
 from nmcompile.recipes import PRESETS, Preset, pruning_passes, reduced
 from nmcompile.sizes import Model, external_files
 from nmcompile.spec import parse_spec
@@ -139,7 +139,7 @@ def _idle_data(asked: DataOptions, data: Data) -> list[str]:
 
 
 def _fits(pass_: PruningPass) -> bool:
-    return pass_.solver not in MASKS and getattr(pass_, "sparsity", 1.0) > 0
+    return pass_.fits and getattr(pass_, "sparsity", 1.0) > 0
 
 
 def _free(data: Data) -> bool:

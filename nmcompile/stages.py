@@ -1,7 +1,7 @@
 """The stages of a compile up to the quantized graph: pure functions from one frozen artifact to the next.
 
     canonical = canonicalise(source, runner)
-    pruned    = prune(canonical, PrunePlan.of(passes), runner)
+    pruned    = prune(canonical, PrunePasses.of(passes), runner)
     quantized = quantize(pruned, scheme, runner, keep)
 
 What a target makes of the last one stands in nmcompile.targets.
@@ -25,8 +25,7 @@ from nmcompile import ir as g
 from nmcompile.calibrate import Calibration
 from nmcompile.contract import Costs, Pass, Progress, Report
 from nmcompile.pipeline import Observer, Pipeline
-from nmcompile.prune.fitting import fit_norms, restore_norms
-from nmcompile.prune.selection import PruningPass
+from nmcompile.prune import PruningPass, Records, completed, joined, undone
 from nmcompile.qdq.scheme import Scheme
 from nmcompile.recipes import canonical_passes, scheme_passes
 from nmcompile.roles import stated
@@ -105,7 +104,7 @@ def fingerprint(graph: gs.Graph) -> str:
 
 
 @dataclass(frozen=True)
-class PrunePlan:
+class PrunePasses:
     """The passes between canonical form and quantization: `orders` of features, which keep what the graph computes;
     `pruning`; and what comes `after` it, which sees what was pruned (smoothing, other orders, more pruning)."""
 
@@ -114,7 +113,7 @@ class PrunePlan:
     after: tuple[Pass, ...] = ()
 
     @classmethod
-    def of(cls, passes: Iterable[Pass]) -> PrunePlan:
+    def of(cls, passes: Iterable[Pass]) -> PrunePasses:
         """Passes in the order in which they shall run."""
         left = list(passes)
         orders = tuple(itertools.takewhile(lambda pass_: pass_.preserves, left))
@@ -125,14 +124,15 @@ class PrunePlan:
 @dataclass(frozen=True)
 class Pruned:
     """dense: canonical, features in the order that pruning wants. sparse: with fewer weights. graph: after all passes
-    of the plan. changed: the layers whose weights pruning has changed, in the order of the nodes. ran: the passes
-    up to pruning, `after` those behind it."""
+    of the plan. records: masks, and what was there before. changed: the layers whose weights pruning has changed, in
+    the order of the nodes. ran: the passes up to pruning, `after` those behind it."""
 
     canonical: Canonical
-    plan: PrunePlan
+    plan: PrunePasses
     dense: gs.Graph
     sparse: gs.Graph
     graph: gs.Graph
+    records: Records
     changed: tuple[str, ...]
     ran: tuple[PassRun, ...]
     after: tuple[PassRun, ...]
@@ -145,11 +145,12 @@ class Pruned:
         return tuple(layer.name for layer in layers if layer.x.name in read and layer.name in {*named, *self.changed})
 
 
-def prune(canonical: Canonical, plan: PrunePlan, runner: Runner) -> Pruned:
+def prune(canonical: Canonical, plan: PrunePasses, runner: Runner) -> Pruned:
     """Run the plan's passes on the canonical graph."""
     dense, orders = runner.run(plan.orders, canonical.graph)
     sparse, pruning = runner.run(plan.pruning, dense)
-    changed = _changed(dense, sparse)
+    records = completed(joined(run.report.records for run in pruning), dense, sparse)
+    changed = set(records.changed)
     graph, after = sparse, cast("tuple[PassRun, ...]", ())
     for pass_ in plan.after:
         before = graph
@@ -157,7 +158,7 @@ def prune(canonical: Canonical, plan: PrunePlan, runner: Runner) -> Pruned:
         after += ran
         changed |= set() if pass_.preserves else _changed(before, graph)
     ordered = tuple(layer.name for layer in g.linear_layers(graph) if layer.name in changed)
-    return Pruned(canonical, plan, dense, sparse, graph, ordered, (*canonical.ran, *orders, *pruning), after)
+    return Pruned(canonical, plan, dense, sparse, graph, records, ordered, (*canonical.ran, *orders, *pruning), after)
 
 
 def _changed(before: gs.Graph, after: gs.Graph) -> set[str]:
@@ -190,17 +191,7 @@ def _unpruned(pruned: Pruned, names: Sequence[str], runner: Runner) -> gs.Graph:
     """Without the passes that came after pruning, and with normalisations that are fitted to what is pruned now."""
     if set(names) >= set(pruned.changed):
         return pruned.dense
-    graph, before = g.copy(pruned.sparse), {layer.name: layer for layer in g.linear_layers(pruned.dense)}
-    for layer in g.linear_layers(graph):
-        if layer.name in names and layer.name in before:
-            g.set_weight(graph, layer, before[layer.name].weight)
-            bias = before[layer.name].bias
-            if bias is not None:
-                g.set_bias(graph, layer, bias)
-    if restore_norms(graph, pruned.dense):
-        left = [layer for layer in g.linear_layers(graph) if layer.name in {*pruned.changed} - {*names}]
-        fit_norms(graph, pruned.dense, runner.calibration.data, left)
-    return graph
+    return undone(pruned.sparse, pruned.records, names, runner.calibration.data)
 
 
 def _without(pass_: Pass, names: Sequence[str]) -> Pass:

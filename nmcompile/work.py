@@ -27,7 +27,7 @@ from nmcompile.qdq.scheme import Scheme
 from nmcompile.recipes import PRESETS, Preset
 from nmcompile.request import MAX_LENGTH, check_files, check_options, passes_for, without_effect
 from nmcompile.sizes import Model, model_bytes, sparsity_for
-from nmcompile.stages import Canonical, PrunePlan, Runner, prune, quantize
+from nmcompile.stages import Canonical, PrunePasses, Runner, prune, quantize
 from nmcompile.targets import CpuTarget, Target, TensorrtTarget
 from nmcompile.tensorinfo import TensorInfo
 
@@ -87,7 +87,7 @@ class Work:
 
         def size_at(sparsity: float) -> int:
             magnitude = replace(asked, solver="magnitude")
-            plan = PrunePlan.of(passes_for(magnitude, preset, sparsity, target, True))
+            plan = PrunePasses.of(passes_for(magnitude, preset, sparsity, target, True))
             pruned = prune(canonical, plan, runner)
             return target.lower(quantize(pruned, target.scheme(preset), runner), runner).size
 

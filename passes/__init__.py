@@ -17,6 +17,7 @@ from nmcompile.passes.magnitude_prune import MagnitudePrune
 from nmcompile.passes.n_m_prune import NMPrune
 from nmcompile.passes.narrow_floats import NarrowFloats
 from nmcompile.passes.permute_features import PermuteFeatures
+from nmcompile.passes.prune import Prune
 from nmcompile.passes.quantize_outputs import QuantizeOutputs
 from nmcompile.passes.raise_opset import RaiseOpset
 from nmcompile.passes.scale_queries import ScaleQueries
@@ -38,6 +39,7 @@ BUILTIN: tuple[type[Pass], ...] = (
     FuseAttention,
     CanonicaliseEmbeddings,
     PermuteFeatures,
+    Prune,
     MagnitudePrune,
     NMPrune,
     BlockPrune,
@@ -67,6 +69,7 @@ __all__ = [
     "NMPrune",
     "NarrowFloats",
     "PermuteFeatures",
+    "Prune",
     "QuantizeOutputs",
     "RaiseOpset",
     "ScaleQueries",

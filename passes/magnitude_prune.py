@@ -4,22 +4,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import onnx_graphsurgeon as gs
-
 from nmcompile import sparsity as sp
-from nmcompile.contract import Context, Report
-from nmcompile.prune.selection import PruningPass, select
+from nmcompile.prune import Goal, PrunePlan, PruningPass
 
 
 @dataclass(frozen=True)
 class MagnitudePrune(PruningPass):
-    """Zero the weights of least score in every linear layer but heads and poolers (unstructured).
+    """Zero the weights of least score in every linear layer but heads and poolers: `prune(pattern=unstructured)`.
 
     MatMul(x, W)  ->  MatMul(x, W * keep)
+
+    The name is that of its first solver; with another one, write `prune(pattern=unstructured, solver=admm)`.
     """
 
     sparsity: float = 0.8
 
-    def run(self, graph: gs.Graph, context: Context) -> Report:
-        selection = select(graph, self.include, self.exclude)
-        return self.prune(graph, sp.Unstructured(), self.sparsity, selection, context)
+    @property
+    def plan(self) -> PrunePlan:
+        return self.planned(Goal(sp.Unstructured(), self.sparsity))

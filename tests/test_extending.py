@@ -19,7 +19,7 @@ from nmcompile.metrics import parse_limit
 from nmcompile.qdq.scheme import CPU, Scheme
 from nmcompile.recipes import PRESETS, Preset
 from nmcompile.spec import parse_spec
-from nmcompile.stages import Keep, PassRun, PrunePlan, Quantized, Runner, canonicalise, prune, quantize
+from nmcompile.stages import Keep, PassRun, PrunePasses, Quantized, Runner, canonicalise, prune, quantize
 from nmcompile.targets import CpuTarget, Product, Target
 
 BERT = MODELS / "bert-torchscript.onnx"
@@ -63,7 +63,7 @@ def lost(source: gs.Graph, product: Product) -> float:
 def test_a_target_and_a_scheme_go_through_the_stages() -> None:
     source, target, preset = g.load(BERT), PortableTarget(), PRESETS["fast"]
     runner = Runner(Calibration(open_data(feeds(BERT), g.inputs(source))))
-    pruned = prune(canonicalise(source, runner), PrunePlan(), runner)
+    pruned = prune(canonicalise(source, runner), PrunePasses(), runner)
     coarse = target.lower(quantize(pruned, target.scheme(preset), runner), runner)
     fine = target.lower(quantize(pruned, CpuTarget().scheme(preset), runner), runner)
     assert coarse.header["target"] == "portable" and coarse.header["passes"][-1].startswith("insert-qdq(")
@@ -77,7 +77,7 @@ def test_accuracy_fallback_knows_no_target() -> None:
                       for rows in zip(*batch.values(), strict=True)], g.inputs(source))  # fmt: skip
     parts = hold_out(data, limited=True)
     runner = Runner(Calibration(parts.seen))
-    pruned = prune(canonicalise(source, runner), PrunePlan.of(parse_spec("block-prune(sparsity=0.9)")), runner)
+    pruned = prune(canonicalise(source, runner), PrunePasses.of(parse_spec("block-prune(sparsity=0.9)")), runner)
     scheme = target.scheme(PRESETS["fast"])
 
     def build(keep: Keep) -> Product:

@@ -18,12 +18,13 @@ from nmcompile import sparsity as sp
 from nmcompile.calibrate import Calibration, Data, open_data
 from nmcompile.errors import CalibrationError, NmcompileError, PassError
 from nmcompile.passes import BlockPrune, NMPrune, PermuteFeatures
-from nmcompile.passes.permute_features import hidden
 from nmcompile.pipeline import Pipeline, Report
-from nmcompile.prune import sensitivity
-from nmcompile.prune.fitting import Fit, fit
+from nmcompile.prune import Fit, Goal, sensitivity
+from nmcompile.prune.features import hidden
+from nmcompile.prune.fitting import fit
 from nmcompile.prune.selection import select
-from nmcompile.prune.sequential import SequentialCalibration, stages
+from nmcompile.prune.sequential import SequentialCalibration
+from nmcompile.prune.stages import stages
 from nmcompile.recipes import canonical_passes
 from nmcompile.solvers.grouping import grouped, spread
 
@@ -61,25 +62,25 @@ def prune(graph: gs.Graph, data: Data, how: Fit, sparsity: float = 0.5, pattern:
           checkpoints: Path | None = None) -> gs.Graph:  # fmt: skip
     changed = g.copy(graph)
     layers = select(changed, (), ()).layers
-    shares = dict.fromkeys((layer.name for layer in layers), sparsity)
-    fit(changed, data, layers, sp.parse_pattern(pattern), shares, how, checkpoints=checkpoints)
+    goals = dict.fromkeys((layer.name for layer in layers), Goal(sp.parse_pattern(pattern), sparsity))
+    fit(changed, data, layers, goals, how, checkpoints=checkpoints)
     g.verify(changed, "fit")
     return changed
 
 
-# ---- the cascade
+# ---- sequential calibration
 
 
 def test_stages_see_what_onnxruntime_computes(bert: gs.Graph, data: Data) -> None:
     """Every stage's inputs, after every weight before it was changed, are those of one run of the changed graph."""
     changed = g.copy(bert)
     layers = select(changed, (), ()).layers
-    cascade = SequentialCalibration(changed, bert, data, stages(changed, layers))
-    assert [len(stage.layers) for stage in cascade.stages] == [3, 1, 1, 1] * 2
+    calibration = SequentialCalibration(changed, bert, data, stages(changed, layers))
+    assert [len(stage.layers) for stage in calibration.stages] == [3, 1, 1, 1] * 2
     seen: dict[str, np.ndarray] = {}
     before: dict[str, np.ndarray] = {}
-    for index, stage in enumerate(cascade.stages):
-        batches = list(cascade.batches(index))
+    for index, stage in enumerate(calibration.stages):
+        batches = list(calibration.batches(index))
         seen[stage.tensor] = np.concatenate([batch.x for batch in batches])
         before[stage.tensor] = np.concatenate([batch.dense_x for batch in batches])
         for layer in stage.layers:
@@ -93,7 +94,7 @@ def test_stages_see_what_onnxruntime_computes(bert: gs.Graph, data: Data) -> Non
                 parts[name].append(values[name][feed["attention_mask"] != 0])
         for name, expected in parts.items():
             np.testing.assert_allclose(found[name], np.concatenate(expected), rtol=1e-3, atol=1e-4)
-    assert all(not known for known in cascade._known[0])  # nothing is kept that no stage needs
+    assert all(not known for known in calibration._known[0])  # nothing is kept that no stage needs
 
 
 def test_the_residual_of_an_output_layer_is_found(bert: gs.Graph) -> None:
@@ -201,12 +202,13 @@ def test_wrong_options(bert: gs.Graph, pass_: BlockPrune, message: str) -> None:
         Pipeline([pass_]).run(bert)
 
 
-# ---- shares by sensitivity
+# ---- sparsities by sensitivity
 
 
-def test_shares_follow_what_zeros_cost(bert: gs.Graph, data: Data) -> None:
+def test_sparsities_follow_what_zeros_cost(bert: gs.Graph, data: Data) -> None:
     layers = select(bert, (), ()).layers
-    table = sensitivity.measure(bert, data, layers, sp.Block(1, 4))
+    goals = dict.fromkeys((layer.name for layer in layers), Goal(sp.Block(1, 4), 0.5))
+    table = sensitivity.measure(bert, data, layers, goals)
     assert len(table) == 8 and table[0].layers == tuple(layer.name for layer in layers[:3])
     for unit in table:
         errors = list(unit.errors.values())

@@ -20,7 +20,7 @@ from nmcompile.plan import read_plan
 from nmcompile.recipes import PRESETS
 from nmcompile.sizes import sparsity_for
 from nmcompile.spec import parse_spec
-from nmcompile.stages import Keep, PrunePlan, Runner, canonicalise, prune, quantize
+from nmcompile.stages import Keep, PrunePasses, Runner, canonicalise, prune, quantize
 from nmcompile.targets import CpuTarget
 
 BERT = MODELS / "bert-torchscript.onnx"
@@ -65,7 +65,7 @@ def test_groups_and_names_give_the_same_plan(tmp_path: Path) -> None:
 def test_a_plan_in_memory_is_what_its_file_would_be(model: Path, tmp_path: Path) -> None:
     source, target = g.load(model), CpuTarget()
     runner = Runner(Calibration(open_data(feeds(model), g.inputs(source))))
-    pruned = prune(canonicalise(source, runner), PrunePlan(), runner)
+    pruned = prune(canonicalise(source, runner), PrunePasses(), runner)
     scheme = target.scheme(PRESETS["fast"])
     product = target.lower(quantize(pruned, scheme, runner), runner)
     product.write(tmp_path / "m.plan")
@@ -86,7 +86,7 @@ def test_a_stage_changes_nothing_of_those_before_it() -> None:
     texts = [g.to_text(source)]
     canonical = canonicalise(source, runner)
     texts.append(g.to_text(canonical.graph))
-    pruned = prune(canonical, PrunePlan.of(parse_spec("block-prune, smooth-activations")), runner)
+    pruned = prune(canonical, PrunePasses.of(parse_spec("block-prune, smooth-activations")), runner)
     texts += [g.to_text(graph) for graph in (pruned.dense, pruned.sparse, pruned.graph)]
     scheme = target.scheme(PRESETS["fast"])
     once = quantize(pruned, scheme, runner, Keep(dense=pruned.changed[:2]))

@@ -16,6 +16,7 @@ from onnx_text import parse, parse_model
 
 import nmcompile
 from nmcompile import ir as g
+from nmcompile import sparsity as sp
 from nmcompile.calibrate import Calibration, open_data
 from nmcompile.cli import cli
 from nmcompile.cli.check import taken
@@ -28,6 +29,7 @@ from nmcompile.metrics import cosine, disagreement, divergence
 from nmcompile.passes import BlockPrune
 from nmcompile.pipeline import Pipeline
 from nmcompile.plan import read_plan
+from nmcompile.prune import Goal
 from nmcompile.prune.sensitivity import Unit, ladder, sparsities
 from nmcompile.sizes import size_note
 from nmcompile.tensorinfo import TensorInfo
@@ -177,9 +179,9 @@ def test_a_limit_that_fails_on_samples_kept_apart_is_held_by_all(tmp_path: Path)
 
 @pytest.mark.parametrize("share", [0.5, 0.8, 0.89, 0.9, 0.93, 0.95, 0.99, 0.999])
 def test_every_share_can_be_reached_with_some_layers_above_it(share: float) -> None:
-    levels = ladder(share)
+    levels, goal = ladder(share), Goal(sp.Block(2, 4), share)
     assert list(levels) == sorted(set(levels)) and levels[-1] > share and levels[-1] < 1
-    units = [Unit((f"l{index}",), 1000 * (index + 1), {level: level**2 for level in levels}, 1.0 + index)
+    units = [Unit((f"l{index}",), goal, 1000 * (index + 1), {level: level**2 for level in levels}, 1.0 + index)
              for index in range(6)]  # fmt: skip
     found = sparsities(units, share)
     zeros = sum(found[f"l{index}"] * 1000 * (index + 1) for index in range(6))

@@ -16,7 +16,7 @@ from nmcompile.calibrate import Calibration, Data, open_data
 from nmcompile.compare import Comparison, real_tokens
 from nmcompile.recipes import PRESETS
 from nmcompile.spec import parse_spec, spec
-from nmcompile.stages import Keep, Pruned, PrunePlan, Quantized, Runner, canonicalise, prune, quantize, with_dense
+from nmcompile.stages import Keep, Pruned, PrunePasses, Quantized, Runner, canonicalise, prune, quantize, with_dense
 from nmcompile.targets import CpuTarget
 
 BERT = MODELS / "bert-torchscript.onnx"
@@ -32,7 +32,7 @@ def data() -> Data:
 
 def pruned_by(passes: str, data: Data) -> Pruned:
     runner = Runner(Calibration(data))
-    return prune(canonicalise(g.load(BERT), runner), PrunePlan.of(parse_spec(passes)), runner)
+    return prune(canonicalise(g.load(BERT), runner), PrunePasses.of(parse_spec(passes)), runner)
 
 
 def quantized(pruned: Pruned, names: Sequence[str], data: Data) -> Quantized:

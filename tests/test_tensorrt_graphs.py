@@ -13,14 +13,17 @@ import pytest
 from compiled import MODELS, NAMES, NATIVE, feeds
 
 from nmcompile import ir as g
+from nmcompile import sparsity as sp
 from nmcompile.backends.tensorrt import rules
 from nmcompile.backends.tensorrt.profiles import PROFILES
 from nmcompile.calibrate import Calibration, open_data
 from nmcompile.compare import Comparison, real_tokens
 from nmcompile.passes import NMPrune
 from nmcompile.passes.quantize_outputs import is_sparse
+from nmcompile.prune import Goal
+from nmcompile.prune.selection import unfit
 from nmcompile.recipes import PRESETS
-from nmcompile.stages import PrunePlan, Runner, canonicalise, prune, quantize
+from nmcompile.stages import PrunePasses, Runner, canonicalise, prune, quantize
 from nmcompile.targets import Product, TensorrtTarget
 
 # Half precision moves values over the edges between two steps of eight bits; small models have few values to average.
@@ -35,7 +38,7 @@ def product(name: str, version: str, attention: str = "float", weights: str = "f
     data = open_data(feeds(MODELS / f"{name}.onnx"), g.inputs(source))
     target = TensorrtTarget(PROFILES[version], "sparse", weights)
     runner = Runner(Calibration(data))
-    pruned = prune(canonicalise(source, runner), PrunePlan.of([NMPrune(multiple=32)]), runner)
+    pruned = prune(canonicalise(source, runner), PrunePasses.of([NMPrune(multiple=32)]), runner)
     quantized = quantize(pruned, target.scheme(PRESETS["fast"], attention), runner)
     return target.lower(quantized, runner)
 
@@ -123,9 +126,10 @@ def test_query_key_and_value_are_pruned_all_or_none() -> None:
     layers = g.linear_layers(graph)
     query = next(layer for layer in layers if "layer.0" in layer.name and "query" in layer.name)
     odd = [layer for layer in layers if layer.x is query.x]
-    kept = NMPrune(multiple=32)._unfit(layers, 4)
+    goals = dict.fromkeys((layer.name for layer in layers), Goal(sp.NM(2, 4), 0.5))
+    kept = unfit(layers, goals, 32)
     assert not any(layer.name in kept for layer in odd)
-    kept = NMPrune(multiple=128)._unfit(layers, 4)
+    kept = unfit(layers, goals, 128)
     assert all("are not multiples of 128" in kept[layer.name] for layer in odd)
     wide = next(layer for layer in layers if layer.weight.shape[0] == 128)
     assert "64" in kept[wide.name]

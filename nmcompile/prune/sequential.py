@@ -1,7 +1,7 @@
 """The inputs of linear layers, stage by stage, in a graph that is changed on the way and in the graph it was.
 
-A stage is a tensor and the linear layers that read it. Each stage is computed from what the stages before it left in
-memory, so that the whole costs one run of either graph, however many stages there are.
+Each stage is computed from what the stages before it left in memory, so that the whole costs one run of either graph,
+however many stages there are; and a single run of both as long as they are the same.
 """
 
 from __future__ import annotations
@@ -18,22 +18,11 @@ from nmcompile import ir as g
 from nmcompile.calibrate.collect import without_padding
 from nmcompile.calibrate.data import Data
 from nmcompile.errors import CalibrationError, GraphError
+from nmcompile.prune.stages import Stage, norm_before
 from nmcompile.roles import real_tokens
 
 Array = npt.NDArray[Any]
-
-
-@dataclass(frozen=True)
-class Stage:
-    """The layers that read `tensor`, and the residual that is added to what a layer gives, by the layer's name.
-
-    normalised: a LayerNormalization with a constant gain and bias makes the tensor; then there may be no layers.
-    """
-
-    tensor: str
-    layers: tuple[g.Linear, ...]
-    residuals: Mapping[str, str]
-    normalised: bool = False
+Feed = dict[str, Array]
 
 
 @dataclass(frozen=True)
@@ -47,91 +36,51 @@ class Batch:
     residuals: Mapping[str, tuple[Array, Array]]
 
 
-def stages(graph: gs.Graph, layers: Sequence[g.Linear], norms: bool = False) -> list[Stage]:
-    """The stages of some of the graph's layers, in the order of the nodes. norms: normalisations after the first of
-    them are stages too, without layers where none reads them (the last one of an encoder)."""
-    readers: dict[str, list[g.Linear]] = {}
-    for layer in layers:
-        readers.setdefault(layer.x.name, []).append(layer)
-    found: list[Stage] = []
-    first = {id(group[0].node): name for name, group in readers.items()}
-    for node in graph.nodes:
-        if id(node) in first:
-            name = first[id(node)]
-            residuals = {layer.name: residual for layer in readers[name]
-                         if (residual := residual_of(graph, layer)) is not None}  # fmt: skip
-            found.append(Stage(name, tuple(readers[name]), residuals, _norm(readers[name][0].x) is not None))
-        elif norms and found and node.outputs and _norm(node.outputs[0]) and node.outputs[0].name not in readers:
-            found.append(Stage(node.outputs[0].name, (), {}, True))
-    return found
-
-
-def _norm(tensor: gs.Tensor) -> gs.Node | None:
-    node = g.producer(tensor)
-    if node is None or node.op != "LayerNormalization" or len(node.inputs) < 3:
-        return None
-    values = [g.constant(operand) for operand in node.inputs[1:3]]
-    return None if any(value is None or value.ndim != 1 for value in values) else node
-
-
-def residual_of(graph: gs.Graph, layer: g.Linear) -> str | None:
-    """The tensor that is added to the layer's output, when nothing else reads that."""
-    users = g.consumers(layer.y)
-    if len(users) != 1 or users[0].op != "Add" or g.is_output(graph, layer.y):
-        return None
-    others = [t for t in users[0].inputs if t is not layer.y]
-    if len(others) != 1 or g.constant(others[0]) is not None:
-        return None
-    shapes = [t.shape for t in (others[0], layer.y)]  # one that is broadcast over the batch holds no rows of its own
-    alike = None not in shapes and len(shapes[0]) == len(shapes[1]) and all(
-        a == b or None in (a, b) for a, b in zip(*shapes, strict=True))  # fmt: skip
-    return others[0].name if alike else None
-
-
 class SequentialCalibration:
     """Walks the stages of `graph`, whose weights may be set between them; `dense` is the graph before any change.
 
-    Both graphs have the same tensors. Memory: the tensors of the stages that later ones start from, of all of `data`.
+    Both graphs have the same tensors. `same`: how many stages see the same in either graph, those before the first
+    change and that one itself; all of them where `dense` is the graph. Memory: the tensors of the stages that later
+    ones start from, of all of `data`.
     """
 
-    def __init__(self, graph: gs.Graph, dense: gs.Graph, data: Data, todo: Sequence[Stage]) -> None:
+    def __init__(self, graph: gs.Graph, dense: gs.Graph, data: Data, todo: Sequence[Stage], same: int = 0) -> None:
         self.graph, self.dense, self.stages = graph, dense, list(todo)
         self.feeds = list(data)
         self.real = [real_tokens(feed, data.inputs) for feed in self.feeds]
+        self._same = len(self.stages) if graph is dense else same
         self._inputs = [info.name for info in g.inputs(graph)]
-        self._known: tuple[list[dict[str, Array]], ...] = ([{} for _ in self.feeds], [{} for _ in self.feeds])
+        self._known: tuple[list[Feed], list[Feed]] = ([{} for _ in self.feeds], [{} for _ in self.feeds])
         self._last = self._lifetimes()
 
-    def batches(self, index: int, progress: Callable[[int, int], None] | None = None) -> Iterator[Batch]:
+    def batches(self, index: int) -> Iterator[Batch]:
         """The inputs of stage `index` (each once, in order); CalibrationError where the model does not run."""
         stage = self.stages[index]
         wanted = list(dict.fromkeys([stage.tensor, *stage.residuals.values()]))
-        runs = [self._runner(graph, known, index, wanted)
-                for graph, known in zip((self.graph, self.dense), self._known, strict=True)]  # fmt: skip
+        alike = index < self._same
+        runs = [self._runner(graph, wanted) for graph in ([self.dense] if alike else [self.graph, self.dense])]
         for i, feed in enumerate(self.feeds):
-            values = []
-            for run, known in zip(runs, self._known, strict=True):
-                try:
-                    found = run({**feed, **known[i]})
-                except GraphError as error:
-                    raise CalibrationError(
-                        f"the model does not run on the calibration data: {error}; are they this model's inputs?"
-                    ) from None
-                known[i][stage.tensor] = found[stage.tensor]
-                values.append(found)
-            for known in self._known:
-                for name in [name for name in known[i] if self._last.get(name, -1) <= index]:
-                    del known[i][name]
-            rows = [{name: _rows(value, self.real[i]) for name, value in found.items()} for found in values]
-            yield Batch(i, rows[0][stage.tensor], rows[1][stage.tensor],
-                        {name: (rows[0][name], rows[1][name]) for name in stage.residuals.values()})  # fmt: skip
-            if progress is not None:
-                progress(i + 1, len(self.feeds))
+            known = [self._known[1][i]] if alike else [self._known[0][i], self._known[1][i]]
+            values = [_computed(run, {**feed, **before}) for run, before in zip(runs, known, strict=True)]
+            mine, dense = values[0], values[-1]
+            self._keep(index, i, mine, dense)
+            tensors = {name: _rows(value, self.real[i]) for name, value in dense.items()}
+            x = tensors if alike else {name: _rows(value, self.real[i]) for name, value in mine.items()}
+            yield Batch(i, x[stage.tensor], tensors[stage.tensor],
+                        {name: (x[name], tensors[name]) for name in stage.residuals.values()})  # fmt: skip
+
+    def _keep(self, index: int, i: int, mine: Feed, dense: Feed) -> None:
+        """Hold the stage's tensor for the stages that are computed from it; let go what none needs any more."""
+        tensor = self.stages[index].tensor
+        for known, values in zip(self._known, (mine, dense), strict=True):
+            known[i][tensor] = values[tensor]
+            for name in [name for name in known[i] if self._last.get(name, -1) <= index]:
+                del known[i][name]
 
     def scale(self, index: int, gain: Array, shift: Array) -> None:
         """Let the normalisation that makes the stage's tensor in the changed graph give gain * x + shift, [K] each."""
         name = self.stages[index].tensor
-        node = next((_norm(t) for node in self.graph.nodes for t in node.outputs if t.name == name), None)
+        node = next((norm_before(t) for node in self.graph.nodes for t in node.outputs if t.name == name), None)
         assert node is not None
         before = [np.asarray(g.constant(operand), np.float32) for operand in node.inputs[1:3]]
         for at, value in enumerate((before[0] * gain, before[1] * gain + shift), start=1):
@@ -141,16 +90,15 @@ class SequentialCalibration:
             if name in known:
                 known[name] = known[name] * gain + shift
 
-    def _runner(
-        self, graph: gs.Graph, known: list[dict[str, Array]], index: int, wanted: Sequence[str]
-    ) -> Callable[[Mapping[str, Array]], dict[str, Array]]:
-        given = [name for name in (known[0] if known else {}) if name not in self._inputs]
+    def _runner(self, graph: gs.Graph, wanted: Sequence[str]) -> Callable[[Feed], Feed]:
+        """The values of `wanted` in a graph, from its inputs and what is known of the stages before."""
+        given = [name for name in (self._known[1][0] if self.feeds else {}) if name not in self._inputs]
         computed = [name for name in wanted if name not in given and name not in self._inputs]
         run = None
         if computed:
             run = g.runner(g.extract(graph, computed, [*self._inputs, *given]), computed, optimise=True)
 
-        def call(feeds: Mapping[str, Array]) -> dict[str, Array]:
+        def call(feeds: Feed) -> Feed:
             found = run(feeds) if run is not None else {}
             return {name: found[name] if name in found else feeds[name] for name in wanted}
 
@@ -171,6 +119,15 @@ class SequentialCalibration:
                 last[name] = index
             known.append(stage.tensor)
         return last
+
+
+def _computed(run: Callable[[Feed], Feed], feeds: Feed) -> Feed:
+    try:
+        return run(feeds)
+    except GraphError as error:
+        raise CalibrationError(
+            f"the model does not run on the calibration data: {error}; are they this model's inputs?"
+        ) from None
 
 
 def _rows(values: Array, real: Array | None) -> Array:

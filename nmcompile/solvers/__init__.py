@@ -1,8 +1,10 @@
 """Which weights of a linear layer to keep and what they become, from calibration alone; arrays only, knows no graph.
 
 A layer with inputs x [T, K] and weight W [N, K] is fitted by its Hessian H = X^T X [K, K]: the error of another weight
-V is |X (V - W)^T|^2 = tr((V - W) H (V - W)^T). A solver takes W and H and returns the pruned V of the same shape.
+V is |X (V - W)^T|^2 = tr((V - W) H (V - W)^T). A solver takes W and H and returns the pruned V of the same shape, and
+the mask of what it keeps. Adding one: its file, and a row of SOLVERS with what it needs; all else reads that row.
 
+solver     what a row of the table says
 moments    H and the target W from streams of inputs, damped
 masks      magnitude and Wanda: which weights to keep, values left as they are
 obs        SparseGPT: column by column, what was lost goes to the columns that follow
@@ -13,7 +15,7 @@ rounding   int8 levels, each rounding error made up for by what follows
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -24,15 +26,17 @@ from nmcompile.solvers.moments import LEAST, Moments, damped
 from nmcompile.solvers.obs import obs
 from nmcompile.solvers.refit import refit
 from nmcompile.solvers.rounding import rounded
-from nmcompile.sparsity import Pattern
+from nmcompile.solvers.solver import Needs, Solution, Solver, scored
 
-__all__ = ["LEAST", "SOLVERS", "Moments", "Solver", "admm", "allocate", "damped", "magnitude", "obs", "refit",
-           "relative_error", "rounded", "wanda"]  # fmt: skip
+__all__ = ["LEAST", "SOLVERS", "Moments", "Needs", "Solution", "Solver", "admm", "allocate", "damped", "obs", "refit",
+           "relative_error", "rounded", "scored"]  # fmt: skip
 
-# (weight [N, K], hessian [K, K], pattern, share of zeros) -> the weight that is left, [N, K]
-Solver = Callable[[np.ndarray, np.ndarray, Pattern, float], np.ndarray]
-
-SOLVERS: Mapping[str, Solver] = {"magnitude": magnitude, "wanda": wanda, "obs": obs, "admm": admm}
+SOLVERS: Mapping[str, Solver] = {
+    "magnitude": scored(magnitude, Needs.NOTHING),
+    "wanda": scored(wanda, Needs.SQUARES),
+    "obs": Solver(obs, Needs.HESSIAN),
+    "admm": Solver(admm, Needs.HESSIAN),
+}
 
 
 def relative_error(pruned: np.ndarray, weight: np.ndarray, hessian: np.ndarray) -> float:

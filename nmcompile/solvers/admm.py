@@ -6,6 +6,7 @@ import numpy as np
 
 from nmcompile import sparsity as sp
 from nmcompile.solvers.refit import refit
+from nmcompile.solvers.solver import Solution
 
 STEPS = 300
 EVERY = 3  # steps between changes of the penalty
@@ -16,13 +17,12 @@ FIRST = 0.1  # penalty, in units of the Hessian's diagonal
 GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))
 
 
-def admm(weight: np.ndarray, hessian: np.ndarray, pattern: sp.Pattern, sparsity: float, *,
-         fitted: bool = True) -> np.ndarray:  # fmt: skip
+def admm(weight: np.ndarray, hessian: np.ndarray, pattern: sp.Pattern, sparsity: float) -> Solution:
     """min tr((V - W) H (V - W)^T) with V of the pattern, split into the error of V and the pattern of a copy D.
 
     V minimizes error + penalty/2 |V - D + U|^2, D is the nearest of the pattern to V + U, U sums up their difference;
     the penalty grows the faster the more of D's support still moves, until it stands still. Inputs are scaled so that
-    H has a diagonal of ones. `fitted`: the kept weights are refitted at the end.
+    H has a diagonal of ones. The kept weights are refitted at the end.
     """
     scale = np.sqrt(np.diag(hessian))
     matrix = (hessian / np.outer(scale, scale)).astype(np.float32)
@@ -49,4 +49,4 @@ def admm(weight: np.ndarray, hessian: np.ndarray, pattern: sp.Pattern, sparsity:
         mask = sp.keep_mask(reached**2, pattern, sparsity)
         near = reached * mask
         drift += np.float32(penalty) * (free - near)
-    return refit(weight, hessian, mask) if fitted else np.asarray(weight * mask)
+    return Solution(refit(weight, hessian, mask), mask)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import numpy as np
 
 from nmcompile import sparsity as sp
+from nmcompile.solvers.solver import Solution
 
 CHUNK = 128  # columns whose mask is chosen together, and whose updates to all others are made at once
 
 
-def obs(weight: np.ndarray, hessian: np.ndarray, pattern: sp.Pattern, sparsity: float) -> np.ndarray:
+def obs(weight: np.ndarray, hessian: np.ndarray, pattern: sp.Pattern, sparsity: float) -> Solution:
     """Prune chunk by chunk of columns; what a pruned column did is passed on to the columns after it.
 
     A unit's saliency is what its loss costs once all columns before it are done: |w_B U_BB^-1|^2 over its columns B,
@@ -17,7 +18,7 @@ def obs(weight: np.ndarray, hessian: np.ndarray, pattern: sp.Pattern, sparsity: 
     """
     n, k = weight.shape
     left = np.array(weight, np.float64)
-    upper = inverse_factor(hessian)
+    upper, kept = inverse_factor(hessian), np.empty((n, k), np.bool_)
     width, rows = (pattern.cols, pattern.rows) if isinstance(pattern, sp.Block) else (1, 1)
     if isinstance(pattern, sp.NM):
         width = pattern.m
@@ -39,8 +40,9 @@ def obs(weight: np.ndarray, hessian: np.ndarray, pattern: sp.Pattern, sparsity: 
             lost[:, i] = gone / upper[begin + i, begin + i]
             part[:, i:] -= lost[:, i : i + 1] * upper[begin + i, begin + i : end]
             part[~keep[:, i], i] = 0.0
+        kept[:, begin:end] = keep
         left[:, end:] -= lost @ upper[begin:end, end:]
-    return left
+    return Solution(left, kept)
 
 
 def inverse_factor(hessian: np.ndarray) -> np.ndarray:
