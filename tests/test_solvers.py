@@ -93,8 +93,8 @@ def test_independent_inputs_need_no_compensation() -> None:
 def test_refit_is_least_squares_on_the_support() -> None:
     x, weight, hessian = problem(12, 24)
     mask = sp.keep_mask(np.abs(weight), sp.Block(2, 4), 0.5)
-    exact = solvers.refit(weight, hessian, mask, exact=True)
-    descended = solvers.refit(weight, hessian, mask, exact=False)
+    exact = solvers.solved(weight, hessian, mask)
+    descended = solvers.descended(weight, solvers.scaled(hessian), mask)
     for row in range(len(weight)):
         expected = np.zeros(24)
         expected[mask[row]] = np.linalg.lstsq(x[:, mask[row]], x @ weight[row], rcond=None)[0]
