@@ -6,6 +6,7 @@ import io
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -101,6 +102,30 @@ def test_the_residual_of_an_output_layer_is_found(bert: gs.Graph) -> None:
     found = stages(bert, select(bert, (), ()).layers)
     assert [bool(stage.residuals) for stage in found] == [False, True, False, True] * 2
     assert found[1].residuals == {found[1].layers[0].name: found[0].tensor}
+
+
+@pytest.mark.parametrize(("same", "runs"), [(0, 16), (1, 15)])
+def test_a_stage_that_is_alike_in_both_graphs_is_run_once(
+    bert: gs.Graph, data: Data, monkeypatch: pytest.MonkeyPatch, same: int, runs: int
+) -> None:
+    """The first stage before anything has changed, and every stage where there is one graph; with the same values."""
+    real, count = g.runner, 0
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        nonlocal count
+        count += 1
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(g, "runner", counted)
+    changed = g.copy(bert)
+    two = SequentialCalibration(changed, bert, data, stages(changed, select(changed, (), ()).layers), same)
+    one = SequentialCalibration(bert, bert, data, stages(bert, select(bert, (), ()).layers))
+    pairs = [(list(two.batches(index)), list(one.batches(index))) for index in range(8)]
+    assert count == runs + 8
+    for mine, other in pairs:
+        for a, b in zip(mine, other, strict=True):
+            assert np.array_equal(a.x, b.x) and np.array_equal(a.dense_x, b.dense_x) and a.x.shape == a.dense_x.shape
+            assert a.residuals.keys() == b.residuals.keys()
 
 
 # ---- fitting

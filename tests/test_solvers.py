@@ -12,6 +12,8 @@ from nmcompile import solvers
 from nmcompile import sparsity as sp
 from nmcompile.errors import CalibrationError, NmcompileError
 from nmcompile.quantize import quantize_weight
+from nmcompile.solvers import grouping
+from nmcompile.solvers.inverse import inverted
 
 PATTERNS = [sp.Unstructured(), sp.NM(2, 4), sp.Block(1, 4), sp.Block(2, 4), sp.Block(4, 1), sp.Block(4, 4)]
 
@@ -93,8 +95,8 @@ def test_independent_inputs_need_no_compensation() -> None:
 def test_refit_is_least_squares_on_the_support() -> None:
     x, weight, hessian = problem(12, 24)
     mask = sp.keep_mask(np.abs(weight), sp.Block(2, 4), 0.5)
-    exact = solvers.refit(weight, hessian, mask, exact=True)
-    descended = solvers.refit(weight, hessian, mask, exact=False)
+    exact = solvers.solved(weight, hessian, mask)
+    descended = solvers.descended(weight, solvers.scaled(hessian), mask)
     for row in range(len(weight)):
         expected = np.zeros(24)
         expected[mask[row]] = np.linalg.lstsq(x[:, mask[row]], x @ weight[row], rcond=None)[0]
@@ -213,3 +215,79 @@ def test_wide_layers_change_their_penalty_more_rarely_and_are_as_good(monkeypatc
             left = solvers.admm(weight, hessian, sp.parse_pattern(pattern), 0.5).weight
             errors.append(solvers.relative_error(left, weight, hessian))
         assert errors[1] != errors[0] and errors[1] < 1.03 * errors[0]
+
+
+# ---- quick paths
+
+
+@pytest.mark.parametrize("size", [1, 7, 256, 300, 1025])
+def test_inverses_by_blocks_are_inverses(size: int) -> None:
+    _, _, hessian = problem(1, size, rows=2 * size)
+    matrix = solvers.scaled(hessian).matrix
+    raised = matrix + 0.1 * np.eye(size, dtype=np.float32)
+    found = inverted(raised)
+    assert found.dtype == np.float32 and found.shape == raised.shape
+    np.testing.assert_allclose(found, np.linalg.inv(raised.astype(np.float64)), atol=1e-5 * np.abs(found).max())
+    assert np.array_equal(raised, matrix + 0.1 * np.eye(size, dtype=np.float32))  # what was given stays
+
+
+def test_rows_that_have_converged_are_set_aside_and_stay() -> None:
+    """Rows that are done at once beside rows that take long: each ends where it would by itself."""
+    _, weight, hessian = problem(12, 64)
+    mask = np.random.default_rng(1).random(weight.shape) < 0.5
+    mask[::2] = np.arange(64) < 1  # one input: a single step
+    scaled = solvers.scaled(hessian)
+    together = solvers.descended(weight, scaled, mask)
+    for row in range(12):
+        alone = solvers.descended(weight[row : row + 1], scaled, mask[row : row + 1])
+        np.testing.assert_allclose(together[row : row + 1], alone, rtol=1e-4, atol=1e-5)
+    exact = solvers.solved(weight, hessian, mask)
+    np.testing.assert_allclose(together, exact, rtol=1e-2, atol=1e-2)
+    assert not together[~mask].any()
+
+
+def test_a_start_near_the_end_takes_fewer_steps() -> None:
+    _, weight, hessian = problem(24, 96)
+    mask = sp.keep_mask(weight**2, sp.Block(2, 4), 0.5)
+    scaled, exact = solvers.scaled(hessian), solvers.solved(weight, hessian, mask)
+    near = exact * 1.001
+    least = solvers.relative_error(exact, weight, hessian)
+    cold, warm = (solvers.relative_error(solvers.descended(weight, scaled, mask, 4, start), weight, hessian)
+                  for start in (None, near))  # fmt: skip
+    assert least <= warm < least + 0.1 * (cold - least)
+    whole = solvers.descended(weight, scaled, mask, start=near)
+    np.testing.assert_allclose(whole, exact, rtol=1e-3, atol=1e-3)
+
+
+def test_the_order_of_features_does_not_depend_on_how_many_pairs_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    profiles = np.round(np.random.default_rng(0).random((48, 6)), 1)  # many alike
+    whole = grouping.grouped(profiles, 8)
+    for at_once in (1, 7, 100):
+        monkeypatch.setattr(grouping, "AT_ONCE", at_once)
+        assert np.array_equal(grouping.grouped(profiles, 8), whole)
+
+
+@pytest.mark.parametrize("pattern", [sp.NM(2, 4), sp.NM(1, 2), sp.NM(3, 8), sp.NM(5, 16)], ids=str)
+@pytest.mark.parametrize("columns", [16, 22])
+def test_n_of_m_by_sorting(pattern: sp.NM, columns: int) -> None:
+    score = np.random.default_rng(0).integers(0, 4, (50, columns)).astype(np.float32)  # many equal ones
+    keep = sp.keep_mask(score, pattern, 0.0)
+    for row, kept in zip(score, keep, strict=True):
+        for start in range(0, columns, pattern.m):
+            group = row[start : start + pattern.m]
+            best = sorted(range(len(group)), key=lambda i: (-group[i], i))[: pattern.n]
+            assert sorted(np.flatnonzero(kept[start : start + pattern.m])) == sorted(best)
+
+
+@pytest.mark.parametrize("shape", [(12, 24), (13, 23), (8, 9)])
+@pytest.mark.parametrize("block", [sp.Block(2, 4), sp.Block(1, 8), sp.Block(4, 1), sp.Block(16, 16), sp.Block(3, 5)],
+                         ids=str)  # fmt: skip
+def test_sums_of_blocks(shape: tuple[int, int], block: sp.Block) -> None:
+    score = np.random.default_rng(0).random(shape).astype(np.float32)
+    before = score.copy()
+    units = sp.unit_scores(score, block)
+    assert units.shape == (-(-shape[0] // block.rows), -(-shape[1] // block.cols)) and units.dtype == np.float64
+    for i, j in np.ndindex(*units.shape):
+        part = score[i * block.rows : (i + 1) * block.rows, j * block.cols : (j + 1) * block.cols]
+        assert units[i, j] == pytest.approx(part.astype(np.float64).sum(), rel=1e-12)
+    assert np.array_equal(score, before)

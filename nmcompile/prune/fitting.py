@@ -26,7 +26,19 @@ QUICK = 8  # steps of the solutions that are only compared
 HELD_OUT = 5  # every fifth batch chooses the damping
 
 Progress = Callable[[str, int, int], None]
-Parts = tuple[solvers.Moments, solvers.Moments]  # of the batches to fit, of those to choose the damping by
+
+
+@dataclass(frozen=True)
+class _Samples:
+    """Moments of a stage: of the batches to fit to, of those to choose the damping by, of both."""
+
+    fitting: solvers.Moments
+    held: solvers.Moments
+    both: solvers.Moments
+
+    def centred(self) -> _Samples:
+        """About the means, for layers that have a bias."""
+        return _Samples(self.fitting.centred(), self.held.centred(), self.both.centred())
 
 
 @dataclass(frozen=True)
@@ -123,18 +135,20 @@ def _solve(stage: Stage, batches: list[Batch], goals: Mapping[str, Goal], how: F
         batches = [Batch(b.index, b.x * gain + shift, b.dense_x, b.residuals) for b in batches]
     if not stage.layers:
         return saved
-    parts = _moments(stage, batches, how)
+    plain = _moments(stage, batches, how)
+    centred = plain.centred() if how.bias and any(layer.bias is not None for layer in stage.layers) else plain
     for i, layer in enumerate(stage.layers):
-        weight, bias, facts = _fit_layer(layer, parts, goals[layer.name], how)
+        biased = how.bias and layer.bias is not None
+        weight, facts = _fit_layer(layer, centred if biased else plain, goals[layer.name], how)
         saved[f"weight{i}"] = weight.astype(np.float32)
         saved[f"mask{i}"] = facts.bits
         saved[f"facts{i}"] = np.array([facts.damping, facts.error, facts.rows])
-        if bias is not None:
-            saved[f"bias{i}"] = bias.astype(np.float32)
+        if biased and layer.bias is not None:
+            saved[f"bias{i}"] = (layer.bias + plain.both.shift(layer.name, weight)).astype(np.float32)
     return saved
 
 
-def _moments(stage: Stage, batches: Sequence[Batch], how: Fit) -> Parts:
+def _moments(stage: Stage, batches: Sequence[Batch], how: Fit) -> _Samples:
     sizes = {layer.name: layer.weight.shape[0] for layer in stage.layers}
     width = batches[0].x.shape[-1]
     parts = (solvers.Moments(width, sizes), solvers.Moments(width, sizes))
@@ -152,35 +166,29 @@ def _moments(stage: Stage, batches: Sequence[Batch], how: Fit) -> Parts:
             parts[held].add(batch.x if how.sequential else batch.dense_x, targets)
         except CalibrationError as error:
             raise CalibrationError(f"layer '{stage.layers[0].name}', input '{stage.tensor}': {error}") from None
-    return parts
+    return _Samples(*parts, parts[0] + parts[1])
 
 
-def _fit_layer(layer: g.Linear, parts: Parts, goal: Goal, how: Fit) -> tuple[np.ndarray, np.ndarray | None, Fitted]:
-    """(weight, bias if it has one that is fitted, facts)."""
+def _fit_layer(layer: g.Linear, samples: _Samples, goal: Goal, how: Fit) -> tuple[np.ndarray, Fitted]:
+    """(weight, facts)."""
     weight, name = layer.weight.astype(np.float64), layer.name
-    whole = parts[0] + parts[1]
-    biased = how.bias and layer.bias is not None
-    fitting, held, both = (part.centred() if biased else part for part in (*parts, whole))
     share = how.damping
     if share is None:
-        share = _best_damping(fitting, held, name, weight, goal) if held.rows else DAMPING[1]
-    target, hessian = solvers.damped(both, name, weight, share)
+        share = _best_damping(samples, name, weight, goal) if samples.held.rows else DAMPING[1]
+    target, hessian = solvers.damped(samples.both, name, weight, share)
     new, mask = target, np.ones(target.shape, np.bool_)
     if goal.sparsity > 0:
         new, mask = solvers.SOLVERS[how.solver].solve(target, hessian, goal.pattern, goal.sparsity)
     if how.rounding:
         new = solvers.rounded(new, hessian, new != 0)
-    bias = layer.bias + (whole.shift(name, new)) if biased and layer.bias is not None else None
-    return new, bias, Fitted(share, both.error(name, new), whole.rows, packed(mask))
+    return new, Fitted(share, samples.both.error(name, new), samples.both.rows, packed(mask))
 
 
-def _best_damping(
-    fitting: solvers.Moments, held: solvers.Moments, name: str, weight: np.ndarray, goal: Goal
-) -> float:
+def _best_damping(samples: _Samples, name: str, weight: np.ndarray, goal: Goal) -> float:
     """The damping whose quick solution does best on rows it has not seen."""
     errors = []
     for share in DAMPING:
-        target, hessian = solvers.damped(fitting, name, weight, share)
+        target, hessian = solvers.damped(samples.fitting, name, weight, share)
         mask = sp.keep_mask(target**2 * np.diag(hessian), goal.pattern, goal.sparsity)
-        errors.append(held.error(name, solvers.refit(target, hessian, mask, exact=False, steps=QUICK)))
+        errors.append(samples.held.error(name, solvers.descended(target, solvers.scaled(hessian), mask, QUICK)))
     return DAMPING[int(np.argmin(errors))]

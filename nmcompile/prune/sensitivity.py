@@ -122,12 +122,14 @@ def _errors(
     """(error by sparsity, mean over the layers; the weight of each layer at the sparsity of reference)."""
     found: dict[float, list[float]] = {sparsity: [] for sparsity in ladder(goal.sparsity)}
     at_reference = {}
+    scaled = solvers.scaled(hessian)
     for layer in layers:
-        weight = layer.weight.astype(np.float64)
+        weight = layer.weight.astype(np.float64, order="C")
+        whole, score = solvers.power(weight, hessian), weight**2 * np.diag(hessian)
         for sparsity in found:
-            mask = sp.keep_mask(weight**2 * np.diag(hessian), goal.pattern, sparsity)
-            left = solvers.refit(weight, hessian, mask, exact=False, steps=QUICK) if sparsity else weight
-            found[sparsity].append(solvers.relative_error(left, weight, hessian))
+            mask = sp.keep_mask(score, goal.pattern, sparsity)
+            left = solvers.descended(weight, scaled, mask, QUICK) if sparsity else weight
+            found[sparsity].append(solvers.relative_error(left, weight, hessian, whole) if sparsity else 0.0)
             if sparsity == REFERENCE:
                 at_reference[layer.name] = left.astype(np.float32)
     return {sparsity: float(np.mean(errors)) for sparsity, errors in found.items()}, at_reference

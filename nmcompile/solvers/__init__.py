@@ -9,6 +9,7 @@ moments    H and the target W from streams of inputs, damped
 masks      magnitude and Wanda: which weights to keep, values left as they are
 obs        SparseGPT: column by column, what was lost goes to the columns that follow
 admm       ALPS: the mask by alternating between the error and the pattern
+inverse    of a Hessian, by products of blocks
 refit      the best values for a mask
 rounding   int8 levels, each rounding error made up for by what follows
 """
@@ -24,12 +25,12 @@ from nmcompile.solvers.allocate import allocate
 from nmcompile.solvers.masks import magnitude, wanda
 from nmcompile.solvers.moments import LEAST, Moments, damped
 from nmcompile.solvers.obs import obs
-from nmcompile.solvers.refit import refit
+from nmcompile.solvers.refit import Scaled, descended, refit, scaled, solved
 from nmcompile.solvers.rounding import rounded
 from nmcompile.solvers.solver import Needs, Solution, Solver, scored
 
-__all__ = ["LEAST", "SOLVERS", "Moments", "Needs", "Solution", "Solver", "admm", "allocate", "damped", "obs", "refit",
-           "relative_error", "rounded", "scored"]  # fmt: skip
+__all__ = ["LEAST", "SOLVERS", "Moments", "Needs", "Scaled", "Solution", "Solver", "admm", "allocate", "damped",
+           "descended", "obs", "power", "refit", "relative_error", "rounded", "scaled", "scored", "solved"]  # fmt: skip
 
 SOLVERS: Mapping[str, Solver] = {
     "magnitude": scored(magnitude, Needs.NOTHING),
@@ -39,7 +40,12 @@ SOLVERS: Mapping[str, Solver] = {
 }
 
 
-def relative_error(pruned: np.ndarray, weight: np.ndarray, hessian: np.ndarray) -> float:
-    """|X (V - W)^T|^2 / |X W^T|^2: the share of a layer's output power that is lost."""
-    lost = pruned - weight
-    return float(np.sum((lost @ hessian) * lost) / max(float(np.sum((weight @ hessian) * weight)), 1e-300))
+def relative_error(pruned: np.ndarray, weight: np.ndarray, hessian: np.ndarray, whole: float | None = None) -> float:
+    """|X (V - W)^T|^2 / |X W^T|^2: the share of a layer's output power that is lost. whole: `power` of W, if known."""
+    lost = power(pruned - weight, hessian)
+    return lost / max(power(weight, hessian) if whole is None else whole, 1e-300)
+
+
+def power(weight: np.ndarray, hessian: np.ndarray) -> float:
+    """|X W^T|^2."""
+    return float(np.sum((weight @ hessian) * weight))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from nmcompile import sparsity as sp
-from nmcompile.solvers.refit import refit
+from nmcompile.solvers.inverse import inverted
+from nmcompile.solvers.refit import refit, scaled
 from nmcompile.solvers.solver import Solution
 
 STEPS = 300
@@ -24,16 +25,16 @@ def admm(weight: np.ndarray, hessian: np.ndarray, pattern: sp.Pattern, sparsity:
     the penalty grows the faster the more of D's support still moves, until it stands still. Inputs are scaled so that
     H has a diagonal of ones. The kept weights are refitted at the end.
     """
-    scale = np.sqrt(np.diag(hessian))
-    matrix = (hessian / np.outer(scale, scale)).astype(np.float32)
+    scale, matrix = scaled(hessian)
     goal = weight * scale
     largest = float(np.abs(goal).max(initial=0.0))
-    goal = (goal / largest if largest > LARGEST else goal).astype(np.float32)  # masks do not depend on the unit
+    unit = largest if largest > LARGEST else 1.0
+    goal = (goal / unit).astype(np.float32, order="C")  # masks do not depend on the unit; mixed orders are slow
     pull = goal @ matrix
     mask = sp.keep_mask(goal**2, pattern, sparsity)
     near, drift = goal * mask, np.zeros_like(goal)  # D, and U times the penalty
-    penalty, inverse = FIRST, np.empty(0)
-    before = mask
+    free, wanted, spare = (np.empty_like(goal) for _ in range(3))  # V, and room that every step takes again
+    penalty, inverse, before = FIRST, np.empty(0), mask
     rarer = RARER if len(matrix) > WIDE else 1
     for step in range(STEPS):
         if step % (EVERY * rarer) == 0:
@@ -43,10 +44,22 @@ def admm(weight: np.ndarray, hessian: np.ndarray, pattern: sp.Pattern, sparsity:
                     break
                 penalty *= next(growth for least, growth in GROWTH if moved >= least) ** rarer
                 before = mask
-            inverse = np.linalg.inv(matrix + np.float32(penalty) * np.eye(len(matrix), dtype=np.float32))
-        free = (pull - drift + np.float32(penalty) * near) @ inverse
-        reached = free + drift / np.float32(penalty)
-        mask = sp.keep_mask(reached**2, pattern, sparsity)
-        near = reached * mask
-        drift += np.float32(penalty) * (free - near)
-    return Solution(refit(weight, hessian, mask), mask)
+            inverse = inverted(_raised(matrix, penalty))
+        np.subtract(pull, drift, out=wanted)
+        wanted += np.multiply(near, np.float32(penalty), out=spare)
+        np.matmul(wanted, inverse, out=free)
+        reached = np.divide(drift, np.float32(penalty), out=wanted)
+        reached += free
+        mask = sp.keep_mask(np.square(reached, out=spare), pattern, sparsity)
+        np.multiply(reached, mask, out=near)
+        free -= near
+        free *= np.float32(penalty)
+        drift += free
+    return Solution(refit(weight, hessian, mask, start=near * unit / scale), mask)
+
+
+def _raised(matrix: np.ndarray, penalty: float) -> np.ndarray:
+    """matrix + penalty * I."""
+    raised = matrix.copy()
+    np.einsum("kk->k", raised)[:] += np.float32(penalty)
+    return raised

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+AT_ONCE = 1 << 15  # pairs that are looked at together: most are of features that are taken already
+
 
 def grouped(profiles: np.ndarray, size: int) -> np.ndarray:
     """The order of F features, by `profiles` [F, D] of what each matters to every one of D outputs (not negative).
@@ -33,13 +35,15 @@ def _pairs(profiles: np.ndarray) -> list[tuple[int, int]]:
     order = np.argsort(-alike[rows, cols], kind="stable")
     free = np.ones(len(unit), bool)
     pairs: list[tuple[int, int]] = []
-    for at in order:
-        a, b = int(rows[at]), int(cols[at])
-        if free[a] and free[b]:
-            pairs.append((a, b))
-            free[a] = free[b] = False
-            if 2 * len(pairs) >= len(unit) - 1:
-                break
+    for start in range(0, len(order), AT_ONCE):
+        firsts, seconds = rows[order[start : start + AT_ONCE]], cols[order[start : start + AT_ONCE]]
+        open_ = free[firsts] & free[seconds]
+        for a, b in zip(firsts[open_].tolist(), seconds[open_].tolist(), strict=True):
+            if free[a] and free[b]:
+                pairs.append((a, b))
+                free[a] = free[b] = False
+        if 2 * len(pairs) >= len(unit) - 1:
+            break
     return pairs
 
 

@@ -2,27 +2,43 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 
 EXACT = 512  # inputs up to which each row's equations are solved as they stand
 STEPS = 100
 CLOSE = 1e-4  # of a row's first residual, where conjugate gradients stop
+CROWDED = 0.8  # share of rows that still move, below which the others are set aside
 
 
-def refit(weight: np.ndarray, hessian: np.ndarray, mask: np.ndarray, *, exact: bool | None = None,
-          steps: int = STEPS) -> np.ndarray:  # fmt: skip
+class Scaled(NamedTuple):
+    """A Hessian with inputs in units of their power: matrix[i, j] = H[i, j] / (scale[i] scale[j]), float32 [K, K], with
+    a diagonal of ones."""
+
+    scale: np.ndarray
+    matrix: np.ndarray
+
+
+def scaled(hessian: np.ndarray) -> Scaled:
+    """The Hessian in units of its diagonal, which must not be 0."""
+    scale = np.sqrt(np.diag(hessian))
+    return Scaled(scale, (hessian / np.outer(scale, scale)).astype(np.float32))
+
+
+def refit(weight: np.ndarray, hessian: np.ndarray, mask: np.ndarray, *, start: np.ndarray | None = None) -> np.ndarray:
     """Least tr((V - W) H (V - W)^T) over all V [N, K] that are zero outside `mask` [N, K].
 
-    exact: the equations of each row are solved, once for all rows that share their support; otherwise, and for more
-    than 512 inputs, preconditioned conjugate gradients on all rows at once, `steps` of them at the most. H must be
-    positive definite.
+    Up to 512 inputs the equations of each row are solved, once for all rows that share their support; for more,
+    `descended` from `start` on. H must be positive definite.
     """
-    if exact is None:
-        exact = weight.shape[1] <= EXACT
-    return _solved(weight, hessian, mask) if exact else _descended(weight, hessian, mask, steps)
+    if weight.shape[1] <= EXACT:
+        return solved(weight, hessian, mask)
+    return descended(weight, scaled(hessian), mask, start=start)
 
 
-def _solved(weight: np.ndarray, hessian: np.ndarray, mask: np.ndarray) -> np.ndarray:
+def solved(weight: np.ndarray, hessian: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Each row's equations as they stand."""
     wanted = weight @ hessian
     result: np.ndarray = np.zeros_like(wanted)
     supports, which = np.unique(np.packbits(mask, axis=1), axis=0, return_inverse=True)
@@ -37,29 +53,49 @@ def _solved(weight: np.ndarray, hessian: np.ndarray, mask: np.ndarray) -> np.nda
     return result
 
 
-def _descended(weight: np.ndarray, hessian: np.ndarray, mask: np.ndarray, steps: int) -> np.ndarray:
-    kind = np.float32
-    scale = np.sqrt(np.diag(hessian))  # Jacobi: the Hessian with a diagonal of ones
-    matrix = (hessian / np.outer(scale, scale)).astype(kind)
-    keep = mask.astype(kind)
-    goal = (weight * scale).astype(kind)
-    at = goal * keep
-    residual = ((goal - at) @ matrix) * keep
-    direction, power = residual, _power(residual)
-    enough = CLOSE**2 * power
+def descended(
+    weight: np.ndarray, hessian: Scaled, mask: np.ndarray, steps: int = STEPS, start: np.ndarray | None = None
+) -> np.ndarray:
+    """Preconditioned conjugate gradients on all rows at once, at most `steps` of them.
+
+    start: weights near the solution, zero outside the mask; otherwise it is `weight`, masked. A row stops where its
+    residual is `CLOSE` to nothing, of what it is at the masked weight.
+    """
+    scale, matrix = hessian
+    goal = (weight * scale).astype(np.float32, order="C")  # as all others: mixed orders are slow
+    keep = mask.astype(np.float32, order="C")
+    result = goal * keep
+    residual = ((goal - result) @ matrix) * keep
+    enough = CLOSE**2 * _power(residual)
+    if start is not None:
+        result = (start * scale).astype(np.float32, order="C") * keep
+        residual = ((goal - result) @ matrix) * keep
+    rows, at, direction, power = np.arange(len(goal)), result.copy(), residual.copy(), _power(residual)
+    room = np.empty_like(goal), np.empty_like(goal)  # that every step takes again
     for _ in range(steps):
         left = power > enough
-        if not left.any():
+        moving = np.flatnonzero(left)
+        if not moving.size:
             break
-        moved = (direction @ matrix) * keep
-        curve = np.sum(direction * moved, axis=1, keepdims=True)
-        step = np.where(left, power / np.maximum(curve, 1e-30), 0).astype(kind)
-        at = at + step * direction
-        residual = residual - step * moved
+        if moving.size <= CROWDED * len(rows):
+            result[rows] = at
+            rows, left = rows[moving], left[moving]
+            at, residual, direction, keep = at[moving], residual[moving], direction[moving], keep[moving]
+            power, enough = power[moving], enough[moving]
+        moved = np.matmul(direction, matrix, out=room[0][: len(rows)])
+        moved *= keep
+        spare = np.multiply(direction, moved, out=room[1][: len(rows)])
+        curve = np.sum(spare, axis=1, keepdims=True)
+        step = np.where(left, power / np.maximum(curve, 1e-30), 0).astype(np.float32)
+        at += np.multiply(direction, step, out=spare)
+        moved *= step
+        residual -= moved
         now = _power(residual)
-        direction = residual + np.where(left, now / np.maximum(power, 1e-30), 0).astype(kind) * direction
+        direction *= np.where(left, now / np.maximum(power, 1e-30), 0).astype(np.float32)
+        direction += residual
         power = now
-    return np.asarray(at / scale)
+    result[rows] = at
+    return np.asarray(result / scale)
 
 
 def _power(rows: np.ndarray) -> np.ndarray:
