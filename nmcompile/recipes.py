@@ -23,6 +23,7 @@ from nmcompile.passes import (
     NarrowFloats,
     NMPrune,
     PermuteFeatures,
+    Prune,
     QuantizeOutputs,
     RaiseOpset,
     ScaleQueries,
@@ -33,6 +34,7 @@ from nmcompile.passes import (
     WidenFloats,
 )
 from nmcompile.pipeline import Pass
+from nmcompile.prune.plan import USUAL
 from nmcompile.qdq.scheme import Scheme
 from nmcompile.solvers import SOLVERS
 
@@ -114,14 +116,16 @@ def pruning_passes(
         if sparsity is not None and abs(sparsity - (1 - kind.n / kind.m)) > 1e-6:
             raise PassError(f"pattern {kind} always has {1 - kind.n / kind.m:.3g} zeros; leave --sparsity out")
         return [*order, NMPrune(pattern=str(kind), multiple=multiple, **given)]  # type: ignore[arg-type]
-    share = 0.8 if sparsity is None else sparsity
-    if not 0 <= share < 1:
-        raise PassError(f"sparsity {share} is not a share of zeros between 0 and 1, for example 0.8")
-    if not share:
+    wanted = USUAL if sparsity is None else sparsity
+    if not 0 <= wanted < 1:
+        raise PassError(f"sparsity {wanted} is not a share of zeros between 0 and 1, for example 0.8")
+    if not wanted:
         return []
     if isinstance(kind, sp.Block):
-        return [*order, BlockPrune(sparsity=share, block=str(kind), **given)]  # type: ignore[arg-type]
-    return [MagnitudePrune(sparsity=share, **given)]  # type: ignore[arg-type]
+        return [*order, BlockPrune(sparsity=wanted, block=str(kind), **given)]  # type: ignore[arg-type]
+    if solver == "magnitude":
+        return [MagnitudePrune(sparsity=wanted, **given)]  # type: ignore[arg-type]
+    return [Prune(pattern=str(kind), sparsity=wanted, **given)]  # type: ignore[arg-type]
 
 
 def scheme_passes(scheme: Scheme) -> list[Pass]:

@@ -203,3 +203,12 @@ def test_a_plan_is_a_value() -> None:
     assert plan.goal_of("encoder.0.query") == Goal(sp.NM(2, 4), 0.5)
     assert plan.goal_of("encoder.1.query") == Goal(sp.Block(2, 4), 0.5)
     assert plan.patterns == "2:4, 2x4" and plan.zeros and not plan.needs_data
+
+
+def test_recipes_name_single_weights_after_their_solver() -> None:
+    assert [spec(item) for item in pruning_passes("unstructured", 0.5, "magnitude")] == [
+        "magnitude-prune(sparsity=0.5)"]  # fmt: skip
+    assert [spec(item) for item in pruning_passes("unstructured", 0.5, "admm")] == [
+        "prune(solver=admm, ranking=sensitivity, pattern=unstructured, sparsity=0.5)"]  # fmt: skip
+    assert [spec(item) for item in pruning_passes("2x4", 0.5, "admm", {"norms": False})] == [
+        "permute-features", "block-prune(solver=admm, ranking=sensitivity, norms=false, sparsity=0.5)"]  # fmt: skip
