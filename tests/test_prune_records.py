@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -129,6 +129,14 @@ def test_some_layers_go_back_and_normalisations_follow_those_that_are_left(case:
     assert fitted[others[0]] != dict(norms(case.pruned))[others[0]]  # fitted again: less was lost before it
     with pytest.raises(PassError, match="needs calibration data"):
         undone(case.pruned, case.records, names)
+
+
+def test_where_no_layer_stays_changed_everything_is_as_it_was(case: Case) -> None:
+    """A layer that pruning left its weights, but not its bias, goes back with the others."""
+    name = case.records.changed[0]
+    layers = {**case.records.layers, name: replace(case.records.layers[name], changed=False)}
+    names = [other for other in layers if other != name]
+    assert g.to_text(undone(case.pruned, Records(layers, case.records.norms), names)) == g.to_text(case.dense)
 
 
 def test_nothing_undone_is_a_copy(case: Case) -> None:

@@ -291,3 +291,11 @@ def test_sums_of_blocks(shape: tuple[int, int], block: sp.Block) -> None:
         part = score[i * block.rows : (i + 1) * block.rows, j * block.cols : (j + 1) * block.cols]
         assert units[i, j] == pytest.approx(part.astype(np.float64).sum(), rel=1e-12)
     assert np.array_equal(score, before)
+
+
+def test_errors_that_are_only_compared_are_those_of_double_precision() -> None:
+    _, weight, hessian = problem(24, 96)
+    pruned = weight * sp.keep_mask(weight**2, sp.Block(2, 4), 0.5)
+    lost = solvers.power_lost(pruned, weight, solvers.scaled(hessian))
+    assert lost / solvers.power(weight, hessian) == pytest.approx(
+        solvers.relative_error(pruned, weight, hessian), rel=1e-5)  # fmt: skip

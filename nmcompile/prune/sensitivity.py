@@ -125,11 +125,11 @@ def _errors(
     scaled = solvers.scaled(hessian)
     for layer in layers:
         weight = layer.weight.astype(np.float64, order="C")
-        whole, score = solvers.power(weight, hessian), weight**2 * np.diag(hessian)
+        whole, score = max(solvers.power(weight, hessian), 1e-300), weight**2 * np.diag(hessian)
         for sparsity in found:
             mask = sp.keep_mask(score, goal.pattern, sparsity)
             left = solvers.descended(weight, scaled, mask, QUICK) if sparsity else weight
-            found[sparsity].append(solvers.relative_error(left, weight, hessian, whole) if sparsity else 0.0)
+            found[sparsity].append(solvers.power_lost(left, weight, scaled) / whole if sparsity else 0.0)
             if sparsity == REFERENCE:
                 at_reference[layer.name] = left.astype(np.float32)
     return {sparsity: float(np.mean(errors)) for sparsity, errors in found.items()}, at_reference

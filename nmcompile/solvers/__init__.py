@@ -30,7 +30,8 @@ from nmcompile.solvers.rounding import rounded
 from nmcompile.solvers.solver import Needs, Solution, Solver, scored
 
 __all__ = ["LEAST", "SOLVERS", "Moments", "Needs", "Scaled", "Solution", "Solver", "admm", "allocate", "damped",
-           "descended", "obs", "power", "refit", "relative_error", "rounded", "scaled", "scored", "solved"]  # fmt: skip
+           "descended", "obs", "power", "power_lost", "refit", "relative_error", "rounded", "scaled", "scored",
+           "solved"]  # fmt: skip
 
 SOLVERS: Mapping[str, Solver] = {
     "magnitude": scored(magnitude, Needs.NOTHING),
@@ -40,10 +41,15 @@ SOLVERS: Mapping[str, Solver] = {
 }
 
 
-def relative_error(pruned: np.ndarray, weight: np.ndarray, hessian: np.ndarray, whole: float | None = None) -> float:
-    """|X (V - W)^T|^2 / |X W^T|^2: the share of a layer's output power that is lost. whole: `power` of W, if known."""
-    lost = power(pruned - weight, hessian)
-    return lost / max(power(weight, hessian) if whole is None else whole, 1e-300)
+def relative_error(pruned: np.ndarray, weight: np.ndarray, hessian: np.ndarray) -> float:
+    """|X (V - W)^T|^2 / |X W^T|^2: the share of a layer's output power that is lost."""
+    return power(pruned - weight, hessian) / max(power(weight, hessian), 1e-300)
+
+
+def power_lost(pruned: np.ndarray, weight: np.ndarray, hessian: Scaled) -> float:
+    """|X (V - W)^T|^2, its product in single precision: for errors that are compared to others."""
+    lost = ((pruned - weight) * hessian.scale).astype(np.float32)
+    return float(np.sum((lost @ hessian.matrix) * lost, dtype=np.float64))
 
 
 def power(weight: np.ndarray, hessian: np.ndarray) -> float:

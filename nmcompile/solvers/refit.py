@@ -72,7 +72,7 @@ def descended(
         residual = ((goal - result) @ matrix) * keep
     rows, at, direction, power = np.arange(len(goal)), result.copy(), residual.copy(), _power(residual)
     room = np.empty_like(goal), np.empty_like(goal)  # that every step takes again
-    for _ in range(steps):
+    for turn in range(steps):
         left = power > enough
         moving = np.flatnonzero(left)
         if not moving.size:
@@ -88,6 +88,8 @@ def descended(
         curve = np.sum(spare, axis=1, keepdims=True)
         step = np.where(left, power / np.maximum(curve, 1e-30), 0).astype(np.float32)
         at += np.multiply(direction, step, out=spare)
+        if turn == steps - 1:
+            break
         moved *= step
         residual -= moved
         now = _power(residual)
