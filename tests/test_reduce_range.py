@@ -15,7 +15,9 @@ from nmcompile import ir as g
 from nmcompile.compare import Comparison, real_tokens
 from nmcompile.errors import NmcompileError
 from nmcompile.passes import InsertQdq
+from nmcompile.pipeline import Pipeline
 from nmcompile.quantize import quantize_weight
+from nmcompile.recipes import canonical_passes
 from nmcompile.saturation import saturates
 
 NAMES = ("bert-torchscript", "gpt2-torchscript")
@@ -84,8 +86,9 @@ def test_what_takes_no_reduced_range(tmp_path: Path) -> None:
     with pytest.raises(NmcompileError, match="reduce_range is for CPUs"):
         nmcompile.compile(MODELS / "bert-torchscript.onnx", tmp_path / "m.plan", target="tensorrt", reduce_range=True)
     assert not list(tmp_path.iterdir())
+    canonical, _ = Pipeline(canonical_passes()).run(g.load(MODELS / "bert-torchscript.onnx"))
     with pytest.raises(NmcompileError, match="weight_bits=4 is not known"):
-        calibrated(InsertQdq(weight_bits=4), g.load(MODELS / "bert-torchscript.onnx"))
+        calibrated(InsertQdq(weight_bits=4), canonical)
 
 
 @pytest.mark.parametrize(("levels", "bits"), [(127, 8), (64, 7)])

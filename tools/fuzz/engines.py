@@ -37,7 +37,7 @@ def attempt(seed: int, now: Path) -> str:
             if rng.random() < 0.2:
                 del holder[path[-1]]
             else:
-                holder[path[-1]] = rng.choice(plans.WILD)
+                holder[path[-1]] = copy.deepcopy(rng.choice(plans.WILD))
         except (KeyError, IndexError, TypeError):
             continue
     text = json.dumps(header).encode()

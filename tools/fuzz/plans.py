@@ -102,7 +102,7 @@ def _change_json(rng: random.Random, header: dict[str, Any], members: dict[str, 
             near = (old + 1, old - 1, -old, old * 2, old // 2, old / 2, old * 1e10, old * 1e-10, old * 2**30)
             holder[path[-1]] = rng.choice(near)
         else:
-            holder[path[-1]] = rng.choice(WILD)
+            holder[path[-1]] = copy.deepcopy(rng.choice(WILD))
 
 
 def value_or_none(header: Any, path: tuple[Any, ...]) -> Any:
