@@ -299,3 +299,13 @@ def test_errors_that_are_only_compared_are_those_of_double_precision() -> None:
     lost = solvers.power_lost(pruned, weight, solvers.scaled(hessian))
     assert lost / solvers.power(weight, hessian) == pytest.approx(
         solvers.relative_error(pruned, weight, hessian), rel=1e-5)  # fmt: skip
+
+
+def test_power_lost_of_huge_weights_is_that_in_double_precision() -> None:
+    rng = np.random.default_rng(3)
+    x = rng.standard_normal((64, 16))
+    weight, hessian = rng.standard_normal((8, 16)), x.T @ x
+    for size in (1.0, 1e30):
+        left = size * weight * (rng.random(weight.shape) < 0.5)
+        found = solvers.power_lost(left, size * weight, solvers.scaled(hessian))
+        assert found == pytest.approx(solvers.power(left - size * weight, hessian), rel=1e-4)

@@ -41,6 +41,9 @@ SOLVERS: Mapping[str, Solver] = {
 }
 
 
+LARGE = 1e15  # its square, summed over many, is within single precision
+
+
 def relative_error(pruned: np.ndarray, weight: np.ndarray, hessian: np.ndarray) -> float:
     """|X (V - W)^T|^2 / |X W^T|^2: the share of a layer's output power that is lost."""
     return power(pruned - weight, hessian) / max(power(weight, hessian), 1e-300)
@@ -48,8 +51,10 @@ def relative_error(pruned: np.ndarray, weight: np.ndarray, hessian: np.ndarray) 
 
 def power_lost(pruned: np.ndarray, weight: np.ndarray, hessian: Scaled) -> float:
     """|X (V - W)^T|^2, its product in single precision: for errors that are compared to others."""
-    lost = ((pruned - weight) * hessian.scale).astype(np.float32)
-    return float(np.sum((lost @ hessian.matrix) * lost, dtype=np.float64))
+    wide = (pruned - weight) * hessian.scale
+    unit = max(float(np.abs(wide).max(initial=0.0)) / LARGE, 1.0)  # what single precision does not hold squared
+    lost = (wide / unit).astype(np.float32)
+    return unit**2 * float(np.sum((lost @ hessian.matrix) * lost, dtype=np.float64))
 
 
 def power(weight: np.ndarray, hessian: np.ndarray) -> float:
