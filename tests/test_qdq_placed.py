@@ -163,3 +163,19 @@ def test_the_trial_of_least_error_is_taken_and_the_first_of_equals() -> None:
 def test_data_are_asked_for() -> None:
     with pytest.raises(PassError, match="needs calibration data"):
         placed(parse(MODEL), Scheme(), None)
+
+
+def test_a_weight_that_was_written_to_in_place_is_rounded_as_it_is_now() -> None:
+    graph = parse(MODEL)
+    for layer in g.linear_layers(graph):
+        g.set_weight(graph, layer, np.array(layer.weight))  # which may be written to
+    found = prepared(graph, Scheme(clip="output"))
+    assert found.integers  # they are of the weights as they were
+    before = [t.values.copy() for t in rounded(found).tensors().values() if isinstance(t, gs.Constant)]
+    for node in found.graph.nodes:
+        if node.op == "QuantizeLinear" and isinstance(node.inputs[0], gs.Constant):
+            np.negative(node.inputs[0].values, out=node.inputs[0].values)
+    after = [t.values for t in rounded(found).tensors().values() if isinstance(t, gs.Constant)]
+    weights = [(a, b) for a, b in zip(before, after, strict=True) if a.dtype == np.int8 and a.ndim == 2]
+    assert weights and all(np.array_equal(a, -b) and a.any() for a, b in weights)
+    assert_same_bits(found.graph, rounded(found), found.graph)

@@ -91,7 +91,7 @@ def placed(graph: gs.Graph, scheme: Scheme, statistics: Statistics | None) -> Pl
 def rounded(placed: Placed) -> gs.Graph:
     """A copy of the placed graph with integers for the weights that it holds now, at the scales that were placed."""
     graph = g.copy(placed.graph)
-    round_weights(graph, placed)
+    round_weights(graph, replace(placed, integers={}))  # weights may have been written to in place since
     return graph
 
 
