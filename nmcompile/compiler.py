@@ -10,10 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Unpack
 
+import onnx_graphsurgeon as gs
+
 from nmcompile import ir as g
 from nmcompile.accuracy import Search, held_by, look_beyond, measured_loss
-from nmcompile.backends.cpu.tuning import keep
-from nmcompile.backends.tensorrt.engine import Engine, Graph, Wanted, infos_json, make
+from nmcompile.backends.cpu.tuning import Tuner, keep
+from nmcompile.backends.tensorrt.engine import Engine, Facts, Wanted, infos_json, make
 from nmcompile.compare import Difference
 from nmcompile.contract import Progress
 from nmcompile.coverage import Coverage, coverage, timed
@@ -91,13 +93,15 @@ class _Made:
 
 def _made(work: Work, pruned: Pruned) -> _Made:
     """Quantize and lower; where there is a limit, with as many layers in denser forms as it takes."""
-    known: dict[Keep, Product] = {}
+    last: Product | None = None  # only the last one: each holds a model
 
     def build(keep: Keep, final: bool = False) -> Product:
-        if keep not in known or (final and work.runner.observers):  # observers see what led to the plan, and only that
+        nonlocal last
+        again = final and bool(work.runner.observers)  # they see what led to the plan, and only that
+        if last is None or last.quantized.keep != keep or again:
             runner = work.runner if final else work.runner.unseen
-            known[keep] = work.target.lower(quantize(pruned, work.scheme, runner, keep), runner)
-        return known[keep]
+            last = work.target.lower(quantize(pruned, work.scheme, runner, keep), runner)
+        return last
 
     if work.limit is None:
         return _Made(build(Keep(), final=True), work.parts, build)
@@ -155,11 +159,12 @@ def _tensorrt(work: Work, made: _Made, files: Outputs) -> _Found:
                 work.options.control.measure) else {}  # fmt: skip
         return losses[kept]
 
-    def graph(back: Iterable[str]) -> Graph:
+    def graph(back: Iterable[str]) -> tuple[gs.Graph, Facts]:
         product = product_of(back)
         assumes = [report.detail["assumes"] for _, report, _ in product.ran if "assumes" in report.detail]
         passes = [name for name, _, _ in product.ran]
-        return Graph(product.graph, product.layers, passes, assumes[-1] if assumes else [], loss_of(product))  # type: ignore[arg-type]
+        facts = Facts(product.layers, passes, assumes[-1] if assumes else [], loss_of(product))  # type: ignore[arg-type]
+        return product.graph, facts
 
     engine, product = None, made.product
     if work.output is not None:
@@ -171,7 +176,9 @@ def _tensorrt(work: Work, made: _Made, files: Outputs) -> _Found:
     return _Found(product, loss, look=beyond, engine=engine)
 
 
-def _wanted(work: Work, product: Product, files: Outputs, graph: Callable[[Iterable[str]], Graph]) -> Wanted:
+def _wanted(
+    work: Work, product: Product, files: Outputs, graph: Callable[[Iterable[str]], tuple[gs.Graph, Facts]]
+) -> Wanted:
     assert isinstance(work.target, TensorrtTarget) and work.output is not None
     pruned = product.quantized.pruned
     source = (pruned.canonical.fingerprint, infos_json(g.inputs(work.source)), infos_json(g.outputs(work.source)))
@@ -188,13 +195,18 @@ def _written(work: Work, found: _Found, files: Outputs) -> tuple[dict[str, int],
         sizes["qdq_onnx"] = _emit(files, product, real_path(emit))
         notes += product.emitted
     if tuner is not None:
-        table, asked = work.tuning, work.tuning is not None and work.tuning != "off"
-        # a table is stored in a file only where one was asked for that there was not
-        notes += keep(tuner, files.place(real_path(table), ".table") if asked and tuner.measures and table else table)
+        notes += _keep(files, tuner, work.tuning)
     if work.output is not None and (found.engine is None or found.engine.built):
         sizes["plan"] = files.size(real_path(work.output))
         notes += size_note(size, sizes["plan"], model_bytes(work.model)) if size is not None else []
     return sizes, notes
+
+
+def _keep(files: Outputs, tuner: Tuner, table: Place | None) -> list[str]:
+    """Store the times that were measured, in a file only where one was asked for that there was not."""
+    if table is None or table == "off" or not tuner.measures:
+        return keep(tuner, table)
+    return keep(tuner, files.place(real_path(table), ".table"))
 
 
 def _emit(files: Outputs, product: Product, path: Path) -> int:

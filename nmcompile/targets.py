@@ -20,7 +20,6 @@ from nmcompile.backends.cpu.tuning import Tuner, by_cost_model
 from nmcompile.backends.tensorrt import rules
 from nmcompile.backends.tensorrt.profiles import Profile
 from nmcompile.errors import UnsupportedError
-from nmcompile.plan import write_plan
 from nmcompile.plan_memory import PlanInMemory
 from nmcompile.qdq.scheme import CPU, TENSORRT, Scheme
 from nmcompile.recipes import SPARSE_MULTIPLE, Preset, legalizing_passes
@@ -114,21 +113,20 @@ class CpuProduct(Product):
         return self.lowered.notes
 
     @cached_property
-    def session(self) -> Session:
+    def plan(self) -> PlanInMemory:
         """The plan as it would be read from its file."""
-        return Session(PlanInMemory({**self.header, **self.lowered.header}, self.lowered.arrays, self.lowered.blobs))
+        return PlanInMemory({**self.header, **self.lowered.header}, self.lowered.arrays, self.lowered.blobs)
+
+    @cached_property
+    def session(self) -> Session:
+        return Session(self.plan)
 
     def run(self, feeds: Arrays) -> Arrays:
         return self.session.run(feeds)
 
     def write(self, path: Path) -> None:
         """The plan; the caller sees to it that a file of a failed compile goes."""
-        write_plan(path, {**self.header, **self.lowered.header}, self.lowered.arrays, self.lowered.blobs)
-
-    @property
-    def size(self) -> int:
-        """Bytes of the plan's file."""
-        return self.session.plan.size
+        self.plan.write(path)
 
     @property
     def emitted(self) -> list[str]:

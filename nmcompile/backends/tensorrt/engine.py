@@ -82,11 +82,9 @@ def derived(plan: Path) -> list[Path]:
 
 
 @dataclass(frozen=True)
-class Graph:
-    """One variant of an engine's graph: what is written of it, and what its description repeats. assumes: what it
-    assumes of its inputs."""
+class Facts:
+    """Of one variant of an engine's graph, what its description repeats. assumes: what it assumes of its inputs."""
 
-    graph: gs.Graph
     layers: Sequence[Mapping[str, Any]]
     passes: Sequence[str]
     assumes: Sequence[Any]
@@ -110,7 +108,7 @@ class Wanted:
     without: str
     source: tuple[str, Infos, Infos]
     pruned: Sequence[str]
-    graph: Callable[[Sequence[str]], Graph]
+    graph: Callable[[Sequence[str]], tuple[gs.Graph, Facts]]
     progress: Callable[[str, int, int], None]
     roles: Stated = field(default_factory=dict)
 
@@ -121,16 +119,16 @@ class Variants:
     def __init__(self, wanted: Wanted, folder: Path) -> None:
         self.wanted, self.folder = wanted, folder
         self.back: dict[str, Sequence[str]] = {}
-        self.graphs: dict[str, Graph] = {}
+        self.facts: dict[str, Facts] = {}
         self.models: dict[str, str] = {}
 
     def emit(self, name: str, back: Sequence[str] = (), same_as: str | None = None) -> None:
         """Write the graph whose layers `back` have their dense weights; `same_as`: another variant's file serves."""
         self.back[name] = back
-        self.graphs[name] = self.wanted.graph(back)
+        graph, self.facts[name] = self.wanted.graph(back)
         path = names_beside(self.folder / self.wanted.plan.name, [name])[name]
         if same_as is None:
-            g.save(self.graphs[name].graph, path)
+            g.save(graph, path)
         self.models[name] = path.name if same_as is None else self.models[same_as]
 
     def recipe(self) -> Path:
@@ -138,10 +136,10 @@ class Variants:
         wanted, (fingerprint, inputs, outputs) = self.wanted, self.wanted.source
         models = {name: self.models[name] for name in NAMES if name in self.models}
         digests = {file: _digest(self.folder / file) for file in dict.fromkeys(models.values())}
-        assumes = list(list(self.graphs.values())[-1].assumes)
+        assumes = list(list(self.facts.values())[-1].assumes)
         variants = {name: {"layers": list(made.layers), "passes": list(made.passes),
                            "loss": {key: item.to_json() for key, item in made.loss.items()}}
-                    for name, made in self.graphs.items()}  # fmt: skip
+                    for name, made in self.facts.items()}  # fmt: skip
         facts = {"inputs": inputs, "outputs": outputs, "assumes": assumes, "variants": variants, "sha256": digests,
                  **({"roles": wanted.roles} if wanted.roles else {})}  # fmt: skip
         path = recipe_path(self.folder / wanted.plan.name)
@@ -151,12 +149,12 @@ class Variants:
 
     @property
     def first(self) -> str:
-        return "sparse" if "sparse" in self.graphs else "dense"
+        return "sparse" if "sparse" in self.facts else "dense"
 
     def elsewhere(self, why: str) -> Engine:
         """What there is where no engine could be built: graphs and recipe beside the plan."""
         kept = _for_elsewhere(self.wanted.files, self.folder, self.wanted.plan)
-        return Engine(False, kept, why, self.first, back=self.back[self.first], loss=self.graphs[self.first].loss)
+        return Engine(False, kept, why, self.first, back=self.back[self.first], loss=self.facts[self.first].loss)
 
 
 def make(wanted: Wanted) -> Engine:
@@ -190,7 +188,7 @@ def make(wanted: Wanted) -> Engine:
     kept = str(found["kept"])
     files.move(description_path(built), description_path(plan))
     files.move(built, plan)
-    return Engine(True, None, kept=kept, back=variants.back[kept], description=found, loss=variants.graphs[kept].loss)
+    return Engine(True, None, kept=kept, back=variants.back[kept], description=found, loss=variants.facts[kept].loss)
 
 
 def _emitted(wanted: Wanted, folder: Path) -> Variants:
@@ -199,7 +197,7 @@ def _emitted(wanted: Wanted, folder: Path) -> Variants:
     if wanted.pruned:
         variants.emit("dense", wanted.pruned)
         variants.emit("sparse")  # last: what is reported is the sparse one
-    elif any(layer["pattern"] and layer["int8"] for layer in wanted.graph(()).layers):  # it came with its zeros
+    elif any(layer["pattern"] and layer["int8"] for layer in wanted.graph(())[1].layers):  # it came with its zeros
         variants.emit("sparse")
         variants.emit("dense", same_as="sparse")
     else:
