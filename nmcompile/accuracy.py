@@ -43,18 +43,18 @@ def reference(source: gs.Graph) -> Run:
 
 
 @dataclass(frozen=True)
-class Model:
+class Reference:
     """The model that all is measured against: its graph, and its outputs."""
 
     graph: gs.Graph
     run: Run
 
     @classmethod
-    def of(cls, source: gs.Graph) -> Model:
+    def of(cls, source: gs.Graph) -> Reference:
         return cls(source, reference(source))
 
 
-def limit_for(asked: str | Limit | None, model: Model, data: Data, can_run: bool) -> Limit | None:
+def limit_for(asked: str | Limit | None, model: Reference, data: Data, can_run: bool) -> Limit | None:
     """The limit that was asked for. PassError where nothing runs that it could be measured on; InputError where its
     metric has nothing to measure on these outputs, or is not known."""
     if asked is None:
@@ -69,7 +69,7 @@ def limit_for(asked: str | Limit | None, model: Model, data: Data, can_run: bool
     return limit
 
 
-def measured_loss(model: Model, run: Run, data: Data, progress: Progress) -> Mapping[str, Difference]:
+def measured_loss(model: Reference, run: Run, data: Data, progress: Progress) -> Mapping[str, Difference]:
     """What runs against the model it came from, by output."""
     comparison = Comparison(g.outputs(model.graph))
     done = 0
@@ -81,7 +81,7 @@ def measured_loss(model: Model, run: Run, data: Data, progress: Progress) -> Map
 
 
 def look_beyond(
-    model: Model, run: Run, data: Data, parts: Holdout, loss: Mapping[str, Difference], progress: Progress
+    model: Reference, run: Run, data: Data, parts: Holdout, loss: Mapping[str, Difference], progress: Progress
 ) -> Look:
     """What runs against the model at lengths that none of the samples has."""
     progress("looking at other lengths", 0, 1)
@@ -96,7 +96,7 @@ class Search:
     """What the fallback searches over. build: a product with some layers as `Keep` says. merged: layers that read one
     tensor go back together."""
 
-    model: Model
+    model: Reference
     pruned: Pruned
     build: Callable[[Keep], Product]
     merged: bool

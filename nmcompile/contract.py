@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import onnx_graphsurgeon as gs
 
@@ -37,24 +37,17 @@ class Report:
     records: Records | None = field(default=None, compare=False, repr=False)
 
 
-class Costs(Protocol):
-    """What a layer's product costs on the target, in units of its own."""
-
-    def layer(self, outputs: int, inputs: int, pattern: str, density: float) -> float: ...
-
-
 @dataclass(frozen=True)
 class Context:
     """What a pass is given beside its graph.
 
     calibration: the samples, None where there are none. gathered: the statistics that the pass's `needs` asked for.
-    costs: of layers on the target. known: infers and derives shapes, and remembers them from pass to pass. graph: the
+    known: infers and derives shapes, and remembers them from pass to pass. graph: the
     pass's own, where it requires DERIVATION.
     """
 
     calibration: Calibration | None = None
     gathered: Statistics | None = None
-    costs: Costs | None = None
     known: Shapes = field(default_factory=Shapes, repr=False)
     graph: gs.Graph | None = field(default=None, repr=False)
 

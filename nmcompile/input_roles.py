@@ -124,6 +124,7 @@ class _Uses:
             size = None if table is None else _rows(table, axis)
             if size is not None:
                 result = node.outputs[0] if node.op == "Gather" else None
+                exact = exact and node.op != "OneHot"  # which gives nothing for what it has no row of
                 found.append(_Lookup(size, exact, result, table is not None and _of_waves(table)))
         return found, waves
 

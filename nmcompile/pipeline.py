@@ -12,7 +12,7 @@ import onnx_graphsurgeon as gs
 from nmcompile import ir as g
 from nmcompile.calibrate import Calibration
 from nmcompile.canonical import check_canonical
-from nmcompile.contract import CANONICAL, DERIVATION, NEEDS_DATA, SHAPES, Context, Costs, Pass, Report
+from nmcompile.contract import CANONICAL, DERIVATION, NEEDS_DATA, SHAPES, Context, Pass, Report
 from nmcompile.errors import CalibrationError, NmcompileError, PassError
 from nmcompile.spec import parse_spec, spec
 from nmcompile.verification import Check
@@ -28,14 +28,13 @@ class Pipeline:
     """Passes in order, and what goes on around them.
 
     observers: called after each pass. verify: run the graph in onnxruntime before and after each pass that
-    preserves what it computes. calibration: the samples that passes run the graph on. costs: of layers on the target.
+    preserves what it computes. calibration: the samples that passes run the graph on.
     """
 
     passes: Sequence[Pass]
     observers: Sequence[Observer] = field(default=(), kw_only=True)
     verify: bool = field(default=False, kw_only=True)
     calibration: Calibration | None = field(default=None, kw_only=True)
-    costs: Costs | None = field(default=None, kw_only=True)
 
     def run(self, graph: gs.Graph) -> tuple[gs.Graph, tuple[Report, ...]]:
         """(the graph after all passes, each pass's report); the graph given stays as it is.
@@ -48,7 +47,7 @@ class Pipeline:
         reports: list[Report] = []
         done: list[str] = []
         check = Check(None if self.calibration is None else self.calibration.data) if self.verify else None
-        context = Context(self.calibration, costs=self.costs)
+        context = Context(self.calibration)
         for pass_ in self.passes:
             try:
                 start = time.perf_counter()

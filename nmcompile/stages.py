@@ -23,7 +23,7 @@ import onnx_graphsurgeon as gs
 from nmcompile import input_roles
 from nmcompile import ir as g
 from nmcompile.calibrate import Calibration
-from nmcompile.contract import Costs, Pass, Progress, Report
+from nmcompile.contract import Pass, Progress, Report
 from nmcompile.pipeline import Observer, Pipeline
 from nmcompile.prune import PruningPass, Records, completed, joined, undone
 from nmcompile.qdq.scheme import Scheme
@@ -42,13 +42,12 @@ class PassRun(NamedTuple):
 
 @dataclass(frozen=True)
 class Runner:
-    """What goes on around the passes of every stage. costs: of layers on the target."""
+    """What goes on around the passes of every stage."""
 
     calibration: Calibration
     verify: bool = False
     observers: tuple[Observer, ...] = ()
     progress: Progress = lambda what, done, total: None
-    costs: Costs | None = None
 
     @property
     def unseen(self) -> Runner:
@@ -64,7 +63,7 @@ class Runner:
             self.progress(f"pass {pass_.name}", len(ran), 0)
 
         pipeline = Pipeline(passes, observers=[record, *self.observers], verify=self.verify,
-                            calibration=self.calibration, costs=self.costs)  # fmt: skip
+                            calibration=self.calibration)  # fmt: skip
         return pipeline.run(graph)[0], tuple(ran)
 
 

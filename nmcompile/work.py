@@ -10,8 +10,7 @@ import onnx_graphsurgeon as gs
 
 from nmcompile import input_roles
 from nmcompile import ir as g
-from nmcompile.accuracy import Model as Reference
-from nmcompile.accuracy import limit_for
+from nmcompile.accuracy import Reference, limit_for
 from nmcompile.backends.cpu.tuning import Tuner, open_tuner
 from nmcompile.backends.tensorrt.engine import choose_profile, lacking
 from nmcompile.backends.tensorrt.recipe import EngineOptions
@@ -89,7 +88,7 @@ class Work:
             magnitude = replace(asked, solver="magnitude")
             plan = PrunePasses.of(passes_for(magnitude, preset, sparsity, target, True))
             pruned = prune(canonical, plan, runner)
-            return target.lower(quantize(pruned, target.scheme(preset), runner), runner).size
+            return target.lower(quantize(pruned, target.scheme(preset), runner), runner).plan.size
 
         return sparsity_for(size, asked.pattern, model_bytes(self.model), size_at)
 
@@ -115,7 +114,7 @@ def prepared(
     shapes = parse_shapes(engine.shapes, g.inputs(source)) if writes else {}
     data = read_data(source, infos, options.data, target, preset)
     source = source if data.synthetic else g.separate_dims(source, data)
-    check_ids(source, data)
+    check_ids(data)
     parts = hold_out(data, limited=options.control.max_drop is not None)
     reference = Reference.of(source)
     limit = limit_for(options.control.max_drop, reference, parts.chosen, isinstance(target, TensorrtTarget) or

@@ -11,7 +11,7 @@ import onnx_graphsurgeon as gs
 from compiled import MODELS, feeds
 
 from nmcompile import ir as g
-from nmcompile.accuracy import Model, Search, held_by
+from nmcompile.accuracy import Reference, Search, held_by
 from nmcompile.calibrate import Calibration, open_data
 from nmcompile.compare import Comparison, worst
 from nmcompile.holdout import hold_out
@@ -83,7 +83,7 @@ def test_accuracy_fallback_knows_no_target() -> None:
     def build(keep: Keep) -> Product:
         return target.lower(quantize(pruned, scheme, runner, keep), runner)
 
-    search = Search(Model.of(source), pruned, build, False, runner.progress)
+    search = Search(Reference.of(source), pruned, build, False, runner.progress)
     limit = parse_limit("cosine=0.02", list(parts.chosen), data.inputs)
     product, held, _, _ = held_by(search, limit, "cosine=0.02", parts)
     assert held.drop <= 0.02 and held.dense and isinstance(product, Portable)

@@ -17,6 +17,7 @@ from nmcompile import ir as g
 from nmcompile.bench import bench
 from nmcompile.calibrate import open_data
 from nmcompile.cli import cli
+from nmcompile.errors import CalibrationError
 from nmcompile.roles import Role, real_tokens
 
 MODELS = Path(__file__).resolve().parent.parent / "models"
@@ -246,3 +247,13 @@ def test_made_up_inputs_suit_the_roles(text: str) -> None:
     real = real_tokens(feeds, infos)
     assert real is None or (real[0].all() and real.any(axis=1).all())
     assert (real is None) == (text is ADDED)  # masks of four axes are made full
+
+
+@pytest.mark.parametrize(("name", "value", "rows"), [("x0", 40, 40), ("x2", 2, 2), ("x0", -41, 40)])
+def test_numbers_that_no_table_has_are_told_whatever_the_inputs_are_called(
+    name: str, value: int, rows: int, tmp_path: Path
+) -> None:
+    data = [{key: values.copy() for key, values in sample.items()} for sample in samples("plain")]
+    data[0][name].reshape(-1)[0] = value
+    with pytest.raises(CalibrationError, match=f"'{name}' holds {value}, the model's table has {rows} rows"):
+        nmcompile.compile(parse(PLAIN), tmp_path / "m.plan", calibration=data, tuning="off", preset="fast")

@@ -5,11 +5,13 @@ from __future__ import annotations
 import itertools
 import sys
 
+import click
 import numpy as np
 import pytest
 
 from nmcompile import solvers
 from nmcompile import sparsity as sp
+from nmcompile.cli.compile import command
 from nmcompile.errors import CalibrationError, NmcompileError
 from nmcompile.quantize import quantize_weight
 from nmcompile.solvers import grouping
@@ -309,3 +311,9 @@ def test_power_lost_of_huge_weights_is_that_in_double_precision() -> None:
         left = size * weight * (rng.random(weight.shape) < 0.5)
         found = solvers.power_lost(left, size * weight, solvers.scaled(hessian))
         assert found == pytest.approx(solvers.power(left - size * weight, hessian), rel=1e-4)
+
+
+def test_the_command_line_knows_every_solver() -> None:
+    """It lists them itself: --help must not wait for numpy."""
+    option = next(param for param in command.params if param.name == "solver")
+    assert isinstance(option.type, click.Choice) and list(option.type.choices) == list(solvers.SOLVERS)

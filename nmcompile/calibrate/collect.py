@@ -66,17 +66,9 @@ class Calibration:
         return statistics
 
 
-def check_ids(graph: gs.Graph, data: Data) -> None:
-    """CalibrationError where an integer input is looked up in a table that has no such row."""
-    tables: dict[str, int] = {}
-    for node in graph.nodes:
-        if node.op != "Gather" or int(node.attrs.get("axis", 0)) != 0:
-            continue
-        table, ids = graphs.constant(node.inputs[0]), node.inputs[1]
-        while (maker := graphs.producer(ids)) is not None and maker.op in ("Cast", "Identity"):
-            ids = maker.inputs[0]
-        if table is not None and table.ndim > 1:
-            tables[ids.name] = min(len(table), tables.get(ids.name, len(table)))
+def check_ids(data: Data) -> None:
+    """CalibrationError where an input is looked up, as its role says, in a table that has no such row."""
+    tables = {info.name: info.role.rows for info in data.inputs if info.role is not None and info.role.rows is not None}
     for feed in data:
         for name in tables.keys() & feed.keys():
             low, high = int(feed[name].min(initial=0)), int(feed[name].max(initial=0))

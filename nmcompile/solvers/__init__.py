@@ -25,7 +25,7 @@ from nmcompile.solvers.allocate import allocate
 from nmcompile.solvers.masks import magnitude, wanda
 from nmcompile.solvers.moments import LEAST, Moments, damped
 from nmcompile.solvers.obs import obs
-from nmcompile.solvers.refit import Scaled, descended, refit, scaled, solved
+from nmcompile.solvers.refit import LARGEST, Scaled, descended, refit, scaled, solved
 from nmcompile.solvers.rounding import rounded
 from nmcompile.solvers.solver import Needs, Solution, Solver, scored
 
@@ -41,9 +41,6 @@ SOLVERS: Mapping[str, Solver] = {
 }
 
 
-LARGE = 1e15  # its square, summed over many, is within single precision
-
-
 def relative_error(pruned: np.ndarray, weight: np.ndarray, hessian: np.ndarray) -> float:
     """|X (V - W)^T|^2 / |X W^T|^2: the share of a layer's output power that is lost."""
     return power(pruned - weight, hessian) / max(power(weight, hessian), 1e-300)
@@ -52,7 +49,7 @@ def relative_error(pruned: np.ndarray, weight: np.ndarray, hessian: np.ndarray) 
 def power_lost(pruned: np.ndarray, weight: np.ndarray, hessian: Scaled) -> float:
     """|X (V - W)^T|^2, its product in single precision: for errors that are compared to others."""
     wide = (pruned - weight) * hessian.scale
-    unit = max(float(np.abs(wide).max(initial=0.0)) / LARGE, 1.0)  # what single precision does not hold squared
+    unit = max(float(np.abs(wide).max(initial=0.0)) / LARGEST, 1.0)  # what single precision does not hold squared
     lost = (wide / unit).astype(np.float32)
     return unit**2 * float(np.sum((lost @ hessian.matrix) * lost, dtype=np.float64))
 

@@ -6,13 +6,12 @@ import numpy as np
 
 from nmcompile import sparsity as sp
 from nmcompile.solvers.inverse import inverted
-from nmcompile.solvers.refit import refit, scaled
+from nmcompile.solvers.refit import LARGEST, refit, scaled
 from nmcompile.solvers.solver import Solution
 
 STEPS = 300
 EVERY = 3  # steps between changes of the penalty
 WIDE, RARER = 2048, 3  # inputs above which inverting costs the most: the penalty changes less often, by as much in all
-LARGEST = 1e15  # of what is squared in single precision
 FIRST = 0.1  # penalty, in units of the Hessian's diagonal
 # share of the kept weights that moved since the last change -> how much faster the penalty may grow
 GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))

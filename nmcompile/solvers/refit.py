@@ -8,6 +8,7 @@ import numpy as np
 
 EXACT = 512  # inputs up to which each row's equations are solved as they stand
 STEPS = 100
+LARGEST = 1e15  # of what is squared in single precision
 CLOSE = 1e-4  # of a row's first residual, where conjugate gradients stop
 CROWDED = 0.8  # share of rows that still move, below which the others are set aside
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -147,12 +147,13 @@ def supported(kind: Kind) -> bool:
     return kind in KERNELS or kind == QUANTIZE
 
 
-def step_costs(program: _native.Program, inputs: Sequence[np.ndarray], repeats: int = 5) -> dict[int, float]:
+def step_costs(run: Callable[[], Mapping[int, float]], repeats: int = 5) -> dict[int, float]:
     """Nanoseconds of one core per token of each step of a prepared program, as `Program.measured` takes them.
 
-    The least of `repeats` runs over these inputs, in turn; a step that no token came to is not among them.
+    run: `Program.run_costs` on some inputs, of which the least of `repeats` counts; a step that no token came to is not
+    among them.
     """
-    runs = [program.run_costs(inputs) for _ in range(max(1, repeats) + 1)][1:]  # the first one warms up
+    runs = [run() for _ in range(max(1, repeats) + 1)][1:]  # the first one warms up
     return {step: min(run[step] for run in runs) for step in runs[0]}
 
 

@@ -27,7 +27,6 @@ from nmcompile.tensorinfo import check_feeds, chosen_outputs, read_infos
 T = TypeVar("T")
 NOWHERE = "/dev/null/nowhere"  # a folder that there cannot be
 MOST_FOLDED = "optimization.constant_folding_max_output_size_in_bytes"  # of one node
-TIMED = 3  # runs that steps are measured in
 MOST_SEGMENTS, MOST_BUFFERS, MOST_STEPS = 1024, 1 << 15, 1 << 17  # of a plan
 
 
@@ -230,8 +229,9 @@ class NativeSegment:
 
     def tune(self, values: Arrays) -> None:
         """Let schedules count with what each step takes on this machine, the least of some runs."""
-        runs = [self._call(self.program.run_costs, values) for _ in range(TIMED + 1)][1:]  # the first one warms up
-        self.program.measured({step: min(run[step] for run in runs) for step in runs[0]})
+        from nmcompile.backends.cpu.measure import step_costs  # what only runs plans need not load it
+
+        self.program.measured(step_costs(lambda: self._call(self.program.run_costs, values)))
 
     def profile(self, values: Arrays) -> tuple[Arrays, list[tuple[str, int]]]:
         results, spent = self._call(self.program.run_profiled, values)
