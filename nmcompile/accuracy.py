@@ -23,35 +23,32 @@ from nmcompile.targets import Arrays, Product, Run
 REMEMBERED = 1 << 28  # bytes of the model's own outputs that are kept
 
 
-def reference(source: gs.Graph) -> Run:
-    """The model itself in onnxruntime, which runs each batch once: its outputs are kept, up to REMEMBERED bytes."""
-    run, room = g.runner(source, [info.name for info in g.outputs(source)], optimise=True), REMEMBERED
-    known: dict[tuple[object, ...], Arrays] = {}
+class Reference:
+    """The model that all is measured against, in onnxruntime, which runs each batch once: its outputs are kept, up to
+    REMEMBERED bytes."""
 
-    def remembering(feeds: Arrays) -> Arrays:
-        nonlocal room
+    def __init__(self, graph: gs.Graph) -> None:
+        self.graph = graph
+        self._session: Run | None = None
+        self._known: dict[tuple[object, ...], Arrays] = {}
+        self._room = REMEMBERED
+
+    def run(self, feeds: Arrays) -> Arrays:
+        """Its outputs. The session is opened when it is first needed: it holds the weights once more."""
         key = tuple((name, array.shape, array.dtype.str, array.tobytes()) for name, array in sorted(feeds.items()))
-        if key in known:
-            return known[key]
-        found = run(feeds)
-        room -= sum(array.nbytes for array in [*found.values(), *feeds.values()])
-        if room >= 0:
-            known[key] = found
+        if key in self._known:
+            return self._known[key]
+        if self._session is None:
+            self._session = g.runner(self.graph, [info.name for info in g.outputs(self.graph)], optimise=True)
+        found = self._session(feeds)
+        self._room -= sum(array.nbytes for array in [*found.values(), *feeds.values()])
+        if self._room >= 0:
+            self._known[key] = found
         return found
 
-    return remembering
-
-
-@dataclass(frozen=True)
-class Reference:
-    """The model that all is measured against: its graph, and its outputs."""
-
-    graph: gs.Graph
-    run: Run
-
-    @classmethod
-    def of(cls, source: gs.Graph) -> Reference:
-        return cls(source, reference(source))
+    def release(self) -> None:
+        """Let go of the session and what it gave."""
+        self._session, self._known, self._room = None, {}, REMEMBERED
 
 
 def limit_for(asked: str | Limit | None, model: Reference, data: Data, can_run: bool) -> Limit | None:

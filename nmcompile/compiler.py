@@ -226,6 +226,7 @@ def _result(
     product, quantized = found.product, found.product.quantized
     told = [*notes, *(() if found.look is None else found.look.notes), *product.told]
     measured = work.options.control.measure
+    work.reference.release()  # before both graphs run side by side
     return Result(
         plan=work.output if "plan" in sizes else None,
         passes=product.ran,

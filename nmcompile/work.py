@@ -116,7 +116,7 @@ def prepared(
     source = source if data.synthetic else g.separate_dims(source, data)
     check_ids(data)
     parts = hold_out(data, limited=options.control.max_drop is not None)
-    reference = Reference.of(source)
+    reference = Reference(source)
     limit = limit_for(options.control.max_drop, reference, parts.chosen, isinstance(target, TensorrtTarget) or
                       output is not None)  # fmt: skip
     if options.prune.size is None:  # what is wrong with the passes is told now

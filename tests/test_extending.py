@@ -83,7 +83,7 @@ def test_accuracy_fallback_knows_no_target() -> None:
     def build(keep: Keep) -> Product:
         return target.lower(quantize(pruned, scheme, runner, keep), runner)
 
-    search = Search(Reference.of(source), pruned, build, False, runner.progress)
+    search = Search(Reference(source), pruned, build, False, runner.progress)
     limit = parse_limit("cosine=0.02", list(parts.chosen), data.inputs)
     product, held, _, _ = held_by(search, limit, "cosine=0.02", parts)
     assert held.drop <= 0.02 and held.dense and isinstance(product, Portable)

@@ -11,7 +11,7 @@ from compiled import MODELS, feeds, held_of
 
 import nmcompile
 from nmcompile import ir as g
-from nmcompile.accuracy import reference
+from nmcompile.accuracy import Reference
 from nmcompile.calibrate import Calibration, open_data
 from nmcompile.contract import Pass, Report
 from nmcompile.errors import PassError
@@ -128,7 +128,7 @@ def test_the_model_itself_runs_each_batch_once(monkeypatch: pytest.MonkeyPatch) 
         return call
 
     monkeypatch.setattr(g, "runner", counting)
-    run = reference(g.load(BERT))
+    run = Reference(g.load(BERT)).run
     first, second = list(feeds(BERT))[2:4]
     results = [run(first), run(second), run({name: values.copy() for name, values in first.items()}), run(second)]
     assert count == 2
