@@ -1,0 +1,158 @@
+"""Module: any canonical graph as a torch module, for training here and for loops of one's own.
+
+module = Module.of("model.onnx")
+outputs = module({"input_ids": ids, "attention_mask": mask})          # tensors by name
+module.initializers["encoder.layer.0.attention.self.query.weight"]    # a Parameter each, by the initializer's name
+module.graph()                                                        # with the weights as they are now
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+import torch
+
+from nmcompile import ir as g
+from nmcompile.errors import GraphError
+from nmcompile.torch.steps import Step, parameters, pruned, reached, steps
+from nmcompile.torch.types import tensor_of
+
+Tensor = torch.Tensor
+Feeds = Mapping[str, Any]
+Effective = Callable[[Tensor], Tensor]
+
+
+class Module(torch.nn.Module):
+    """A graph in canonical form (nmcompile.stages.canonicalise) as a torch module.
+
+    Each initializer of floats is one Parameter by its name, however often it is read; linear weights are [K inputs,
+    N outputs], as in the graph. keep: tensors to be had beside the outputs. `effective[name]` may stand between a
+    Parameter and what the forward pass reads of it (masks, straight-through estimators). UnsupportedError names an
+    operator that has no gradient.
+    """
+
+    def __init__(self, graph: gs.Graph, keep: Iterable[str] = ()) -> None:
+        super().__init__()
+        self._graph = g.copy(graph)
+        self.effective: dict[str, Effective] = {}
+        held = parameters(self._graph)
+        inner = reached(self._graph, held)
+        self._keys = {name: f"p{index}" for index, name in enumerate(held)}  # torch allows no dots in names
+        for name, constant in held.items():
+            self.register_parameter(self._keys[name], torch.nn.Parameter(tensor_of(constant.values)))
+        self.keep = tuple(dict.fromkeys(keep))
+        self.outputs = tuple(tensor.name for tensor in self._graph.outputs)
+        self._steps = tuple(steps(self._graph, inner, {*self.keep, *self.outputs}))
+        self._constants: dict[str, Tensor] = {}
+        self._front = self._split(inner)
+
+    @classmethod
+    def of(cls, model: str | os.PathLike[str] | onnx.ModelProto | gs.Graph, keep: Iterable[str] = ()) -> Module:
+        """Of a model in any form, brought into canonical form first."""
+        from nmcompile.pipeline import Pipeline
+        from nmcompile.recipes import canonical_passes
+
+        graph, _ = Pipeline(canonical_passes()).run(g.admit(model))
+        return cls(graph, keep)
+
+    def _split(self, inner: set[int]) -> Callable[[Feeds], dict[str, np.ndarray]]:
+        """What computes the front: tensors that steps read and that no parameter reaches."""
+        made = {tensor.name for node in self._graph.nodes if id(node) in inner for tensor in node.outputs}
+        read = dict.fromkeys([name for step in self._steps for name in step.inputs if name] + list(self.outputs))
+        wanted = []
+        for node in self._graph.nodes:
+            for tensor in node.inputs:
+                values = g.constant(tensor)
+                if values is not None and tensor.name in read and tensor.name not in self._keys:
+                    integer = values.dtype.kind in "iu"
+                    self._constants.setdefault(tensor.name, tensor_of(values))
+                    if not integer:  # moves with the module; sizes and axes stay on the CPU
+                        key = f"c{len(self._constants)}"
+                        self.register_buffer(key, self._constants[tensor.name], persistent=False)
+        for name in read:
+            if name not in made and name not in self._keys and name not in self._constants:
+                wanted.append(name)
+        return g.runner(self._graph, wanted) if wanted else lambda feeds: {}
+
+    # ---- parameters ------------------------------------------------------------------------------------------------
+
+    @property
+    def initializers(self) -> dict[str, torch.nn.Parameter]:
+        """Parameters by the names of the initializers."""
+        return {name: getattr(self, key) for name, key in self._keys.items()}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next(iter(self.parameters()), torch.empty(0)).device
+
+    def graph(self) -> gs.Graph:
+        """A copy of the graph with the weights as they are now."""
+        graph = g.copy(self._graph)
+        now = self.initializers
+        for node in graph.nodes:
+            for tensor in node.inputs:
+                if isinstance(tensor, gs.Constant) and tensor.name in now:
+                    before = np.asarray(tensor.values)
+                    values = now[tensor.name].detach().float().cpu().numpy().astype(before.dtype)
+                    if not np.array_equal(values, before):
+                        tensor.values = values
+                        g.changed(tensor, tensor)
+        return graph
+
+    # ---- running ---------------------------------------------------------------------------------------------------
+
+    def forward(self, feeds: Feeds) -> dict[str, Tensor]:
+        """Outputs, and the tensors of `keep`, by name; `feeds` are arrays or tensors by the names of the inputs."""
+        values = self.start(feeds)
+        self.run(self._steps, values, (*self.outputs, *self.keep))
+        return {name: values[name] for name in (*self.outputs, *self.keep)}
+
+    def start(self, feeds: Feeds) -> dict[str, Tensor]:
+        """The front of the graph for some inputs, constants and weights, to be run on."""
+        plain = {name: value.cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
+                 for name, value in feeds.items()}  # fmt: skip
+        values = {name: self._placed(tensor_of(value)) for name, value in self._front(plain).items()}
+        return self.weights(values)
+
+    def weights(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Put constants and weights, as the forward pass reads them, beside some values."""
+        for name, constant in self._constants.items():
+            values[name] = self._placed(constant)
+        for name, key in self._keys.items():
+            weight = getattr(self, key)
+            values[name] = self.effective[name](weight) if name in self.effective else weight
+        return values
+
+    def part(self, outputs: Sequence[str], given: Iterable[str] = ()) -> tuple[Step, ...]:
+        """The steps from what is given (with what `start` gives) to some tensors. GraphError for tensors that are not
+        there."""
+        made = {name for step in self._steps for name in step.outputs}
+        for name in outputs:
+            if name not in made:
+                raise GraphError(f"tensor '{name}' is not computed by the module; name it in keep")
+        return pruned(self._steps, outputs, set(given))
+
+    def run(self, part: Sequence[Step], values: dict[str, Tensor], wanted: Sequence[str]) -> None:
+        """Run some steps on values by name, in place; what no later step reads and is not wanted is let go."""
+        last: dict[str, int] = {}
+        for index, step in enumerate(part):
+            for name in (*step.inputs, *step.outputs):
+                last[name] = index
+        kept = set(wanted)
+        for index, step in enumerate(part):
+            step.run(values)
+            for name in (*step.inputs, *step.outputs):
+                if last[name] == index and name not in kept and name in values:
+                    del values[name]
+
+    def _placed(self, tensor: Tensor) -> Tensor:
+        """On the module's device, but for integers of sizes, which steps read as numbers."""
+        return tensor if tensor.ndim < 2 and not tensor.dtype.is_floating_point else tensor.to(self.device)
+
+
