@@ -1,0 +1,108 @@
+"""What a compressed model loses against the dense one: feature maps, logits, embeddings, labels.
+
+features   mean over tensors of |m (S - T)|^2 / |m T|^2 over real tokens (SquareHead, Kurtic et al. 2023, arXiv 2310.06927)
+logits     KL(teacher || student) at a temperature, times its square (Hinton et al. 2015, arXiv 1503.02531)
+embeddings 1 - cosine of pooled vectors, and KL of the rows of similarities within a batch
+labels     cross entropy
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+
+Tensor = torch.Tensor
+Kind = Literal["embedding", "embeddings", "logits", "tokens", "spans"]
+NEIGHBOURS = 0.05  # temperature of similarities
+
+
+@dataclass(frozen=True)
+class Output:
+    """An output of the model, and what it is: a vector per sample (embedding), per token (embeddings), scores of classes
+    (logits), of classes per token (tokens), of positions (spans)."""
+
+    name: str
+    kind: Kind
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """Weights of the parts; `layers`: of each feature map, in their order (all alike where empty). temperature: of
+    logits. relations: of the similarities within a batch."""
+
+    features: float = 1.0
+    outputs: float = 1.0
+    relations: float = 1.0
+    labels: float = 0.0
+    temperature: float = 2.0
+    layers: tuple[float, ...] = ()
+
+
+def normalised(student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
+    """|m (S - T)|^2 / |m T|^2 as a scalar; mask: of tokens, None for all."""
+    lost, whole = student.float() - teacher.float(), teacher.float()
+    if mask is not None and mask.ndim == lost.ndim:
+        lost, whole = lost * mask, whole * mask
+    return lost.square().sum() / whole.square().sum().clamp_min(1e-12)
+
+
+def pooled(x: Tensor, mask: Tensor | None) -> Tensor:
+    """Means over real tokens, [batch, features]."""
+    if x.ndim < 3:
+        return x
+    if mask is None or mask.ndim != x.ndim:
+        return x.mean(1)
+    return (x * mask).sum(1) / mask.sum(1).clamp_min(1)
+
+
+def of_output(output: Output, student: Tensor, teacher: Tensor, mask: Tensor | None, how: Distillation) -> Tensor:
+    """The loss of one output as a scalar."""
+    student, teacher = student.float(), teacher.float()
+    if output.kind in ("embedding", "embeddings"):
+        a, b = F.normalize(pooled(student, mask), dim=-1), F.normalize(pooled(teacher, mask), dim=-1)
+        return (1 - (a * b).sum(-1)).mean() + how.relations * _relations(a, b)
+    if output.kind == "tokens":
+        return _divergence(student, teacher, how.temperature, mask)
+    if output.kind == "spans" and mask is not None and mask.squeeze(-1).shape == student.shape:
+        hidden = mask.squeeze(-1) == 0
+        student, teacher = student.masked_fill(hidden, -1e4), teacher.masked_fill(hidden, -1e4)
+    return _divergence(student, teacher, how.temperature, None)
+
+
+def of_labels(student: Tensor, labels: Tensor) -> Tensor:
+    """Cross entropy of logits [batch, classes] against labels [batch]; -1 stands for none."""
+    return F.cross_entropy(student.float(), labels.to(student.device), ignore_index=-1)
+
+
+def of_features(
+    student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], names: Sequence[str], mask: Tensor | None,
+    weights: Sequence[float] = (),
+) -> Tensor:  # fmt: skip
+    """Weighted mean of the errors of feature maps."""
+    shares = list(weights) or [1.0] * len(names)
+    parts = [share * normalised(student[name], teacher[name], mask)
+             for name, share in zip(names, shares, strict=True)]  # fmt: skip
+    return torch.stack(parts).sum() / max(sum(shares), 1e-12)
+
+
+def _divergence(student: Tensor, teacher: Tensor, temperature: float, mask: Tensor | None) -> Tensor:
+    """T^2 KL(teacher || student) per row, the mean over rows (over real tokens)."""
+    a, b = F.log_softmax(student / temperature, -1), F.log_softmax(teacher / temperature, -1)
+    rows = F.kl_div(a, b, reduction="none", log_target=True).sum(-1) * temperature**2
+    if mask is None or mask.ndim != rows.ndim + 1:
+        return rows.mean()
+    kept = mask.squeeze(-1)
+    return (rows * kept).sum() / kept.sum().clamp_min(1)
+
+
+def _relations(a: Tensor, b: Tensor) -> Tensor:
+    """KL of the rows of similarities within a batch, each sample's own left out."""
+    if len(a) < 3:
+        return a.sum() * 0
+    itself = torch.eye(len(a), dtype=torch.bool, device=a.device)
+    mine, theirs = ((x @ x.t() / NEIGHBOURS).masked_fill(itself, -1e4) for x in (a, b))
+    return F.kl_div(F.log_softmax(mine, -1), F.log_softmax(theirs, -1), reduction="batchmean", log_target=True)
