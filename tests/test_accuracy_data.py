@@ -69,6 +69,11 @@ def test_corpus_reads_packages_and_leaves_out_what_is_evaluated(tmp_path: Path) 
     assert len(corpus.gather(["one"], corpus.EVALUATED, None, 0, roots, most=2)) == 2
 
 
+def test_same_text_of_other_signs_is_known() -> None:
+    known = frozenset(corpus._runs(("the", "pseudo", "inverse")))
+    assert corpus.shares(("the", "pseudoinverse"), known) and not corpus.shares(("the", "pseudo"), known)
+
+
 def test_command_writes_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(corpus, "everything", lambda roots, exclude: [("a", PROSE), ("b", OTHER), ("b", PROSE)])
     output = tmp_path / "texts.jsonl"

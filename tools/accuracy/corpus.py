@@ -92,13 +92,14 @@ def evaluated(packages: Iterable[str]) -> frozenset[tuple[str, ...]]:
 
 
 def shares(words: tuple[str, ...], known: frozenset[tuple[str, ...]]) -> bool:
-    """Whether a text has ten words in a row with an evaluated one, or is one of fewer words."""
+    """Whether a text has ten words in a row with an evaluated one, or is one but for blanks and signs."""
     return any(run in known for run in _runs(words))
 
 
 def _runs(words: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
     for start in range(max(len(words) - SHARED, 0) + 1):
         yield words[start : start + SHARED]
+    yield ("".join(words),)
 
 
 def everything(roots: Roots, exclude: frozenset[str]) -> Iterator[Found]:
