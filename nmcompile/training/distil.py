@@ -1,0 +1,181 @@
+"""End-to-end distillation: feature maps and outputs of the compressed model follow the dense one's, masks follow a policy."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+
+from nmcompile.errors import CalibrationError
+from nmcompile.training.batches import Batches, Feeds
+from nmcompile.training.losses import Distillation, Output, of_features, of_output
+from nmcompile.training.pair import Pair
+from nmcompile.training.policies import Policy
+
+Tensor = torch.Tensor
+Tell = Callable[[int, int, float], None]  # step, steps, loss on held-out samples
+TRIALS = 4  # steps that are timed before a number of them is planned
+LOOKS = 12  # at the held-out samples
+
+
+@dataclass(frozen=True)
+class EndToEnd:
+    """lr: of AdamW, after a warm-up (a share of the steps) by cosine to zero. tokens: of a step, padding included."""
+
+    lr: float = 5e-4
+    tokens: int = 2048
+    warmup: float = 0.05
+    betas: tuple[float, float] = (0.9, 0.98)
+    clip: float = 1.0
+    steps: int = 0  # 0: as many as the time allows
+    loss: Distillation = field(default_factory=Distillation)
+
+
+@dataclass
+class Progress:
+    """Where a training is: what a checkpoint holds beside weights, optimizer and policy."""
+
+    step: int = 0
+    steps: int = 0
+    best: float = math.inf
+    weights: dict[str, Tensor] = field(default_factory=dict)  # those of the best state
+    masks: dict[str, Tensor] = field(default_factory=dict)  # its masks, by layer
+
+
+class Trainer:
+    """One end-to-end training of a pair, step by step."""
+
+    def __init__(
+        self, pair: Pair, batches: Batches, held: Sequence[Feeds], outputs: Sequence[Output], how: EndToEnd,
+        policy: Callable[[int], Policy[Any]],
+    ) -> None:  # fmt: skip
+        self.pair, self.batches, self.held, self.outputs, self.how = pair, batches, held, outputs, how
+        self.progress = Progress()
+        self._policy_of = policy
+        self._weights = {name: pair.student.initializers[name] for name in pair.trained}
+        self.policy: Policy[Any] | None = None
+        self.history: list[dict[str, float]] = []
+        self._start = time.monotonic()
+        self.optimizer = torch.optim.AdamW(self._weights.values(), how.lr, how.betas, weight_decay=0.0)
+
+    def loss(self, feeds: Feeds) -> Tensor:
+        """What the student loses on a batch."""
+        pair, how = self.pair, self.how.loss
+        mask = pair.mask(feeds)
+        with pair.precision():
+            with torch.no_grad():
+                wanted = pair.teacher(feeds)
+            given = pair.student(feeds)
+        total = how.features * of_features(given, wanted, pair.ends, mask, how.layers) if pair.ends else 0.0
+        for output in self.outputs:
+            total = total + how.outputs * of_output(output, given[output.name], wanted[output.name], mask, how)
+        assert isinstance(total, Tensor)
+        return total
+
+    def measure(self) -> float:
+        """The loss on held-out samples, in full precision of sums."""
+        with torch.no_grad():
+            return float(torch.stack([self.loss(feeds) for feeds in self.held]).mean())
+
+    def plan(self, seconds: float) -> int:
+        """How many steps fit into some seconds, by a few whose gradients are thrown away."""
+        if self.how.steps:
+            return self.how.steps
+        spent = []
+        for _, feeds in zip(range(TRIALS), self.batches, strict=False):
+            start = time.perf_counter()
+            self.loss(feeds).backward()
+            self.optimizer.zero_grad()
+            spent.append(time.perf_counter() - start)
+        start = time.perf_counter()
+        self.measure()
+        looks = (time.perf_counter() - start) * LOOKS
+        each = 1.1 * sum(spent[1:] or spent) / max(len(spent) - 1, 1)
+        return max(int((seconds - sum(spent) - looks) / each), 0)
+
+    def run(self, left: Callable[[], float], tell: Tell, save: Callable[[Trainer], None] | None = None) -> None:
+        """Train until the planned steps or the seconds are over; the best state on held-out samples stays.
+        CalibrationError where the loss becomes NaN."""
+        progress = self.progress
+        if self.policy is None:
+            self.begin(self.plan(left()))
+        assert self.policy is not None
+        if progress.steps < 1:
+            return
+        if progress.step == 0:
+            self._look(tell)
+        stream = self.batches.since(progress.step)
+        every = max(progress.steps // LOOKS, 1)
+        while progress.step < progress.steps and left() > 0:
+            self._step(next(stream))
+            if progress.step % every == 0 or progress.step == progress.steps:
+                self._look(tell)
+                if save is not None:
+                    save(self)
+        if not self.policy.frozen:
+            self.policy.finish(self.optimizer)
+            self._look(tell)
+        self._restore()
+
+    def begin(self, steps: int) -> None:
+        """Fix the number of steps, which learning rates and masks follow."""
+        self.progress.steps = steps
+        self.policy = self._policy_of(max(steps, 1))
+        for name in self.policy.layers:
+            self.pair.student.effective[self.pair.weights[name]] = partial(self.policy.effective, name)
+
+    def _step(self, feeds: Feeds) -> None:
+        progress, policy = self.progress, self.policy
+        assert policy is not None
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.how.lr * rate(progress.step, progress.steps, self.how.warmup)
+        loss = self.loss(feeds)
+        extra = policy.penalty()
+        loss = loss if extra is None else loss + extra
+        if not math.isfinite(float(loss.detach())):
+            raise CalibrationError(f"the loss is not finite in step {progress.step + 1}; take a lower learning rate, or look "
+                                   "for huge values in the data")  # fmt: skip
+        self.optimizer.zero_grad()
+        loss.backward()
+        policy.after_backward(progress.step)
+        torch.nn.utils.clip_grad_norm_(self._weights.values(), self.how.clip)
+        self.optimizer.step()
+        policy.after_step(progress.step, self.optimizer)
+        progress.step += 1
+
+    def _look(self, tell: Tell) -> None:
+        """Measure; remember the weights if no others were better with masks that no longer move."""
+        progress, policy, found = self.progress, self.policy, self.measure()
+        assert policy is not None
+        tell(progress.step, progress.steps, found)
+        self.history.append({"step": progress.step, "loss": found, "seconds": time.monotonic() - self._start})
+        if (policy.frozen or progress.step == 0) and found < progress.best:
+            progress.best, progress.weights = found, self.now()
+            progress.masks = {name: mask.clone() for name, mask in policy.masks.items()}
+
+    def now(self) -> dict[str, Tensor]:
+        """Copies of what is trained, by initializer."""
+        return {name: weight.detach().clone() for name, weight in self._weights.items()}
+
+    def set(self, weights: Mapping[str, Tensor]) -> None:
+        """Put values in the place of what is trained."""
+        with torch.no_grad():
+            for name, values in weights.items():
+                self._weights[name].copy_(values)
+
+    def _restore(self) -> None:
+        self.set(self.progress.weights)
+        self.pair.student.effective.clear()
+
+
+def rate(step: int, steps: int, warmup: float) -> float:
+    """The learning rate's factor: up in a line, down by a cosine."""
+    rise = max(int(steps * warmup), 1)
+    if step < rise:
+        return (step + 1) / rise
+    return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(steps - rise, 1)))

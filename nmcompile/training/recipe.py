@@ -1,0 +1,59 @@
+"""How a training goes: its budget, stages, masks, losses; one frozen value that the command line and passes build."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from nmcompile.errors import PassError
+
+UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
+LEAST = 1.0  # seconds
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """budget: seconds, from the start of pruning on. masks: a policy (nmcompile.training.policies) and its options. lr,
+    tokens (of a step, padding included), steps (0: as many as the budget allows): of the end-to-end stage. local: the
+    share of the budget for block-local distillation, 0 leaves it out. features, outputs, relations, temperature: of
+    the loss. labels: weight of the cross entropy where the data have labels. device: "cpu", "cuda". half: products in
+    bfloat16; None where the device is faster at them. seed: of the order of samples."""
+
+    budget: float = 600.0
+    masks: str = "fixed"
+    options: Mapping[str, object] = field(default_factory=dict)
+    lr: float = 1e-3
+    tokens: int = 2048
+    steps: int = 0
+    local: float = 0.0
+    features: float = 1.0
+    outputs: float = 1.0
+    relations: float = 1.0
+    temperature: float = 2.0
+    device: str = "cpu"
+    half: bool | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """PassError for what cannot be."""
+        if self.budget < LEAST:
+            raise PassError(f"a budget of {self.budget:g} s is too short for one step; give for example 10m")
+        if not 0 <= self.local < 1:
+            raise PassError(f"local={self.local:g} is not a share of the budget; 0.2 is much, 0 leaves the stage out")
+        if not 0 < self.lr <= 1:
+            raise PassError(f"lr={self.lr:g} is no learning rate; 1e-3 is usual for 384 features, 3e-4 for 768")
+        if self.tokens < 1 or self.steps < 0:
+            raise PassError(f"tokens={self.tokens}, steps={self.steps}: a step takes at least 1 token")
+        if min(self.features, self.outputs, self.relations) < 0 or self.features + self.outputs <= 0:
+            raise PassError("the loss has no part: features or outputs must be above 0, and none of them below")
+        if self.temperature <= 0:
+            raise PassError(f"temperature={self.temperature:g} is not above 0; 2 is usual")
+
+
+def seconds(text: str) -> float:
+    """Of a time written 90, 90s, 10m, 1.5h. PassError for what is none."""
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([smh]?)", text.strip().lower())
+    if match is None:
+        raise PassError(f"'{text}' is not a time; write for example 90s, 10m or 1.5h")
+    return float(match[1]) * UNITS[match[2]]
