@@ -83,6 +83,13 @@ def squares(weight: Tensor, weighting: Tensor | None = None) -> Tensor:
     return wide if weighting is None else wide * weighting.double()
 
 
+def usual_size(weight: Tensor) -> Tensor:
+    """Root of the mean square of the weights that are not zero, 0-d, of the weight's type; tiny where all are zero."""
+    wide = squares(weight)
+    size = (wide.sum() / (wide > 0).sum().clamp_min(1)).sqrt().to(weight.dtype)
+    return size.clamp_min(torch.finfo(weight.dtype).tiny)
+
+
 def _pruned(units: int, sparsity: float) -> int:
     return math.floor(sparsity * units + 0.5)
 
