@@ -299,17 +299,35 @@ def one_layer(name: str, options: dict[str, object], weight: Tensor, rate: float
 
 def test_admm_goes_by_its_equations() -> None:
     weight, rate = torch.tensor([[1.0, -3.0], [2.0, 0.5]]), 0.1
-    policy, moved, still = one_layer("admm", {"first": 2.0, "last": 2.0, "every": 2, "weighting": "none"}, weight, rate)
-    w, z, u = weight.clone(), weight.clone(), torch.zeros(2, 2)
+    policy, moved, still = one_layer("admm", {"first": 2.0, "last": 8.0, "every": 2, "weighting": "none"}, weight, rate)
+    w, z, multiplier = weight.clone(), weight.clone(), torch.zeros(2, 2)
     size = float(weight.square().mean().sqrt())
     for step in range(9):
-        w = w - rate * 2.0 / size * (w - z + u)
+        rho = 2.0 * 4 ** (step // 2 * 2 / policy.until)
+        w = w - rate / size * (rho * (w - z) + multiplier)
         if step % 2:
-            z = projection.project((w + u).T, sp.Unstructured(), 0.5).T
-            u = u + w - z
+            z = projection.project((w + multiplier / rho).T, sp.Unstructured(), 0.5).T
+            multiplier = multiplier + rho * (w - z)
         policy.after_step(step, still)
         torch.testing.assert_close(moved.detach(), w)
     assert (z == 0).sum() == 2 and moved.detach()[z == 0].abs().max() < 0.7
+
+
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [
+        ({"criterion": "magnitude"}, [[False, False], [True, True]]),
+        ({"criterion": "movement"}, [[True, False], [False, True]]),  # away from zero is what counts
+        ({"criterion": "snip-momentum"}, [[True, False], [True, False]]),
+        ({"criterion": "snip-momentum", "momentum": 0.0}, [[False, True], [False, True]]),  # the last step only
+    ],
+)
+def test_criteria_rank_weights(options: dict[str, object], kept: list[list[bool]]) -> None:
+    policy, weight, still = one_layer("gradual", options, torch.tensor([[1.0, -1.0], [2.0, -2.0]]), 0.0)
+    for gradient in (torch.tensor([[-9.0, -1.0], [4.0, 1.0]]), torch.tensor([[-0.1, -0.3], [0.1, 0.2]])):
+        weight.grad = gradient
+        policy.after_backward(0)
+    assert torch.equal(policy.finish(still)["w"], torch.tensor(kept))
 
 
 def test_lasso_shrinks_weak_groups_by_the_most() -> None:
