@@ -25,6 +25,7 @@ from nmcompile.passes.simplify_masks import SimplifyMasks
 from nmcompile.passes.simplify_shapes import SimplifyShapes
 from nmcompile.passes.smooth_activations import SmoothActivations
 from nmcompile.passes.store_weights import StoreWeights
+from nmcompile.passes.train import Train
 from nmcompile.passes.widen_floats import WidenFloats
 
 BUILTIN: tuple[type[Pass], ...] = (
@@ -43,6 +44,7 @@ BUILTIN: tuple[type[Pass], ...] = (
     MagnitudePrune,
     NMPrune,
     BlockPrune,
+    Train,
     SmoothActivations,
     InsertQdq,
     QuantizeOutputs,
@@ -77,5 +79,6 @@ __all__ = [
     "SimplifyShapes",
     "SmoothActivations",
     "StoreWeights",
+    "Train",
     "WidenFloats",
 ]

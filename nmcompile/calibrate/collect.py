@@ -28,11 +28,13 @@ class Calibration:
     """A run over `data`; `progress(what, done, total)` is called after each batch and each stage.
 
     checkpoints: folder for what long passes have done so far, so that an interrupted run goes on from there.
+    training: more samples, for what trains weights; None: `data`.
     """
 
     data: Data
     progress: Callable[[str, int, int], None] | None = None
     checkpoints: Path | None = None
+    training: Data | None = None
 
     def collect(self, graph: gs.Graph, needs: Mapping[str, Sequence[str]]) -> Statistics:
         """Statistics of the tensors in `needs` (name -> "range", "histogram", "squares"), in memory that no

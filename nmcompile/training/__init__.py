@@ -1,1 +1,9 @@
-"""Training of pruned and quantized models, in torch."""
+"""Training of pruned graphs by distillation; needs torch (pip install 'nmcompile[train]')."""
+
+from __future__ import annotations
+
+from nmcompile.training.clock import Clock
+from nmcompile.training.recipe import Recipe, seconds
+from nmcompile.training.train import Masked, Trained, train
+
+__all__ = ["Clock", "Masked", "Recipe", "Trained", "seconds", "train"]

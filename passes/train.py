@@ -1,0 +1,124 @@
+"""Train: prune, then distil the dense model into what is left."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from nmcompile import ir as g
+from nmcompile.contract import Context, Report
+from nmcompile.errors import PassError, UnsupportedError
+from nmcompile.prune import PrunePlan, PruningPass, goal, parse_rules, prune
+from nmcompile.prune.records import NormRecord, Records, packed
+
+NORMS = ("LayerNormalization", "RMSNormalization")
+
+
+@dataclass(frozen=True)
+class Train(PruningPass):
+    """Prune as `prune` does, then train what is left to compute what the dense model does, on unlabelled samples.
+
+    MatMul(x, W)  ->  MatMul(x, V * keep)      V by distillation of feature maps and outputs
+
+    Needs torch. budget: of pruning and training together, 90s, 10m or 1.5h. masks: how zeros move while training goes
+    on: fixed, gradual, admm, lasso, srste (nmcompile.training.policies), with its options as masks_options=NAME:VALUE.
+    lr, tokens of a step, steps (0: as many as the budget allows), local (the share of the budget that trains block by
+    block first), relations, temperature, device, seed: see nmcompile.training.recipe.Recipe. Weights, biases and
+    normalisations are trained, embeddings are not. It ends with the best state on held-out samples, which may be the
+    pruned one.
+    """
+
+    solver: str = "admm"
+    pattern: str = "2x4"
+    sparsity: float | None = None
+    layers: tuple[str, ...] = ()
+    multiple: int = 1
+    budget: str = "10m"
+    masks: str = "fixed"
+    masks_options: tuple[str, ...] = ()
+    lr: float = 1e-3
+    tokens: int = 2048
+    steps: int = 0
+    local: float = 0.0
+    relations: float = 1.0
+    temperature: float = 2.0
+    device: str = "cpu"
+    seed: int = 0
+
+    @property
+    def plan(self) -> PrunePlan:
+        rules = parse_rules(self.layers, self.sparsity)
+        return self.planned(goal(self.pattern, self.sparsity), rules, self.multiple)
+
+    def run(self, graph: gs.Graph, context: Context) -> Report:
+        training = _training()
+        recipe = training.Recipe(
+            training.seconds(self.budget), self.masks, _options(self.masks_options), self.lr, self.tokens, self.steps,
+            self.local, relations=self.relations, temperature=self.temperature, device=self.device, seed=self.seed,
+        )  # fmt: skip
+        data = context.data if context.calibration is None else context.calibration.training or context.data
+        clock = training.Clock(recipe)
+        dense = g.copy(graph)
+        report = prune(graph, self.plan, context)
+        records = report.records
+        if records is None or not records.layers:
+            return report
+        masked = {name: training.Masked(self.plan.goal_of(name) or goal("unstructured", record.sparsity),
+                                        record.mask) for name, record in records.layers.items()}  # fmt: skip
+        masked = {name: replace(item, goal=replace(item.goal, sparsity=records.layers[name].sparsity))
+                  for name, item in masked.items()}  # fmt: skip
+        found = training.train(dense, graph, masked, data, clock.left(recipe), context.progress, context.checkpoints)
+        norms = _taken_over(graph, found.graph, records.norms)
+        layers = {name: replace(record, bits=packed(found.masks[name]) if name in found.masks else record.bits,
+                                changed=True) for name, record in records.layers.items()}  # fmt: skip
+        detail = {**report.detail, "training": {"loss pruned": found.start, "loss trained": found.end,
+                                                "history": list(found.history)}}  # fmt: skip
+        return replace(report, detail=detail, records=Records(layers, norms))
+
+
+def _training() -> Any:
+    """The package that needs torch."""
+    try:
+        import torch  # noqa: F401
+    except ImportError:
+        raise UnsupportedError("training needs torch, which is not installed: pip install 'nmcompile[train]'") from None
+    from nmcompile import training
+
+    return training
+
+
+def _options(texts: tuple[str, ...]) -> dict[str, object]:
+    """NAME:VALUE as numbers where they are."""
+    found: dict[str, object] = {}
+    for text in texts:
+        name, colon, value = text.partition(":")
+        if not colon:
+            raise PassError(f"masks_options={text} is not NAME:VALUE, for example start:0.5")
+        try:
+            found[name] = int(value) if value.lstrip("-").isdigit() else float(value)
+        except ValueError:
+            found[name] = value
+    return found
+
+
+def _taken_over(graph: gs.Graph, trained: gs.Graph, fitted: Mapping[str, NormRecord]) -> dict[str, NormRecord]:
+    """Put the trained constants into the graph, in place; what normalisations had before, those fitted by pruning
+    included."""
+    now = {tensor.name: np.asarray(tensor.values) for node in trained.nodes for tensor in node.inputs
+           if isinstance(tensor, gs.Constant)}  # fmt: skip
+    norms: dict[str, NormRecord] = {}
+    for node in graph.nodes:
+        operands = [tensor for tensor in node.inputs[1:3] if isinstance(tensor, gs.Constant)]
+        if node.op in NORMS and len(operands) == 2:
+            gain, bias = (np.asarray(tensor.values) for tensor in operands)
+            norms[node.name] = NormRecord((gain, bias), (operands[0].name, operands[1].name))
+    for node in graph.nodes:
+        for tensor in node.inputs:
+            if isinstance(tensor, gs.Constant) and not np.array_equal(now.get(tensor.name, tensor.values), tensor.values):
+                tensor.values = now[tensor.name]
+                g.changed(tensor, tensor)
+    return {**norms, **fitted}
