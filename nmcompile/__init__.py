@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from nmcompile.pipeline import Pipeline as Pipeline
     from nmcompile.session import load as load
     from nmcompile.tensorinfo import TensorInfo as TensorInfo
+    from nmcompile.trainer import torch_module as torch_module
+    from nmcompile.trainer import train as train
 
 __version__ = "0.1.0"
 
@@ -37,6 +39,8 @@ _HOMES = {
     "Session": "backends.cpu.session",
     "TensorInfo": "tensorinfo",
     "load": "session",
+    "torch_module": "trainer",
+    "train": "trainer",
 }
 __all__ = [*_HOMES]
 

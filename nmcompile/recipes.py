@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from dataclasses import fields as dataclass_fields
 
 from nmcompile import sparsity as sp
 from nmcompile.backends.tensorrt.profiles import Profile
@@ -31,9 +32,12 @@ from nmcompile.passes import (
     SimplifyShapes,
     SmoothActivations,
     StoreWeights,
+    Train,
     WidenFloats,
 )
+from nmcompile.passes.train import Fields
 from nmcompile.pipeline import Pass
+from nmcompile.prune import PruningPass
 from nmcompile.prune.plan import USUAL
 from nmcompile.qdq.scheme import Scheme
 from nmcompile.solvers import SOLVERS
@@ -126,6 +130,18 @@ def pruning_passes(
     if solver == "magnitude":
         return [MagnitudePrune(sparsity=wanted, **given)]  # type: ignore[arg-type]
     return [Prune(pattern=str(kind), sparsity=wanted, **given)]  # type: ignore[arg-type]
+
+
+def training_passes(passes: Sequence[Pass], fields: Fields) -> list[Pass]:
+    """Passes of which the last, which prunes, trains as well."""
+    *before, last = passes
+    assert isinstance(last, PruningPass)
+    plan = last.plan
+    assert plan.goal is not None
+    shared = {item.name: getattr(last, item.name) for item in dataclass_fields(PruningPass)}
+    sparsity = None if isinstance(plan.goal.pattern, sp.NM) else plan.goal.sparsity
+    return [*before, Train(pattern=str(plan.goal.pattern), sparsity=sparsity, multiple=plan.multiple, **shared,
+                           **fields)]  # fmt: skip
 
 
 def scheme_passes(scheme: Scheme) -> list[Pass]:

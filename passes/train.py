@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -14,6 +14,23 @@ from nmcompile.contract import Context, Report
 from nmcompile.errors import PassError, UnsupportedError
 from nmcompile.prune import PrunePlan, PruningPass, goal, parse_rules, prune
 from nmcompile.prune.records import NormRecord, Records, packed
+
+
+class Fields(TypedDict, total=False):
+    """The options of training by name, as those of `Train`."""
+
+    budget: str
+    masks: str
+    masks_options: tuple[str, ...]
+    lr: float
+    tokens: int
+    steps: int
+    local: float
+    relations: float
+    temperature: float
+    device: str
+    seed: int
+
 
 NORMS = ("LayerNormalization", "RMSNormalization")
 
@@ -118,7 +135,9 @@ def _taken_over(graph: gs.Graph, trained: gs.Graph, fitted: Mapping[str, NormRec
             norms[node.name] = NormRecord((gain, bias), (operands[0].name, operands[1].name))
     for node in graph.nodes:
         for tensor in node.inputs:
-            if isinstance(tensor, gs.Constant) and not np.array_equal(now.get(tensor.name, tensor.values), tensor.values):
+            if not isinstance(tensor, gs.Constant) or tensor.name not in now:
+                continue
+            if not np.array_equal(now[tensor.name], np.asarray(tensor.values)):
                 tensor.values = now[tensor.name]
                 g.changed(tensor, tensor)
     return {**norms, **fitted}

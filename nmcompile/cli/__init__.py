@@ -17,7 +17,8 @@ import click
 import nmcompile
 from nmcompile.errors import NmcompileError, NoDeviceError
 
-COMMANDS = ("compile", "inspect", "run", "bench", "profile", "compare", "check", "passes", "doctor", "build-engine")
+COMMANDS = ("compile", "train", "inspect", "run", "bench", "profile", "compare", "check", "passes", "doctor",
+            "build-engine")  # fmt: skip
 DEFAULT = "compile"
 NO_DEVICE = 3  # exit status where this machine lacks the GPU or TensorRT
 
@@ -36,6 +37,11 @@ See what came out of it, how fast and how exact it is, and run it:
   nmcompile profile model.plan --plot roofline.svg
   nmcompile compare model.onnx model.plan --data samples.npz
   nmcompile run model.plan --input x.npz --output y.npz
+
+Let a model get used to its zeros, by unlabelled samples and the time that you have:
+
+\b
+  nmcompile train model.onnx -o sparse.onnx --data texts.jsonl --tokenizer tokenizer.json --sparsity 0.8 --budget 60m
 
 The first line is short for `nmcompile compile MODEL`; its options are in `nmcompile compile --help`. In a program:
 nmcompile.compile("model.onnx", "model.plan") and nmcompile.load("model.plan").run(feeds).

@@ -1,8 +1,8 @@
 """Fake quantization: QuantizeLinear and DequantizeLinear in floats, bit for bit as ONNX has them, with a gradient.
 
 q = saturate(round_half_even(x / scale) + zero_point), x = (q - zero_point) * scale, all in float32, which holds the
-integers exactly. Between the two, levels are floats. Rounding passes the gradient on where the value is inside the range
-and stops it where it saturates (the straight-through estimator, Bengio et al. 2013, arXiv 1308.3432).
+integers exactly. Between the two, levels are floats. Rounding passes the gradient on where the value is inside the
+range and stops it where it saturates (the straight-through estimator, Bengio et al. 2013, arXiv 1308.3432).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Module: any canonical graph as a torch module, for training here and for loops of one's own.
 
-module = Module.of("model.onnx")
+module = nmcompile.torch_module("model.onnx")                         # or Module(graph) of a canonical graph
 outputs = module({"input_ids": ids, "attention_mask": mask})          # tensors by name
 module.initializers["encoder.layer.0.attention.self.query.weight"]    # a Parameter each, by the initializer's name
 module.graph()                                                        # with the weights as they are now
@@ -8,12 +8,10 @@ module.graph()                                                        # with the
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import onnx
 import onnx_graphsurgeon as gs
 import torch
 
@@ -50,15 +48,6 @@ class Module(torch.nn.Module):
         self._steps = tuple(steps(self._graph, inner, {*self.keep, *self.outputs}))
         self._constants: dict[str, Tensor] = {}
         self._front = self._split(inner)
-
-    @classmethod
-    def of(cls, model: str | os.PathLike[str] | onnx.ModelProto | gs.Graph, keep: Iterable[str] = ()) -> Module:
-        """Of a model in any form, brought into canonical form first."""
-        from nmcompile.pipeline import Pipeline
-        from nmcompile.recipes import canonical_passes
-
-        graph, _ = Pipeline(canonical_passes()).run(g.admit(model))
-        return cls(graph, keep)
 
     def _split(self, inner: set[int]) -> Callable[[Feeds], dict[str, np.ndarray]]:
         """What computes the front: tensors that steps read and that no parameter reaches."""

@@ -60,7 +60,7 @@ def _gather(x: Tensor, indices: Tensor, *, axis: int = 0, **_: Any) -> Tensor:
     if axis == 0 and x.ndim == 2 and x.dtype.is_floating_point:
         return F.embedding(flat, x)
     if flat.ndim == 0:
-        return x.select(axis, int(flat)) if x.device.type == "cpu" else x.index_select(axis, flat.reshape(1)).squeeze(axis)
+        return x.index_select(axis, flat.reshape(1)).squeeze(axis)
     found = x.index_select(axis, flat.reshape(-1))
     return found.reshape(*x.shape[:axis], *indices.shape, *x.shape[axis + 1 :])
 

@@ -1,7 +1,7 @@
 """ONNX operators in torch, one table: what each computes, with a gradient wherever mathematics has one.
 
-A function of the table takes the node's inputs (None where one is left out) and its attributes, and gives a tensor, or a
-tuple for operators of several outputs. Sizes, axes and other integers are tensors on the CPU.
+A function of the table takes the node's inputs (None where one is left out) and its attributes, and gives a tensor, or
+a tuple for operators of several outputs. Sizes, axes and other integers are tensors on the CPU.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def _gemm(
 def _layer_norm(
     x: Tensor, scale: Tensor, bias: Tensor | None = None, *, axis: int = -1, epsilon: float = 1e-5, **_: Any
 ) -> Tensor:
-    shape = x.shape[axis:] if axis < 0 else x.shape[axis:]
+    shape = x.shape[axis:]
     if scale.shape == shape and (bias is None or bias.shape == shape):
         return F.layer_norm(x, shape, scale, bias, epsilon)
     y = F.layer_norm(x, shape, None, None, epsilon) * scale
@@ -107,7 +107,7 @@ def _reduce(function: Callable[[Tensor, list[int], bool], Tensor]) -> Operator:
 
 
 def _extreme(function: Operator) -> Callable[[Tensor, list[int], bool], Tensor]:
-    return lambda x, axes, keep: function(x, dim=tuple(axes), keepdim=keep)  # type: ignore[no-any-return]
+    return lambda x, axes, keep: function(x, dim=tuple(axes), keepdim=keep)
 
 
 def _product(x: Tensor, axes: list[int], keep: bool) -> Tensor:

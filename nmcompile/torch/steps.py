@@ -74,8 +74,8 @@ def pruned(steps: Sequence[Step], outputs: Iterable[str], given: Collection[str]
 def _plain(node: gs.Node) -> Step:
     operator = OPERATORS.get(node.op) if node.domain in (None, "", "ai.onnx") else None
     if operator is None:
-        raise UnsupportedError(f"node '{node.name}' is a {node.op}, which has no gradient here; training takes graphs of "
-                               "matrix products, normalisations, activations and attention")  # fmt: skip
+        raise UnsupportedError(f"node '{node.name}' is a {node.op}, which has no gradient here; training takes graphs "
+                               "of matrix products, normalisations, activations and attention")  # fmt: skip
     attributes: dict[str, Any] = dict(node.attrs)
     if node.op == "Split":
         attributes["outputs"] = len(node.outputs)

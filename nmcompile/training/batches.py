@@ -1,4 +1,4 @@
-"""Batches of about as many tokens each, of samples of like lengths, in an order that a seed and a position determine."""
+"""Batches of about as many tokens each, of samples of like lengths, in an order that a seed and a place determine."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Batches:
 
     def made(self, rows: Sequence[Mapping[str, Any]]) -> Iterator[Feeds]:
         """Samples as one batch, or as several where the model fixes its batches."""
-        return iter(replace(self.data, rows=tuple(rows), batch=len(rows)))
+        return iter(replace(self.data, rows=tuple(map(dict, rows)), batch=len(rows)))
 
 
 def _groups(order: np.ndarray, lengths: np.ndarray, limit: int) -> Iterator[list[int]]:
@@ -86,7 +86,7 @@ def parted(data: Data, most: int) -> tuple[Data, Data]:
     """(for training, held out): every sixteenth sample, `most` at most. CalibrationError for too few samples."""
     rows = data.rows
     if len(rows) < 2 * HELD_OUT:
-        raise CalibrationError(f"training takes {2 * HELD_OUT} samples at least, there are {len(rows)}; give more --data")
+        raise CalibrationError(f"training takes {2 * HELD_OUT} samples at least, the data have {len(rows)}; give more")
     held = range(HELD_OUT - 1, len(rows), HELD_OUT)[:most]
     out = set(held)
     return (replace(data, rows=tuple(row for i, row in enumerate(rows) if i not in out)),

@@ -1,7 +1,7 @@
 """Where a graph can be cut: the tensors that alone carry all that the pruned layers have computed so far.
 
-In a Transformer these are the residual stream behind each half of a layer, so a block is attention with its residual and
-normalisation, or the feed-forward layers with theirs.
+In a Transformer these are the residual stream behind each half of a layer, so a block is attention with its residual
+and normalisation, or the feed-forward layers with theirs.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ def blocks(graph: gs.Graph, layers: Collection[str]) -> tuple[Block, ...]:
     block before it. Empty where the graph cannot be cut behind any layer."""
     found = [layer for layer in g.linear_layers(graph) if layer.name in layers]
     nodes = {id(layer.node): layer.name for layer in found}
-    after = reached(graph, [*_streams(graph, found), *(tensor.name for layer in found for tensor in layer.node.outputs)])
+    given = [tensor.name for layer in found for tensor in layer.node.outputs]
+    after = reached(graph, [*_streams(graph, found), *given])
     last = _last_uses(graph.nodes)
     live: set[str] = set()
     cuts: list[Block] = []
@@ -55,14 +56,14 @@ def blocks(graph: gs.Graph, layers: Collection[str]) -> tuple[Block, ...]:
 
 
 def _streams(graph: gs.Graph, layers: Sequence[g.Linear]) -> list[str]:
-    """Tensors of the form of what the first layer reads, [..., features]: embeddings, which are a residual as well. What
-    all layers share beside them (a table of position biases) has another form."""
+    """Tensors of the form of what the first layer reads, [..., features]: embeddings, which are a residual as well.
+    What all layers share beside them (a table of position biases) has another form."""
     shape = layers[0].x.shape if layers else None
     if shape is None or not isinstance(shape[-1], int):
         return []
     inner = reached(graph, parameters(graph))
     return [tensor.name for node in graph.nodes if id(node) in inner for tensor in node.outputs
-            if tensor.shape is not None and len(tensor.shape) == len(shape) and tensor.shape[-1] == shape[-1]]  # fmt: skip
+            if tensor.shape and len(tensor.shape) == len(shape) and tensor.shape[-1] == shape[-1]]  # fmt: skip
 
 
 def _alike(a: gs.Tensor, b: gs.Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""End-to-end distillation: feature maps and outputs of the compressed model follow the dense one's, masks follow a policy."""
+"""End-to-end distillation: feature maps and outputs follow the dense model's, masks follow a policy."""
 
 from __future__ import annotations
 
@@ -138,8 +138,8 @@ class Trainer:
         extra = policy.penalty()
         loss = loss if extra is None else loss + extra
         if not math.isfinite(float(loss.detach())):
-            raise CalibrationError(f"the loss is not finite in step {progress.step + 1}; take a lower learning rate, or look "
-                                   "for huge values in the data")  # fmt: skip
+            raise CalibrationError(f"the loss is not finite in step {progress.step + 1}; take a lower learning rate, "
+                                   "or look for huge values in the data")  # fmt: skip
         self.optimizer.zero_grad()
         loss.backward()
         policy.after_backward(progress.step)

@@ -1,4 +1,4 @@
-"""Block-local distillation: each block learns to give, on what the compressed model feeds it, what the dense model has there.
+"""Block-local distillation: each block learns to give, on what the compressed model feeds it, what the dense one has.
 
 Through the non-linearity and the residual (arXiv 2510.14444: a region with a non-linear part is what matters); needs no
 output, no label, and the memory of one block's backward pass. Blocks are trained in order, so that each sees the inputs
@@ -48,8 +48,8 @@ def train_blocks(
     pair: Pair, batches: Sequence[Feeds], masks: Masks, how: Local, tell: Callable[[int, int, float, float], None],
     left: Callable[[], float] = lambda: float("inf"),
 ) -> None:  # fmt: skip
-    """Train the blocks of the pair's student in place. masks: by initializer, what may not be zero. tell: block, blocks,
-    loss before and after, of each. left: seconds; a block begins only while some are left, and ends with them."""
+    """Train the blocks of the pair's student in place. masks: by initializer, what may not be zero. tell: block,
+    blocks, loss before and after, of each. left: seconds; a block begins only while some are left, and ends with them."""
     held = [_Held(feeds, pair.mask(feeds), {}, {}) for feeds in batches]
     for index, block in enumerate(pair.blocks):
         if left() <= 0:
@@ -88,13 +88,13 @@ def _train(
         loss.backward()
         for name, weight in zip(names, weights, strict=True):
             if name in masks and weight.grad is not None:
-                weight.grad *= masks[name]
+                weight.grad.mul_(masks[name])
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
         with torch.no_grad():
             for name, weight in zip(names, weights, strict=True):
                 if name in masks:
-                    weight *= masks[name]
+                    weight.mul_(masks[name])
     after = _measure(pair, mine, held, block)
     if not after < before:
         with torch.no_grad():

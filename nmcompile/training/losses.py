@@ -1,6 +1,6 @@
 """What a compressed model loses against the dense one: feature maps, logits, embeddings, labels.
 
-features   mean over tensors of |m (S - T)|^2 / |m T|^2 over real tokens (SquareHead, Kurtic et al. 2023, arXiv 2310.06927)
+features   mean over tensors of |m (S - T)|^2 / |m T|^2, real tokens (SquareHead, Kurtic et al. 2023, arXiv 2310.06927)
 logits     KL(teacher || student) at a temperature, times its square (Hinton et al. 2015, arXiv 1503.02531)
 embeddings 1 - cosine of pooled vectors, and KL of the rows of similarities within a batch
 labels     cross entropy
@@ -22,8 +22,8 @@ NEIGHBOURS = 0.05  # temperature of similarities
 
 @dataclass(frozen=True)
 class Output:
-    """An output of the model, and what it is: a vector per sample (embedding), per token (embeddings), scores of classes
-    (logits), of classes per token (tokens), of positions (spans)."""
+    """An output of the model, and what it is: a vector per sample (embedding), per token (embeddings), scores of
+    classes (logits), of classes per token (tokens), of positions (spans)."""
 
     name: str
     kind: Kind

@@ -1,4 +1,4 @@
-"""What the outputs of a model are, by their shapes beside its stream of tokens: what they lose is measured accordingly."""
+"""What the outputs of a model are, by their shapes beside its stream of tokens: so is measured what they lose."""
 
 from __future__ import annotations
 

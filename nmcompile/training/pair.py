@@ -37,8 +37,8 @@ class Pair:
         cls, dense: gs.Graph, graph: gs.Graph, layers: Sequence[str], data: Data, device: str = "cpu",
         half: bool | None = None,
     ) -> Pair:  # fmt: skip
-        """Of a canonical graph before and after pruning, and the names of the layers that were pruned. half: products in
-        bfloat16; None where the device has them."""
+        """Of a canonical graph before and after pruning, and the names of the layers that were pruned. half: products
+        in bfloat16; None where the device has them."""
         parts = blocks(graph, layers)
         ends = [block.end for block in parts]
         weights = {layer.name: g.weight_of(layer).name for layer in g.linear_layers(graph) if layer.name in layers}

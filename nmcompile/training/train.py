@@ -60,9 +60,9 @@ def train(
 ) -> Trained:  # fmt: skip
     """Train a pruned graph to compute what the dense one does, on unlabelled samples; neither graph is changed.
 
-    Both are canonical, with tensors of the same names. The result is never worse on held-out samples than what came, and
-    its zeros are where its masks are. CalibrationError: too few samples, a loss that is not finite; UnsupportedError: an
-    operator without a gradient, a device that is not there.
+    Both are canonical, with tensors of the same names. The result is never worse on held-out samples than what came,
+    and its zeros are where its masks are. CalibrationError: too few samples, a loss that is not finite;
+    UnsupportedError: an operator without a gradient, a device that is not there.
     """
     if not masked:
         raise PassError("nothing is pruned, so there is nothing to train; give --sparsity and --pattern")

@@ -1,0 +1,140 @@
+"""`train`: from a dense model and unlabelled samples to a sparse model in ONNX that computes nearly the same."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Unpack
+
+from nmcompile import input_roles
+from nmcompile import ir as g
+from nmcompile.calibrate import Calibration, Data, check_ids, open_data
+from nmcompile.calibrate.sources import Source
+from nmcompile.contract import Progress
+from nmcompile.errors import PassError
+from nmcompile.outputs import pending, real_path
+from nmcompile.passes.train import Fields
+from nmcompile.recipes import PRESETS, pruning_passes, training_passes
+from nmcompile.request import MAX_LENGTH, check_paths
+from nmcompile.sizes import Model
+from nmcompile.stages import PrunePasses, Runner, canonicalise, prune
+
+if TYPE_CHECKING:
+    from nmcompile.torch import Module
+
+Place = str | os.PathLike[str]
+CALIBRATION = 256  # samples that pruning is fitted to
+
+
+@dataclass(frozen=True)
+class Training:
+    """What `train` did. output: the sparse model. loss_pruned, loss_trained: on held-out samples, by the distillation
+    loss. sparsity: realised zeros by layer. history: stages and steps, each with its loss and seconds."""
+
+    output: Path | None
+    loss_pruned: float
+    loss_trained: float
+    sparsity: Mapping[str, float]
+    history: tuple[Mapping[str, Any], ...]
+    notes: tuple[str, ...]
+    seconds: float
+    samples: int
+    graph: Any = field(repr=False, compare=False)  # gs.Graph
+
+    @property
+    def zeros(self) -> float:
+        """The mean of the layers' shares."""
+        return sum(self.sparsity.values()) / max(len(self.sparsity), 1)
+
+
+def train(
+    model: Model,
+    output: Place | None = None,
+    *,
+    data: Source | Data,
+    tokenizer: Place | None = None,
+    max_length: int | None = None,
+    sparsity: float | None = None,
+    pattern: str | None = None,
+    solver: str | None = None,
+    history: Place | None = None,
+    resume: Place | None = None,
+    progress: Progress | None = None,
+    **fields: Unpack[Fields],
+) -> Training:
+    """Prune a model and distil the dense one into what is left; write it as ONNX.
+
+    model: path, ModelProto or gs.Graph; never modified. data: samples of the model's inputs, unlabelled, as many as
+    there are (texts with a tokenizer, feeds, .npz); every sixteenth is held out. sparsity and pattern as in `compile`.
+    fields: budget="60m" (of pruning and training together), masks="fixed" and the other options of
+    nmcompile.passes.Train. history: a file of JSON lines. resume: a folder of checkpoints; called again with the same
+    arguments, an interrupted training goes on from there. The file that is written is in canonical form: the same
+    inputs and outputs, zeros where the masks are. Raises NmcompileError for what the user can mend; then nothing is
+    written.
+    """
+    start = time.perf_counter()
+    tell = progress or (lambda *_: None)
+    check_paths({"-o": output, "--history": history}, {"the model": model, "--data": data, "--tokenizer": tokenizer},
+                engine=False)  # fmt: skip
+    passes = _passes(pattern, sparsity, solver, fields)
+    tell("reading the model", 0, 1)
+    source = g.admit(model)
+    samples = data if isinstance(data, Data) else open_data(
+        data, input_roles.inputs(source), tokenizer=None if tokenizer is None else Path(tokenizer),
+        max_length=max_length or MAX_LENGTH, limit=1 << 40)  # fmt: skip
+    source = g.separate_dims(source, samples)
+    check_ids(samples)
+    few = replace(samples, rows=samples.rows[:CALIBRATION])
+    runner = Runner(Calibration(few, tell, None if resume is None else Path(resume), samples), progress=tell)
+    pruned = prune(canonicalise(source, runner), passes, runner)
+    report = pruned.ran[-1].report
+    told = report.detail.get("training")
+    if not isinstance(told, Mapping):
+        raise PassError(f"nothing was trained: {next(iter(report.notes), 'no layer was pruned')}")
+    found = Training(
+        None if output is None else Path(output), told["loss pruned"], told["loss trained"],
+        {name: record.sparsity for name, record in pruned.records.layers.items()}, tuple(told["history"]),
+        report.notes, time.perf_counter() - start, samples.samples, pruned.graph,
+    )  # fmt: skip
+    _write(found, history)
+    return found
+
+
+def _passes(pattern: str | None, sparsity: float | None, solver: str | None, fields: Fields) -> PrunePasses:
+    """The passes that pruning takes, the last of them trains; PassError where nothing would be pruned."""
+    preset = PRESETS["default"]
+    usual = pruning_passes(pattern or "2x4", sparsity, solver or preset.solver, preset.options)
+    if not usual:
+        raise PassError("nothing would be pruned, so there is nothing to train; give --sparsity, for example 0.8")
+    return PrunePasses.of(training_passes(usual, fields))
+
+
+def _write(found: Training, history: Place | None) -> None:
+    """The model and the history, all or nothing."""
+    with pending() as files:
+        if found.output is not None:
+            path = real_path(found.output)
+            folder = files.folder(path.parent)
+            g.save(found.graph, folder / path.name)
+            for name in (f"{path.name}.data", path.name):  # the file that names the other one last
+                if name in os.listdir(folder):
+                    files.move(folder / name, path.with_name(name))
+        if history is not None:
+            lines = "".join(json.dumps(entry) + "\n" for entry in found.history)
+            files.place(real_path(history), ".history").write_text(lines, "utf-8")
+        files.publish()
+
+
+def torch_module(model: Model, keep: tuple[str, ...] = ()) -> Module:
+    """A model in any form as a torch module, in canonical form; keep: names of tensors to be had beside the outputs.
+    UnsupportedError without torch, and for an operator that has no gradient."""
+    from nmcompile.pipeline import Pipeline
+    from nmcompile.recipes import canonical_passes
+    from nmcompile.torch import Module
+
+    graph, _ = Pipeline(canonical_passes()).run(g.admit(model))
+    return Module(graph, keep)
