@@ -83,6 +83,8 @@ def _reshape(graph: gs.Graph, node: gs.Node) -> int:
         else:
             target.append(int(dim) if isinstance(dim, (int, np.integer)) else -1)
     value = g.constant(node.inputs[1])
+    if value is not None and value.dtype.kind not in "iu":
+        return 0
     old = None if value is None else [int(v) for v in value.reshape(-1)]
     if target.count(-1) > 1 or 0 in y.shape or (old is not None and _meant(old, given) == _meant(target, given)):
         return 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 import pytest
@@ -217,3 +218,11 @@ def test_the_axis_is_written_one_way() -> None:
 def test_a_square_root_of_something_else_is_no_candidate() -> None:
     graph = parse("(float[B,4] x) => (float[B,4] y) { a = Abs(x)  s = Sqrt(a)  y = Div(x, s) }")
     assert apply(FuseLayerNorm(), graph)[1] == Report(detail={"matched": "0/0"})
+
+
+def test_an_empty_gain_is_no_gain() -> None:
+    graph = layer_norm()
+    product = next(node for node in graph.nodes if node.op == "Mul" and any(t.name == "gamma" for t in node.inputs))
+    product.inputs[1] = gs.Constant("none", np.zeros(0, np.float32))  # damaged: broadcasts with nothing
+    after, _ = apply(FuseLayerNorm(), graph)
+    assert any(node.op == "Mul" and any(t.name == "none" for t in node.inputs) for node in after.nodes)

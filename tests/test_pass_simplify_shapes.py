@@ -10,6 +10,7 @@ import pytest
 from onnx_text import apply, assert_same_outputs, parse
 
 from nmcompile import ir as g
+from nmcompile.contract import Context
 from nmcompile.passes import SimplifyShapes
 from nmcompile.pipeline import Report
 
@@ -171,3 +172,10 @@ def test_a_size_that_is_cut_is_not_the_inputs() -> None:
         by = Constant <value_ints = [2, 4]> ()  to = Concat <axis = 0> (lead, by)  y = Reshape(c, to) }""")
     x = np.random.default_rng(0).standard_normal((2, 40, 8)).astype(np.float32)
     assert g.run(after, {"x": x})["y"].shape == (2, 32, 2, 4)
+
+
+def test_a_shape_of_floats_is_left_to_whoever_refuses_it() -> None:
+    graph = parse("(float[2,4] x) => (float[4,2] y) { to = Constant <value_floats = [4.0, 2.0]> ()  y = Reshape(x, to) }")
+    reshape = next(node for node in graph.nodes if node.op == "Reshape")
+    reshape.inputs[1] = gs.Constant("to", np.array([np.nan, 2.0], np.float32))
+    assert SimplifyShapes().run(graph, Context()).changed == 0
