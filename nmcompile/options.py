@@ -25,7 +25,8 @@ class PruneOptions:
     """passes: a spec string or passes that stand in for all others, run between canonical form and quantization.
     solver: magnitude, wanda, obs or admm; None is the preset's for real samples and magnitude for made-up ones. size:
     of the plan, relative to the model's file ("0.25x"), instead of `sparsity`. checkpoints: a folder from which an
-    interrupted pruning goes on."""
+    interrupted pruning goes on. train: a budget ("60m") in which pruning is followed by training on all samples of the
+    data (nmcompile.passes.Train), which takes torch."""
 
     passes: str | Iterable[Pass] | None = None
     sparsity: float | None = None
@@ -33,6 +34,7 @@ class PruneOptions:
     solver: str | None = None
     size: str | None = None
     checkpoints: Place | None = None
+    train: str | None = None
 
     def __post_init__(self) -> None:
         """PassError for what contradicts itself."""
@@ -42,6 +44,8 @@ class PruneOptions:
             raise PassError("give either passes or sparsity, pattern and size, not both")
         if self.size is not None and self.sparsity is not None:
             raise PassError("give either a size or a sparsity, not both")
+        if self.train is not None and (self.passes is not None or self.size is not None):
+            raise PassError("give train with sparsity and pattern; among passes it is train(sparsity=0.8, budget=60m)")
         if self.size is not None:
             wanted_size(self.size, self.pattern)
         if self.pattern == "dense" and self.sparsity:
@@ -110,6 +114,7 @@ class Named(TypedDict, total=False):
     solver: str | None
     size: str | None
     checkpoints: Place | None
+    train: str | None
     attention: str | None
     reduce_range: bool
     target: str

@@ -132,16 +132,15 @@ def pruning_passes(
     return [Prune(pattern=str(kind), sparsity=wanted, **given)]  # type: ignore[arg-type]
 
 
-def training_passes(passes: Sequence[Pass], fields: Fields) -> list[Pass]:
-    """Passes of which the last, which prunes, trains as well."""
+def training_passes(passes: Sequence[Pass], fields: Fields) -> tuple[list[Pass], Train]:
+    """The passes but the last, which prunes, and one in its place that trains as well."""
     *before, last = passes
     assert isinstance(last, PruningPass)
     plan = last.plan
     assert plan.goal is not None
     shared = {item.name: getattr(last, item.name) for item in dataclass_fields(PruningPass)}
     sparsity = None if isinstance(plan.goal.pattern, sp.NM) else plan.goal.sparsity
-    return [*before, Train(pattern=str(plan.goal.pattern), sparsity=sparsity, multiple=plan.multiple, **shared,
-                           **fields)]  # fmt: skip
+    return before, Train(pattern=str(plan.goal.pattern), sparsity=sparsity, multiple=plan.multiple, **shared, **fields)
 
 
 def scheme_passes(scheme: Scheme) -> list[Pass]:

@@ -9,12 +9,12 @@ from pathlib import Path
 from nmcompile.backends.tensorrt.engine import derived
 from nmcompile.calibrate import Data
 from nmcompile.contract import Pass, Report
-from nmcompile.errors import NmcompileError, UnsupportedError
+from nmcompile.errors import NmcompileError, PassError, UnsupportedError
 from nmcompile.files import check_outputs
 from nmcompile.options import DataOptions, Options, Place, PruneOptions
 from nmcompile.outputs import real_path
 from nmcompile.prune import PruningPass
-from nmcompile.recipes import PRESETS, Preset, pruning_passes, reduced
+from nmcompile.recipes import PRESETS, Preset, pruning_passes, reduced, training_passes
 from nmcompile.sizes import Model, external_files
 from nmcompile.spec import parse_spec
 from nmcompile.targets import Target
@@ -36,7 +36,14 @@ def passes_for(
     # to name the solver that a preset takes is to take the preset
     extra = preset.options if solver == preset.solver else {}
     pattern = _gpu_pattern(options.pattern, options.size) if target.name == "tensorrt" else options.pattern
-    return pruning_passes(pattern, sparsity, solver, extra, target.multiple)
+    passes = pruning_passes(pattern, sparsity, solver, extra, target.multiple)
+    if options.train is None:
+        return passes
+    if not passes or made_up:
+        raise PassError("train takes zeros to train, and samples: give --sparsity or --pattern, and --calibration")
+    before, trains = training_passes(passes, {"budget": options.train})
+    trains.check()
+    return [*before, trains]
 
 
 def _gpu_pattern(pattern: str | None, size: str | None) -> str:

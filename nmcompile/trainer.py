@@ -92,12 +92,13 @@ def train(
     runner = Runner(Calibration(few, tell, None if resume is None else Path(resume), samples), progress=tell)
     pruned = prune(canonicalise(source, runner), passes, runner)
     report = pruned.ran[-1].report
+    records = {} if report.records is None else report.records.layers
     told = report.detail.get("training")
     if not isinstance(told, Mapping):
         raise PassError(f"nothing was trained: {next(iter(report.notes), 'no layer was pruned')}")
     found = Training(
         None if output is None else Path(output), told["loss pruned"], told["loss trained"],
-        {name: record.sparsity for name, record in pruned.records.layers.items()}, tuple(told["history"]),
+        {name: record.sparsity for name, record in records.items()}, tuple(told["history"]),
         report.notes, time.perf_counter() - start, samples.samples, pruned.graph,
     )  # fmt: skip
     _write(found, history)
@@ -110,7 +111,9 @@ def _passes(pattern: str | None, sparsity: float | None, solver: str | None, fie
     usual = pruning_passes(pattern or "2x4", sparsity, solver or preset.solver, preset.options)
     if not usual:
         raise PassError("nothing would be pruned, so there is nothing to train; give --sparsity, for example 0.8")
-    return PrunePasses.of(training_passes(usual, fields))
+    before, trains = training_passes(usual, fields)
+    trains.check()
+    return PrunePasses.of([*before, trains])
 
 
 def _write(found: Training, history: Place | None) -> None:

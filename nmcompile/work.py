@@ -32,6 +32,7 @@ from nmcompile.tensorinfo import TensorInfo
 
 NO_DATA = ("no calibration data: activation ranges come from made-up inputs and are not to be trusted; "
            "give samples of the model's real inputs with --calibration")  # fmt: skip
+ALL = 1 << 40  # samples
 TRIED = 8  # samples that plans are tried on whose size alone matters
 
 
@@ -112,7 +113,9 @@ def prepared(
     source = g.admit(model)
     infos = input_roles.inputs(source)
     shapes = parse_shapes(engine.shapes, g.inputs(source)) if writes else {}
-    data = read_data(source, infos, options.data, target, preset)
+    training = read_data(source, infos, options.data, target, preset if options.prune.train is None else
+                         replace(preset, limit=ALL))  # fmt: skip
+    data = training if training.synthetic else replace(training, rows=training.rows[: preset.limit])
     source = source if data.synthetic else g.separate_dims(source, data)
     check_ids(data)
     parts = hold_out(data, limited=options.control.max_drop is not None)
@@ -122,7 +125,9 @@ def prepared(
     if options.prune.size is None:  # what is wrong with the passes is told now
         passes_for(options.prune, preset, options.prune.sparsity, target, data.synthetic)
     checkpoints = None if options.prune.checkpoints is None else Path(options.prune.checkpoints)
-    runner = Runner(Calibration(parts.seen, progress, checkpoints), options.control.verify, tuple(observers), progress)
+    more = replace(data, rows=(*parts.seen.rows, *training.rows[len(data.rows) :]))
+    calibration = Calibration(parts.seen, progress, checkpoints, more)
+    runner = Runner(calibration, options.control.verify, tuple(observers), progress)
     return Work(model, source, reference, None if output is None else Path(output), options, preset, target, tuning,
                 data, parts, limit, runner, without, shapes)  # fmt: skip
 

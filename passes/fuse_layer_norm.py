@@ -174,7 +174,9 @@ def _next(
     if len(users) != 1 or users[0].op != op or id(users[0]) not in own or g.is_output(graph, tensor):
         return None, tensor
     other, value = _with_constant(users[0])
-    if value is None or not value.size or value.ndim > rank or (value.size > 1 and not value.size == value.shape[-1] == width):
+    if value is None or not value.size or value.ndim > rank:
+        return None, tensor
+    if value.size > 1 and not value.size == value.shape[-1] == width:
         return None, tensor
     return next(x for x in users[0].inputs if x is not other), users[0].outputs[0]
 

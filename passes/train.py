@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -14,6 +14,9 @@ from nmcompile.contract import Context, Report
 from nmcompile.errors import PassError, UnsupportedError
 from nmcompile.prune import PrunePlan, PruningPass, goal, parse_rules, prune
 from nmcompile.prune.records import NormRecord, Records, packed
+
+if TYPE_CHECKING:
+    from nmcompile.training import Recipe
 
 
 class Fields(TypedDict, total=False):
@@ -71,12 +74,24 @@ class Train(PruningPass):
         rules = parse_rules(self.layers, self.sparsity)
         return self.planned(goal(self.pattern, self.sparsity), rules, self.multiple)
 
-    def run(self, graph: gs.Graph, context: Context) -> Report:
+    def check(self) -> None:
+        """NmcompileError for options that cannot be, or not on this machine, before the long part."""
+        assert self.plan is not None
+        _training().check(self.recipe)
+
+    @property
+    def recipe(self) -> Recipe:
+        """The options as a recipe; PassError for what cannot be."""
         training = _training()
-        recipe = training.Recipe(
+        recipe: Recipe = training.Recipe(
             training.seconds(self.budget), self.masks, _options(self.masks_options), self.lr, self.tokens, self.steps,
             self.local, relations=self.relations, temperature=self.temperature, device=self.device, seed=self.seed,
         )  # fmt: skip
+        return recipe
+
+    def run(self, graph: gs.Graph, context: Context) -> Report:
+        training, recipe = _training(), self.recipe
+        training.check(recipe, graph)
         data = context.data if context.calibration is None else context.calibration.training or context.data
         clock = training.Clock(recipe)
         dense = g.copy(graph)

@@ -106,7 +106,7 @@ class Toy:
             loss = (self.student(feeds) - self.gives(feeds, self.teacher)).square().mean()
             extra = self.policy.penalty()
             self.optimizer.zero_grad()
-            (loss if extra is None else loss + extra).backward()  # type: ignore[no-untyped-call]
+            (loss if extra is None else loss + extra).backward()
             self.policy.after_backward(step)
             self.optimizer.step()
             self.policy.after_step(step, self.optimizer)
@@ -286,7 +286,7 @@ def test_straight_through_gradients_are_those_of_the_masked_weight() -> None:
         weight.add_(1)
     out = toy.policy.effective("a", weight)
     assert torch.equal(out, weight.detach() * mask)
-    (out * torch.arange(weight.numel()).reshape(weight.shape)).sum().backward()  # type: ignore[no-untyped-call]
+    (out * torch.arange(weight.numel()).reshape(weight.shape)).sum().backward()
     assert weight.grad is not None and torch.equal(weight.grad.flatten(), torch.arange(weight.numel()).float())
 
 

@@ -69,6 +69,7 @@ A recipe holds these options by their long names:
 @click.option("--solver", type=click.Choice(["magnitude", "wanda", "obs", "admm"]),
               help="Which weights go, and what the others become. Default: admm with data, else magnitude.")
 @click.option("--fast", is_flag=True, help="The same as --preset fast.")
+@click.option("--train", metavar="TIME", help="After pruning train on all of --calibration, in 10m or 1.5h altogether.")
 @click.option("--max-drop", metavar="METRIC=VALUE", help="Let layers go back to dense and float, worst first, until "
               "cosine=0.01, kl=0.05, top1=0.02 or score.py:function=0.5 holds on held-out samples.")  # fmt: skip
 @click.option("--checkpoints", type=click.Path(path_type=Path), metavar="DIR",

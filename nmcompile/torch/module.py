@@ -143,5 +143,3 @@ class Module(torch.nn.Module):
     def _placed(self, tensor: Tensor) -> Tensor:
         """On the module's device, but for integers of sizes, which steps read as numbers."""
         return tensor if tensor.ndim < 2 and not tensor.dtype.is_floating_point else tensor.to(self.device)
-
-

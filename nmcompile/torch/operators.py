@@ -213,4 +213,3 @@ OPERATORS: Mapping[str, Operator] = {
     "GlobalAveragePool": lambda x, **_: x.mean(tuple(range(2, x.ndim)), keepdim=True),
     **m.MOVEMENT,
 }  # fmt: skip
-

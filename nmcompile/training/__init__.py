@@ -4,6 +4,6 @@ from __future__ import annotations
 
 from nmcompile.training.clock import Clock
 from nmcompile.training.recipe import Recipe, seconds
-from nmcompile.training.train import Masked, Trained, train
+from nmcompile.training.train import Masked, Trained, check, train
 
-__all__ = ["Clock", "Masked", "Recipe", "Trained", "seconds", "train"]
+__all__ = ["Clock", "Masked", "Recipe", "Trained", "check", "seconds", "train"]

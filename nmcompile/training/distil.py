@@ -110,11 +110,13 @@ class Trainer:
         if progress.step == 0:
             self._look(tell)
         stream = self.batches.since(progress.step)
+        begun = (progress.step, time.monotonic())
         every = max(progress.steps // LOOKS, 1)
         while progress.step < progress.steps and left() > 0:
             self._step(next(stream))
             if progress.step % every == 0 or progress.step == progress.steps:
                 self._look(tell)
+                self._replan(left(), begun)
                 if save is not None:
                     save(self)
         if not self.policy.frozen:
@@ -157,6 +159,14 @@ class Trainer:
         if (policy.frozen or progress.step == 0) and found < progress.best:
             progress.best, progress.weights = found, self.now()
             progress.masks = {name: mask.clone() for name, mask in policy.masks.items()}
+
+    def _replan(self, left: float, begun: tuple[int, float]) -> None:
+        """As many steps more as the time allows at the pace so far, where no number was asked for."""
+        done, progress = self.progress.step - begun[0], self.progress
+        if self.how.steps or done < 1 or progress.step >= progress.steps:
+            return
+        each = (time.monotonic() - begun[1]) / done  # looks at held-out samples included
+        progress.steps = progress.step + max(int(left / each), 1)
 
     def now(self) -> dict[str, Tensor]:
         """Copies of what is trained, by initializer."""

@@ -49,7 +49,7 @@ def train_blocks(
     left: Callable[[], float] = lambda: float("inf"),
 ) -> None:  # fmt: skip
     """Train the blocks of the pair's student in place. masks: by initializer, what may not be zero. tell: block,
-    blocks, loss before and after, of each. left: seconds; a block begins only while some are left and ends with them."""
+    blocks, loss before and after, of each. left: seconds; a block begins only while some are left."""
     held = [_Held(feeds, pair.mask(feeds), {}, {}) for feeds in batches]
     for index, block in enumerate(pair.blocks):
         if left() <= 0:

@@ -1,6 +1,6 @@
 """Training of a pruned graph: stage by stage, each kept only if held-out samples say that it is better.
 
-    dense, graph, masks, data -> train -> Trained: the graph with other weights, zeros where the masks are
+dense, graph, masks, data -> train -> Trained: the graph with other weights, zeros where the masks are
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 from nmcompile.calibrate import Data
 from nmcompile.errors import PassError, UnsupportedError
 from nmcompile.prune.plan import Goal
+from nmcompile.torch import Module
 from nmcompile.training import checkpoint
 from nmcompile.training.batches import Batches, parted
 from nmcompile.training.distil import EndToEnd, Trainer
@@ -66,7 +67,6 @@ def train(
     """
     if not masked:
         raise PassError("nothing is pruned, so there is nothing to train; give --sparsity and --pattern")
-    _check_device(recipe.device)
     torch.manual_seed(recipe.seed)
     start = time.monotonic()
     samples, held = parted(data, MEASURED)
@@ -99,6 +99,15 @@ def train(
     history += [{"stage": "distil", **entry} for entry in trainer.history]
     masks = {name: mask.cpu().numpy().T for name, mask in trainer.progress.masks.items()}
     return Trained(pair.student.graph(), masks, before, trainer.progress.best, tuple(history))
+
+
+def check(recipe: Recipe, graph: gs.Graph | None = None) -> None:
+    """NmcompileError for a device, masks or options of theirs that there are not, and for a graph with an operator that
+    has no gradient; long before the training begins."""
+    _check_device(recipe.device)
+    make(recipe.masks, {}, 1, recipe.options)
+    if graph is not None:
+        Module(graph)
 
 
 def _check_device(device: str) -> None:
@@ -156,4 +165,3 @@ def _local(
     if not after < before:
         trainer.set(start)
     return history
-

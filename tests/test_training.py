@@ -1,0 +1,188 @@
+"""nmcompile.train and the pass behind it: from a dense graph and samples to a sparse one that is better than pruned."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_graphsurgeon as gs
+import pytest
+import torch
+from click.testing import CliRunner
+
+import nmcompile
+from nmcompile import ir as g
+from nmcompile import sparsity as sp
+from nmcompile.calibrate import Data, open_data
+from nmcompile.cli import cli
+from nmcompile.errors import CalibrationError, NmcompileError, PassError, UnsupportedError
+from nmcompile.input_roles import inputs
+from nmcompile.training import recipe, seconds
+from nmcompile.training.batches import Batches, length
+from nmcompile.training.blocks import blocks
+from nmcompile.training.distil import Trainer
+
+MODELS = Path(__file__).parent.parent / "models"
+BERT = MODELS / "bert-dynamo.onnx"
+QUICK: dict[str, Any] = {"solver": "obs", "sparsity": 0.7, "budget": "60s", "steps": 40, "tokens": 512, "lr": 1e-3}
+
+
+def rows(count: int = 400, seed: int = 0) -> list[dict[str, list[int]]]:
+    rng = np.random.default_rng(seed)
+    return [{"input_ids": rng.integers(5, 60, int(rng.integers(4, 20))).tolist()} for _ in range(count)]
+
+
+def data(path: Path = BERT) -> Data:
+    return open_data(rows(), inputs(g.admit(path)), limit=1000)
+
+
+def zeros(graph: gs.Graph, names: Any) -> dict[str, np.ndarray]:
+    return {layer.name: layer.weight == 0 for layer in g.linear_layers(graph) if layer.name in names}
+
+
+@pytest.mark.parametrize("masks", ["fixed", "gradual", "admm", "lasso", "srste"])
+@pytest.mark.parametrize("pattern", ["2x4", "2:4"])
+def test_every_policy_is_better_than_pruning_and_keeps_its_zeros(masks: str, pattern: str) -> None:
+    options = {**QUICK, "sparsity": None if pattern == "2:4" else 0.7}
+    found = nmcompile.train(BERT, data=data(), pattern=pattern, masks=masks, **options)
+    assert found.loss_trained < found.loss_pruned
+    for name, mask in zeros(found.graph, found.sparsity).items():
+        assert mask.mean() >= found.sparsity[name] - 1e-9
+        kept = sp.keep_mask((~mask).astype(np.float32), sp.parse_pattern(pattern), found.sparsity[name])
+        assert not (~mask & ~kept).any(), f"{name}: weights outside of the pattern"
+    assert abs(found.zeros - (0.5 if pattern == "2:4" else 0.7)) < 0.02
+
+
+def test_what_is_written_runs_alike_and_compiles_sparse(tmp_path: Path) -> None:
+    out, log = tmp_path / "sparse.onnx", tmp_path / "history.jsonl"
+    found = nmcompile.train(BERT, out, data=data(), history=log, **QUICK)
+    feeds = next(iter(data()))
+    before = g.run(g.admit(BERT), feeds)
+    after, again = g.run(g.admit(out), feeds), g.run(found.graph, feeds)
+    assert set(before) == set(after)
+    for name, values in after.items():
+        np.testing.assert_allclose(values, again[name], atol=1e-6)
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert lines[0]["loss"] == found.loss_pruned
+    assert min(line["loss"] for line in lines) == found.loss_trained
+    result = nmcompile.compile(out, tmp_path / "m.plan", calibration=rows())
+    assert sum(layer["pattern"] != "dense" for layer in result.layers) == len(found.sparsity)
+
+
+def test_a_run_that_was_interrupted_goes_on_with_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = nmcompile.train(BERT, data=data(), masks="gradual", resume=tmp_path / "a", **QUICK)
+    step = Trainer._step
+
+    def until_20(self: Trainer, feeds: Any) -> None:
+        if self.progress.step == 20:
+            raise KeyboardInterrupt
+        step(self, feeds)
+
+    monkeypatch.setattr(Trainer, "_step", until_20)
+    with pytest.raises(KeyboardInterrupt):
+        nmcompile.train(BERT, data=data(), masks="gradual", resume=tmp_path / "b", **QUICK)
+    steps: list[int] = []
+
+    def counted(self: Trainer, feeds: Any) -> None:
+        steps.append(self.progress.step)
+        step(self, feeds)
+
+    monkeypatch.setattr(Trainer, "_step", counted)
+    resumed = nmcompile.train(BERT, data=data(), masks="gradual", resume=tmp_path / "b", **QUICK)
+    assert 0 < steps[0] <= 20 and steps[-1] == QUICK["steps"] - 1
+    for a, b in zip(g.linear_layers(whole.graph), g.linear_layers(resumed.graph), strict=True):
+        np.testing.assert_array_equal(a.weight, b.weight)
+    assert resumed.loss_trained == whole.loss_trained
+
+
+def test_a_damaged_checkpoint_is_left_out(tmp_path: Path) -> None:
+    (tmp_path / "training.pt").write_bytes(b"PK\x03\x04 no")
+    assert nmcompile.train(BERT, data=data(), resume=tmp_path, **QUICK).loss_trained > 0
+
+
+def test_training_that_makes_it_worse_is_not_kept() -> None:
+    found = nmcompile.train(BERT, data=data(), **{**QUICK, "lr": 1.0, "steps": 6})
+    assert found.loss_trained <= found.loss_pruned
+
+
+def test_block_by_block_first() -> None:
+    found = nmcompile.train(BERT, data=data(), local=0.3, **{**QUICK, "budget": "20s"})
+    local = [entry for entry in found.history if entry["stage"] == "local" and "block" in entry]
+    assert len(local) >= 3 and all(entry["after"] <= entry["before"] for entry in local)
+    assert found.loss_trained < found.loss_pruned
+
+
+@pytest.mark.parametrize("name", ["gpt2-dynamo", "vit-dynamo", "bert-classifier", "bert-qa", "t5-dynamo"])
+def test_other_models_and_outputs(name: str) -> None:
+    source = g.admit(MODELS / f"{name}.onnx")
+    made = [{key: value[0] for key, value in g.random_feeds(inputs(source), seed=i).items()} for i in range(48)]
+    found = nmcompile.train(source, data=made, **{**QUICK, "steps": 15})
+    assert found.loss_trained < found.loss_pruned
+
+
+def test_as_a_pass_in_a_compile_with_a_limit(tmp_path: Path) -> None:
+    passes = "train(pattern=2x4, sparsity=0.8, solver=obs, steps=10, tokens=256, budget=60s)"
+    result = nmcompile.compile(BERT, tmp_path / "m.plan", passes=passes, calibration=rows(), max_drop="cosine=0.02")
+    assert result.held is not None and result.held.drop <= 0.02
+
+
+def test_what_cannot_be(tmp_path: Path) -> None:
+    for error, words, options in (
+        (CalibrationError, "at least, the data have 10", {"data": rows(10)}),
+        (PassError, "'soon' is not a time", {"budget": "soon"}),
+        (PassError, "too short for one step", {"budget": "0.5s"}),
+        (PassError, "masks=magic is not known", {"masks": "magic"}),
+        (PassError, "nothing to train", {"sparsity": 0.0}),
+        (PassError, "lr=5 is no learning rate", {"lr": 5.0}),
+        (NmcompileError, "unknown sparsity pattern 'big'", {"pattern": "big"}),
+        (PassError, "does not know dept", {"masks": "admm", "masks_options": ("dept:3",)}),
+    ):
+        with pytest.raises(error, match=words):
+            nmcompile.train(BERT, tmp_path / "out.onnx", **{"data": rows(), **QUICK, **options})
+    if not torch.cuda.is_available():
+        with pytest.raises(UnsupportedError, match="no CUDA GPU"):
+            nmcompile.train(BERT, tmp_path / "out.onnx", data=rows(), device="cuda", **QUICK)
+    with pytest.raises(NmcompileError, match="MaxPool, which has no gradient"):
+        source = g.admit(MODELS / "cnn.onnx")
+        images = [{key: value[0] for key, value in g.random_feeds(inputs(source)).items()}] * 40
+        nmcompile.train(source, data=images, **QUICK)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_command(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows()))
+    command = ["train", str(BERT), "-o", str(tmp_path / "s.onnx"), "--data", str(tmp_path / "rows.jsonl"), "--sparsity",
+               "0.7", "--solver", "obs", "--steps", "10", "--tokens", "256", "--lr", "0.003"]  # fmt: skip
+    result = CliRunner().invoke(cli, command)
+    assert result.exit_code == 0, result.output
+    assert "held-out samples" in result.output and (tmp_path / "s.onnx").exists()
+    result = CliRunner().invoke(cli, [*command[:-2], "--budget", "soon"])
+    assert result.exit_code == 1 and result.output.startswith("error: 'soon' is not a time")
+
+
+# ---- parts -------------------------------------------------------------------------------------------------------
+
+
+def test_blocks_end_at_the_residual_stream() -> None:
+    graph = nmcompile.torch_module(BERT).graph()
+    found = blocks(graph, [layer.name for layer in g.linear_layers(graph)][:-1])
+    assert [len(block.layers) for block in found] == [4, 2, 4, 2]
+    assert found[0].start == "" and all(a.end == b.start for a, b in pairwise(found))
+
+
+def test_batches_hold_their_tokens_and_every_sample_once() -> None:
+    batches = Batches(data(), 64)
+    epoch = batches.epoch(0)
+    assert sum(len(feeds["input_ids"]) for feeds in epoch) == 400
+    assert all(feeds["input_ids"].size <= 64 for feeds in epoch)
+    later = next(batches.since(len(epoch) + 2))
+    np.testing.assert_array_equal(later["input_ids"], batches.epoch(1)[2]["input_ids"])
+    assert max(map(length, data().rows)) == 19
+
+
+def test_times() -> None:
+    assert [seconds(text) for text in ("90", "90s", "10m", "1.5h")] == [90, 90, 600, 5400]
+    assert recipe.Recipe().budget == 600
