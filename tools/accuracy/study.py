@@ -29,11 +29,12 @@ OUTPUT = "last_hidden_state"
 @dataclass(frozen=True)
 class Recipe:
     """One row: what is compiled. `graph`: scored on the Q/DQ graph in onnxruntime, for what the engine has no kernel
-    for; otherwise on the CPU plan."""
+    for; otherwise on the CPU plan. training: options of nmcompile.train, which comes first then."""
 
     name: str
     options: Mapping[str, Any]
     graph: bool = False
+    training: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -93,11 +94,23 @@ ABLATION = (
 )  # fmt: skip
 
 
-class Study:
-    """The model, its calibration and the sets of texts that are asked for."""
+def trained(pattern: str, sparsity: float | None, budgets: Sequence[str], **options: Any) -> list[Recipe]:
+    """A pattern pruned in one shot, and trained for some times."""
+    kind = pattern if sparsity is None else f"{pattern}, {100 * sparsity:g} %"
+    graph, asked = ":" in pattern, {"pattern": pattern, "sparsity": sparsity}
+    return [Recipe(f"{kind}, one shot", asked, graph),
+            *(Recipe(f"{kind}, trained {budget}", {}, graph, {**asked, "budget": budget, **options})
+              for budget in budgets)]  # fmt: skip
 
-    def __init__(self, model: Path, tokenizer: Path, packages: Sequence[str], sets: int = 1, threads: int = 2) -> None:
-        self.model, self.tokenizer, self.threads = model, tokenizer, threads
+
+class Study:
+    """The model, its calibration, the sets of texts that are asked for, and `texts` to train on."""
+
+    def __init__(
+        self, model: Path, tokenizer: Path, packages: Sequence[str], sets: int = 1, threads: int = 2,
+        texts: Sequence[str] = (),
+    ) -> None:  # fmt: skip
+        self.model, self.tokenizer, self.threads, self.texts = model, tokenizer, threads, texts
         self.calibration = [{"text": text} for text in docstrings()[:CALIBRATION]]
         seen = {record["text"] for record in self.calibration}
         sources = {"stdlib": standard_library(), **({"packages": list(packages)} if packages else {})}
@@ -121,13 +134,21 @@ class Study:
     def _row(self, recipe: Recipe, folder: Path) -> Row:
         plan, quantized = folder / "model.plan", folder / "model.onnx"
         start = time.perf_counter()
-        result = nmcompile.compile(self.model, plan, calibration=self.calibration, tokenizer=self.tokenizer,
+        source = self.model if recipe.training is None else self._trained(recipe.training, folder)
+        result = nmcompile.compile(source, plan, calibration=self.calibration, tokenizer=self.tokenizer,
                                    emit_onnx=quantized, measure=False, **recipe.options)  # fmt: skip
         seconds = time.perf_counter() - start
         session = load_cpu(plan, threads=self.threads)
         embed = self._onnx(quantized) if recipe.graph else lambda feeds: np.asarray(session.run(feeds)[OUTPUT])
         found = {name: task.scores(task.embeddings(embed), self.dense[name]) for name, task in self.tasks.items()}
         return Row(recipe.name, found, _zeros(result), seconds, self._ms(session))
+
+    def _trained(self, options: Mapping[str, Any], folder: Path) -> Path:
+        """The model trained on calibration's texts, to which its pruning is fitted, and the others."""
+        texts = [*self.calibration, *({"text": text} for text in self.texts)]
+        sparse = folder / "sparse.onnx"
+        nmcompile.train(self.model, sparse, data=texts, tokenizer=self.tokenizer, **options)
+        return sparse
 
     def _ms(self, session: nmcompile.Session) -> float:
         """Median over batches of the first set, milliseconds per text."""
