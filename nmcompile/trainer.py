@@ -8,7 +8,9 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Any, Unpack, cast
+
+import onnx_graphsurgeon as gs
 
 from nmcompile import input_roles
 from nmcompile import ir as g
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from nmcompile.torch import Module
 
 Place = str | os.PathLike[str]
+ALL = 1 << 40  # samples
 CALIBRATION = 256  # samples that pruning is fitted to
 
 
@@ -43,7 +46,7 @@ class Training:
     notes: tuple[str, ...]
     seconds: float
     samples: int
-    graph: Any = field(repr=False, compare=False)  # gs.Graph
+    graph: gs.Graph = field(repr=False, compare=False)
 
     @property
     def zeros(self) -> float:
@@ -51,43 +54,41 @@ class Training:
         return sum(self.sparsity.values()) / max(len(self.sparsity), 1)
 
 
+class Asked(Fields, total=False):
+    """What `train` takes by name beside its data: how to read them, what is pruned, and where to write what."""
+
+    tokenizer: Place | None
+    max_length: int | None
+    sparsity: float | None
+    pattern: str | None
+    solver: str | None
+    history: Place | None
+    resume: Place | None
+
+
 def train(
-    model: Model,
-    output: Place | None = None,
-    *,
-    data: Source | Data,
-    tokenizer: Place | None = None,
-    max_length: int | None = None,
-    sparsity: float | None = None,
-    pattern: str | None = None,
-    solver: str | None = None,
-    history: Place | None = None,
-    resume: Place | None = None,
-    progress: Progress | None = None,
-    **fields: Unpack[Fields],
-) -> Training:
+    model: Model, output: Place | None = None, *, data: Source | Data, progress: Progress | None = None,
+    **asked: Unpack[Asked],
+) -> Training:  # fmt: skip
     """Prune a model and distil the dense one into what is left; write it as ONNX.
 
     model: path, ModelProto or gs.Graph; never modified. data: samples of the model's inputs, unlabelled, as many as
-    there are (texts with a tokenizer, feeds, .npz); every sixteenth is held out. sparsity and pattern as in `compile`.
-    fields: budget="60m" (of pruning and training together), masks="fixed" and the other options of
+    there are (texts with tokenizer=..., feeds, .npz); every sixteenth is held out. sparsity and pattern as in
+    `compile`. budget="60m" (of pruning and training together), masks="fixed" and others are the options of
     nmcompile.passes.Train. history: a file of JSON lines. resume: a folder of checkpoints; called again with the same
     arguments, an interrupted training goes on from there. The file that is written is in canonical form: the same
     inputs and outputs, zeros where the masks are. Raises NmcompileError for what the user can mend; then nothing is
     written.
     """
-    start = time.perf_counter()
-    tell = progress or (lambda *_: None)
-    check_paths({"-o": output, "--history": history}, {"the model": model, "--data": data, "--tokenizer": tokenizer},
-                engine=False)  # fmt: skip
-    passes = _passes(pattern, sparsity, solver, fields)
+    start, tell, history = time.perf_counter(), progress or (lambda *_: None), asked.get("history")
+    check_paths({"-o": output, "--history": history},
+                {"the model": model, "--data": data, "--tokenizer": asked.get("tokenizer")}, engine=False)  # fmt: skip
+    passes = _passes(asked)
     tell("reading the model", 0, 1)
     source = g.admit(model)
-    samples = data if isinstance(data, Data) else open_data(
-        data, input_roles.inputs(source), tokenizer=None if tokenizer is None else Path(tokenizer),
-        max_length=max_length or MAX_LENGTH, limit=1 << 40)  # fmt: skip
+    samples = _samples(source, data, asked)
     source = g.separate_dims(source, samples)
-    check_ids(samples)
+    resume = asked.get("resume")
     few = replace(samples, rows=samples.rows[:CALIBRATION])
     runner = Runner(Calibration(few, tell, None if resume is None else Path(resume), samples), progress=tell)
     pruned = prune(canonicalise(source, runner), passes, runner)
@@ -105,13 +106,25 @@ def train(
     return found
 
 
-def _passes(pattern: str | None, sparsity: float | None, solver: str | None, fields: Fields) -> PrunePasses:
+def _samples(source: gs.Graph, data: Source | Data, asked: Asked) -> Data:
+    """All samples, checked; NmcompileError for those that do not fit the model."""
+    tokenizer = asked.get("tokenizer")
+    samples = data if isinstance(data, Data) else open_data(
+        data, input_roles.inputs(source), tokenizer=None if tokenizer is None else Path(tokenizer),
+        max_length=asked.get("max_length") or MAX_LENGTH, limit=ALL)  # fmt: skip
+    check_ids(samples)
+    return samples
+
+
+def _passes(asked: Asked) -> PrunePasses:
     """The passes that pruning takes, the last of them trains; PassError where nothing would be pruned."""
     preset = PRESETS["default"]
-    usual = pruning_passes(pattern or "2x4", sparsity, solver or preset.solver, preset.options)
+    solver = asked.get("solver") or preset.solver
+    usual = pruning_passes(asked.get("pattern") or "2x4", asked.get("sparsity"), solver, preset.options)
     if not usual:
         raise PassError("nothing would be pruned, so there is nothing to train; give --sparsity, for example 0.8")
-    before, trains = training_passes(usual, fields)
+    fields = {key: value for key, value in asked.items() if key in Fields.__annotations__}
+    before, trains = training_passes(usual, cast("Fields", fields))
     trains.check()
     return PrunePasses.of([*before, trains])
 
