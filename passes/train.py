@@ -64,7 +64,7 @@ class Train(PruningPass):
     tokens: int = 2048
     steps: int = 0
     local: float = 0.0
-    relations: float = 1.0
+    relations: float = 0.3
     temperature: float = 2.0
     device: str = "cpu"
     seed: int = 0

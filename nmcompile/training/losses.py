@@ -32,11 +32,12 @@ class Output:
 @dataclass(frozen=True)
 class Distillation:
     """Weights of the parts; `layers`: of each feature map, in their order (all alike where empty). temperature: of
-    logits. relations: of the similarities within a batch."""
+    logits. cosine, relations: of an embedding's own direction, and of the similarities within a batch."""
 
     features: float = 1.0
     outputs: float = 1.0
-    relations: float = 1.0
+    cosine: float = 5.0
+    relations: float = 0.3
     labels: float = 0.0
     temperature: float = 2.0
     layers: tuple[float, ...] = ()
@@ -64,7 +65,7 @@ def of_output(output: Output, student: Tensor, teacher: Tensor, mask: Tensor | N
     student, teacher = student.float(), teacher.float()
     if output.kind in ("embedding", "embeddings"):
         a, b = F.normalize(pooled(student, mask), dim=-1), F.normalize(pooled(teacher, mask), dim=-1)
-        return (1 - (a * b).sum(-1)).mean() + how.relations * _relations(a, b)
+        return how.cosine * (1 - (a * b).sum(-1)).mean() + how.relations * _relations(a, b)
     if output.kind == "tokens":
         return _divergence(student, teacher, how.temperature, mask)
     if output.kind == "spans" and mask is not None and mask.squeeze(-1).shape == student.shape:

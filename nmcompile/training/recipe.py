@@ -29,7 +29,7 @@ class Recipe:
     local: float = 0.0
     features: float = 1.0
     outputs: float = 1.0
-    relations: float = 1.0
+    relations: float = 0.3
     temperature: float = 2.0
     device: str = "cpu"
     half: bool | None = None
