@@ -23,7 +23,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # of torch, imported later: tests run side by side, and its threads wait
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # of torch: tests run side by side
     config.addinivalue_line("markers", "big: needs gigabytes of disk or memory; runs with --big only")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tomllib
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from nmcompile import ir as g
 from nmcompile import sparsity as sp
 from nmcompile.calibrate import Data, open_data
 from nmcompile.cli import cli
+from nmcompile.cli.train import SHIPPED
 from nmcompile.errors import CalibrationError, NmcompileError, PassError, UnsupportedError
 from nmcompile.input_roles import inputs
 from nmcompile.training import recipe, seconds
@@ -161,6 +163,21 @@ def test_the_command(tmp_path: Path) -> None:
     assert "held-out samples" in result.output and (tmp_path / "s.onnx").exists()
     result = CliRunner().invoke(cli, [*command[:-2], "--budget", "soon"])
     assert result.exit_code == 1 and result.output.startswith("error: 'soon' is not a time")
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in SHIPPED.glob("*.toml")))
+def test_the_recipes_that_come_along(tmp_path: Path, name: str) -> None:
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows()))
+    out = tmp_path / "s.onnx"
+    result = CliRunner().invoke(cli, ["train", str(BERT), "-o", str(out), "--data", str(tmp_path / "rows.jsonl"),
+                                      "--recipe", name, "--solver", "obs", "--steps", "40", "--tokens", "512", "--lr",
+                                      "0.001", "--history", str(tmp_path / "h.jsonl")])  # fmt: skip
+    assert result.exit_code == 0, result.output
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "h.jsonl").read_text().splitlines()]
+    assert min(losses) < losses[0]
+    pattern = tomllib.loads((SHIPPED / name).read_text())["pattern"]
+    found = [sp.detect(layer.weight) for layer in g.linear_layers(g.load(out))]
+    assert any(str(item.pattern) == pattern for item in found if item is not None)
 
 
 # ---- parts -------------------------------------------------------------------------------------------------------

@@ -10,6 +10,9 @@ import click
 from nmcompile.cli import recipe, terminal
 from nmcompile.cli.compile import check_model
 
+SHIPPED = Path(__file__).parent.parent / "training" / "recipes"
+NAMES = ", ".join(sorted(file.name for file in SHIPPED.glob("*.toml")))
+
 HELP = """Prune a model and train it to compute what it computed before, on unlabelled samples.
 
 \b
@@ -21,6 +24,14 @@ The dense model is the teacher; no labels are needed. Zeros are chosen as `nmcom
 of the same budget. Every sixteenth sample is held out, and what is written is the best state on those: never worse than
 pruning alone. More samples and more time are what helps most. Needs torch: pip install 'nmcompile[train]'.
 """
+
+
+def shipped(path: Path | None) -> Path | None:
+    """One of the recipes that come along, where there is no file of that name."""
+    if path is None or path.exists() or path.parent != Path("."):
+        return path
+    own = SHIPPED / path.with_suffix(".toml").name
+    return own if own.exists() else path
 
 
 @click.command("train", help=HELP)
@@ -44,13 +55,17 @@ pruning alone. More samples and more time are what helps most. Needs torch: pip 
 @click.option("--steps", type=int, default=0, metavar="N", help="Steps, instead of what fits into the budget.")
 @click.option("--local", type=float, default=0.0, show_default=True, metavar="SHARE",
               help="Share of the budget that trains block by block first.")  # fmt: skip
+@click.option("--temperature", type=float, default=2.0, show_default=True, help="Of logits that are distilled.")
+@click.option("--relations", type=float, default=0.3, show_default=True,
+              help="Weight of the similarities of embeddings within a batch.")  # fmt: skip
 @click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the order of samples.")
 @click.option("--resume", type=click.Path(path_type=Path), metavar="DIR",
               help="Keep checkpoints here; run again, it goes on from them.")  # fmt: skip
 @click.option("--history", type=click.Path(path_type=Path), metavar="OUT", help="Losses as JSON lines.")
 @click.option("--recipe", "recipe_", type=click.Path(path_type=Path), metavar="FILE", is_eager=True,
-              callback=recipe.as_defaults, help="Options from a .toml file; the command line wins.")  # fmt: skip
+              callback=lambda ctx, param, value: recipe.as_defaults(ctx, param, shipped(value)),
+              help=f"Options from a .toml file, yours or {NAMES}; the command line wins.")  # fmt: skip
 def command(model: Path, output: Path, masks_options: tuple[str, ...], **options: Any) -> None:
     check_model(model)
     del options["recipe_"]
