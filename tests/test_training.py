@@ -157,10 +157,12 @@ def test_what_cannot_be(tmp_path: Path) -> None:
 def test_the_command(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows()))
     command = ["train", str(BERT), "-o", str(tmp_path / "s.onnx"), "--data", str(tmp_path / "rows.jsonl"), "--sparsity",
-               "0.7", "--solver", "obs", "--steps", "10", "--tokens", "256", "--lr", "0.003"]  # fmt: skip
+               "0.7", "--solver", "obs", "--plot", str(tmp_path / "c.svg"), "--steps", "10", "--tokens", "256", "--lr",
+               "0.003"]  # fmt: skip
     result = CliRunner().invoke(cli, command)
     assert result.exit_code == 0, result.output
     assert "held-out samples" in result.output and (tmp_path / "s.onnx").exists()
+    assert (tmp_path / "c.svg").read_text().count("minutes of training") == 1
     result = CliRunner().invoke(cli, [*command[:-2], "--budget", "soon"])
     assert result.exit_code == 1 and result.output.startswith("error: 'soon' is not a time")
 

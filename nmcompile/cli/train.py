@@ -26,6 +26,15 @@ pruning alone. More samples and more time are what helps most. Needs torch: pip 
 """
 
 
+def _check_plot(plot: Path, *others: Path | None) -> None:
+    """One line for a picture that cannot be drawn or written, before the long part."""
+    from nmcompile.files import check_outputs
+    from nmcompile.profile.plot import check
+
+    check(plot)
+    check_outputs({"--plot": plot, **{f"output {i}": path for i, path in enumerate(others) if path is not None}})
+
+
 def shipped(path: Path | None) -> Path | None:
     """One of the recipes that come along, where there is no file of that name."""
     if path is None or path.exists() or path.parent != Path("."):
@@ -63,17 +72,27 @@ def shipped(path: Path | None) -> Path | None:
 @click.option("--resume", type=click.Path(path_type=Path), metavar="DIR",
               help="Keep checkpoints here; run again, it goes on from them.")  # fmt: skip
 @click.option("--history", type=click.Path(path_type=Path), metavar="OUT", help="Losses as JSON lines.")
+@click.option("--plot", type=click.Path(path_type=Path), metavar="OUT", help="The loss over time, .svg or .png.")
 @click.option("--recipe", "recipe_", type=click.Path(path_type=Path), metavar="FILE", is_eager=True,
               callback=lambda ctx, param, value: recipe.as_defaults(ctx, param, shipped(value)),
               help=f"Options from a .toml file, yours or {NAMES}; the command line wins.")  # fmt: skip
-def command(model: Path, output: Path, masks_options: tuple[str, ...], **options: Any) -> None:
+def command(
+    model: Path, output: Path, masks_options: tuple[str, ...], plot: Path | None, **options: Any
+) -> None:  # fmt: skip
     check_model(model)
     del options["recipe_"]
+    if plot is not None:
+        _check_plot(plot, output, options["history"])
     with terminal.Progress() as progress:
         progress("starting", 0, 1)
         import nmcompile
 
         found = nmcompile.train(model, output, masks_options=tuple(masks_options), progress=progress, **options)
+    if plot is not None:
+        from nmcompile.files import write
+        from nmcompile.profile.curve import draw
+
+        write(plot, draw(found.history, plot.suffix.lower().lstrip(".")))
     gain = 1 - found.loss_trained / found.loss_pruned if found.loss_pruned > 0 else 0.0
     click.echo(f"{model} -> {output}, {found.seconds:.0f} s, {found.samples} samples")
     click.echo(f"  zeros     {terminal.percent(found.zeros)} of the weights of {len(found.sparsity)} layers")
