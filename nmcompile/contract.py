@@ -72,6 +72,11 @@ class Context:
         return self._calibrated.data
 
     @property
+    def training(self) -> Data:
+        """The samples that weights may be trained on; PassError where there are none."""
+        return self._calibrated.training or self._calibrated.data
+
+    @property
     def checkpoints(self) -> Path | None:
         """A folder for what a long pass has done so far."""
         return None if self.calibration is None else self.calibration.checkpoints

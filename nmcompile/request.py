@@ -146,7 +146,7 @@ def _idle_data(asked: DataOptions, data: Data) -> list[str]:
 
 
 def _fits(pass_: PruningPass) -> bool:
-    return pass_.fits and getattr(pass_, "sparsity", 1.0) > 0
+    return pass_.fits and pass_.plan.zeros
 
 
 def _free(data: Data) -> bool:

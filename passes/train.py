@@ -12,7 +12,7 @@ import onnx_graphsurgeon as gs
 from nmcompile import ir as g
 from nmcompile.contract import Context, Report
 from nmcompile.errors import PassError, UnsupportedError
-from nmcompile.prune import PrunePlan, PruningPass, goal, parse_rules, prune
+from nmcompile.prune import Goal, PrunePlan, PruningPass, goal, parse_rules, prune
 from nmcompile.prune.records import NormRecord, Records, packed
 
 if TYPE_CHECKING:
@@ -85,25 +85,24 @@ class Train(PruningPass):
         training = _training()
         recipe: Recipe = training.Recipe(
             training.seconds(self.budget), self.masks, _options(self.masks_options), self.lr, self.tokens, self.steps,
-            self.local, relations=self.relations, temperature=self.temperature, device=self.device, seed=self.seed,
+            self.local, training.Distillation(relations=self.relations, temperature=self.temperature), self.device,
+            seed=self.seed,
         )  # fmt: skip
         return recipe
 
     def run(self, graph: gs.Graph, context: Context) -> Report:
         training, recipe = _training(), self.recipe
         training.check(recipe, graph)
-        data = context.data if context.calibration is None else context.calibration.training or context.data
         clock = training.Clock(recipe)
         dense = g.copy(graph)
         report = prune(graph, self.plan, context)
         records = report.records
         if records is None or not records.layers:
             return report
-        masked = {name: training.Masked(self.plan.goal_of(name) or goal("unstructured", record.sparsity),
-                                        record.mask) for name, record in records.layers.items()}  # fmt: skip
-        masked = {name: replace(item, goal=replace(item.goal, sparsity=records.layers[name].sparsity))
-                  for name, item in masked.items()}  # fmt: skip
-        found = training.train(dense, graph, masked, data, clock.left(recipe), context.progress, context.checkpoints)
+        masked = {name: training.Masked(Goal(record.pattern, record.sparsity), record.mask)
+                  for name, record in records.layers.items()}  # fmt: skip
+        found = training.train(dense, graph, masked, context.training, clock.left(recipe), context.progress,
+                               context.checkpoints)  # fmt: skip
         norms = _taken_over(graph, found.graph, records.norms)
         layers = {name: replace(record, bits=packed(found.masks[name]) if name in found.masks else record.bits,
                                 changed=True) for name, record in records.layers.items()}  # fmt: skip

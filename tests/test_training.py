@@ -22,10 +22,12 @@ from nmcompile.cli import cli
 from nmcompile.cli.train import SHIPPED
 from nmcompile.errors import CalibrationError, NmcompileError, PassError, UnsupportedError
 from nmcompile.input_roles import inputs
-from nmcompile.training import recipe, seconds
+from nmcompile.passes import Train
+from nmcompile.training import Distillation, recipe, seconds
 from nmcompile.training.batches import Batches, length
 from nmcompile.training.blocks import blocks
 from nmcompile.training.distil import Trainer
+from nmcompile.training.losses import Output, of_output
 
 MODELS = Path(__file__).parent.parent / "models"
 BERT = MODELS / "bert-dynamo.onnx"
@@ -205,3 +207,11 @@ def test_batches_hold_their_tokens_and_every_sample_once() -> None:
 def test_times() -> None:
     assert [seconds(text) for text in ("90", "90s", "10m", "1.5h")] == [90, 90, 600, 5400]
     assert recipe.Recipe().budget == 600
+
+
+def test_what_is_asked_of_the_loss_is_what_it_weighs() -> None:
+    asked = Train(relations=0.25, temperature=3.0).recipe.loss
+    assert asked == Distillation(features=1.0, outputs=1.0, cosine=5.0, relations=0.25, temperature=3.0)
+    student, teacher = torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.tensor([[1.0, 1.0], [0.0, 1.0]])
+    found = of_output(Output("y", "embedding"), student, teacher, None, asked)
+    assert float(found) == pytest.approx(5.0 * (1 - 0.5**0.5) / 2)  # two samples have no relations

@@ -46,26 +46,26 @@ class Module(torch.nn.Module):
         self.keep = tuple(dict.fromkeys(keep))
         self.outputs = tuple(tensor.name for tensor in self._graph.outputs)
         self._steps = tuple(steps(self._graph, inner, {*self.keep, *self.outputs}))
-        self._constants: dict[str, Tensor] = {}
+        self._sizes: dict[str, Tensor] = {}  # integers: shapes, axes, which steps read as numbers
+        self._held: dict[str, str] = {}  # other constants: names of buffers, which move with the module
         self._front = self._split(inner)
 
     def _split(self, inner: set[int]) -> Callable[[Feeds], dict[str, np.ndarray]]:
         """What computes the front: tensors that steps read and that no parameter reaches."""
         made = {tensor.name for node in self._graph.nodes if id(node) in inner for tensor in node.outputs}
         read = dict.fromkeys([name for step in self._steps for name in step.inputs if name] + list(self.outputs))
-        wanted = []
         for node in self._graph.nodes:
             for tensor in node.inputs:
                 values = g.constant(tensor)
-                if values is not None and tensor.name in read and tensor.name not in self._keys:
-                    integer = values.dtype.kind in "iu"
-                    self._constants.setdefault(tensor.name, tensor_of(values))
-                    if not integer:  # moves with the module; sizes and axes stay on the CPU
-                        key = f"c{len(self._constants)}"
-                        self.register_buffer(key, self._constants[tensor.name], persistent=False)
-        for name in read:
-            if name not in made and name not in self._keys and name not in self._constants:
-                wanted.append(name)
+                if values is None or tensor.name not in read or tensor.name in {**self._keys, **self._held}:
+                    continue
+                if values.dtype.kind in "iu":
+                    self._sizes[tensor.name] = tensor_of(values)
+                    continue
+                self._held[tensor.name] = f"c{len(self._held)}"
+                self.register_buffer(self._held[tensor.name], tensor_of(values), persistent=False)
+        known = {*made, *self._keys, *self._held, *self._sizes}
+        wanted = [name for name in read if name not in known]
         return g.runner(self._graph, wanted) if wanted else lambda feeds: {}
 
     # ---- parameters ------------------------------------------------------------------------------------------------
@@ -111,8 +111,8 @@ class Module(torch.nn.Module):
 
     def weights(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
         """Put constants and weights, as the forward pass reads them, beside some values."""
-        for name, constant in self._constants.items():
-            values[name] = self._placed(constant)
+        values |= self._sizes
+        values |= {name: getattr(self, key) for name, key in self._held.items()}
         for name, key in self._keys.items():
             weight = getattr(self, key)
             values[name] = self.effective[name](weight) if name in self.effective else weight

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from nmcompile.torch.types import tensor_of
+
 Tensor = torch.Tensor
 
 
@@ -135,8 +137,6 @@ def _range(start: Tensor, limit: Tensor, delta: Tensor, **_: Any) -> Tensor:
 def _constant_of_shape(shape: Tensor, *, value: Any = None, **_: Any) -> Tensor:
     if value is None:
         return torch.zeros(ints(shape))
-    from nmcompile.torch.types import tensor_of
-
     filling = tensor_of(getattr(value, "values", value)).reshape(())
     return torch.full(ints(shape), filling.item(), dtype=filling.dtype)
 

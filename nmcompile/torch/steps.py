@@ -127,7 +127,7 @@ def _products(found: Attention) -> list[gs.Node]:
 
 def _scaled_dot_product(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, *, scale: float) -> Tensor:
     """q, v [batch, heads, tokens, size], k [batch, heads, size, tokens], bias added to the scores."""
-    bias = None if bias is None else bias.to(q.dtype).expand(*torch.broadcast_shapes(bias.shape, (1, 1, 1, 1)))
+    bias = None if bias is None else bias.to(q.dtype)[(None,) * (4 - bias.ndim)]
     found: Tensor = F.scaled_dot_product_attention(q, k.transpose(-1, -2), v, bias, scale=scale)
     return found
 

@@ -71,7 +71,7 @@ class Trainer:
             with torch.no_grad():
                 wanted = pair.teacher(feeds)
             given = pair.student(feeds)
-        total = how.features * of_features(given, wanted, pair.ends, mask, how.layers) if pair.ends else 0.0
+        total = how.features * of_features(given, wanted, pair.ends, mask) if pair.ends else 0.0
         for output in self.outputs:
             total = total + how.outputs * of_output(output, given[output.name], wanted[output.name], mask, how)
         assert isinstance(total, Tensor)

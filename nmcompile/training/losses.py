@@ -1,9 +1,8 @@
-"""What a compressed model loses against the dense one: feature maps, logits, embeddings, labels.
+"""What a compressed model loses against the dense one: feature maps, logits, embeddings.
 
 features   mean over tensors of |m (S - T)|^2 / |m T|^2, real tokens (SquareHead, Kurtic et al. 2023, arXiv 2310.06927)
 logits     KL(teacher || student) at a temperature, times its square (Hinton et al. 2015, arXiv 1503.02531)
 embeddings 1 - cosine of pooled vectors, and KL of the rows of similarities within a batch
-labels     cross entropy
 """
 
 from __future__ import annotations
@@ -14,6 +13,8 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
+
+from nmcompile.errors import PassError
 
 Tensor = torch.Tensor
 Kind = Literal["embedding", "embeddings", "logits", "tokens", "spans"]
@@ -29,18 +30,23 @@ class Output:
     kind: Kind
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Distillation:
-    """Weights of the parts; `layers`: of each feature map, in their order (all alike where empty). temperature: of
-    logits. cosine, relations: of an embedding's own direction, and of the similarities within a batch."""
+    """Weights of the parts. cosine, relations: of an embedding's own direction, and of the similarities within a batch.
+    temperature: of logits."""
 
     features: float = 1.0
     outputs: float = 1.0
     cosine: float = 5.0
     relations: float = 0.3
-    labels: float = 0.0
     temperature: float = 2.0
-    layers: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        """PassError for what cannot be."""
+        if min(self.features, self.outputs, self.cosine, self.relations) < 0 or self.features + self.outputs <= 0:
+            raise PassError("the loss has no part: features or outputs must be above 0, and no weight below")
+        if self.temperature <= 0:
+            raise PassError(f"temperature={self.temperature:g} is not above 0; 2 is usual")
 
 
 def normalised(student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
@@ -74,20 +80,11 @@ def of_output(output: Output, student: Tensor, teacher: Tensor, mask: Tensor | N
     return _divergence(student, teacher, how.temperature, None)
 
 
-def of_labels(student: Tensor, labels: Tensor) -> Tensor:
-    """Cross entropy of logits [batch, classes] against labels [batch]; -1 stands for none."""
-    return F.cross_entropy(student.float(), labels.to(student.device), ignore_index=-1)
-
-
 def of_features(
-    student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], names: Sequence[str], mask: Tensor | None,
-    weights: Sequence[float] = (),
-) -> Tensor:  # fmt: skip
-    """Weighted mean of the errors of feature maps."""
-    shares = list(weights) or [1.0] * len(names)
-    parts = [share * normalised(student[name], teacher[name], mask)
-             for name, share in zip(names, shares, strict=True)]  # fmt: skip
-    return torch.stack(parts).sum() / max(sum(shares), 1e-12)
+    student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], names: Sequence[str], mask: Tensor | None
+) -> Tensor:
+    """The mean error of feature maps."""
+    return torch.stack([normalised(student[name], teacher[name], mask) for name in names]).mean()
 
 
 def _divergence(student: Tensor, teacher: Tensor, temperature: float, mask: Tensor | None) -> Tensor:

@@ -16,7 +16,6 @@ from nmcompile.training.batches import Feeds, token_mask
 from nmcompile.training.blocks import Block, blocks
 
 Tensor = torch.Tensor
-TABLES = ("Gather", "Gemm")  # what reads an embedding table
 
 
 @dataclass(frozen=True)
@@ -74,8 +73,8 @@ def has_half(device: str) -> bool:
     """Whether products of bfloat16 are faster: CUDA from 8.0 on, CPUs with avx512_bf16 or AMX."""
     if device.startswith("cuda"):
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    capability = torch.backends.cpu.get_cpu_capability() if hasattr(torch.backends.cpu, "get_cpu_capability") else ""
-    return "AVX512" in capability and bool(torch.cpu._is_avx512_bf16_supported())
+    tell = getattr(torch.cpu, "_is_avx512_bf16_supported", None)  # torch tells it nowhere else
+    return tell is not None and "AVX512" in torch.backends.cpu.get_cpu_capability() and bool(tell())
 
 
 def _trained(graph: gs.Graph, student: Module) -> Iterator[str]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from nmcompile.errors import PassError
+from nmcompile.training.losses import Distillation
 
 UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
 LEAST = 1.0  # seconds
@@ -16,8 +17,7 @@ LEAST = 1.0  # seconds
 class Recipe:
     """budget: seconds, from the start of pruning on. masks: a policy (nmcompile.training.policies) and its options. lr,
     tokens (of a step, padding included), steps (0: as many as the budget allows): of the end-to-end stage. local: the
-    share of the budget for block-local distillation, 0 leaves it out. features, outputs, relations, temperature: of
-    the loss. labels: weight of the cross entropy where the data have labels. device: "cpu", "cuda". half: products in
+    share of the budget for block-local distillation, 0 leaves it out. device: "cpu", "cuda". half: products in
     bfloat16; None where the device is faster at them. seed: of the order of samples."""
 
     budget: float = 600.0
@@ -27,10 +27,7 @@ class Recipe:
     tokens: int = 2048
     steps: int = 0
     local: float = 0.0
-    features: float = 1.0
-    outputs: float = 1.0
-    relations: float = 0.3
-    temperature: float = 2.0
+    loss: Distillation = field(default_factory=Distillation)
     device: str = "cpu"
     half: bool | None = None
     seed: int = 0
@@ -45,10 +42,6 @@ class Recipe:
             raise PassError(f"lr={self.lr:g} is no learning rate; 1e-3 is usual for 384 features, 3e-4 for 768")
         if self.tokens < 1 or self.steps < 0:
             raise PassError(f"tokens={self.tokens}, steps={self.steps}: a step takes at least 1 token")
-        if min(self.features, self.outputs, self.relations) < 0 or self.features + self.outputs <= 0:
-            raise PassError("the loss has no part: features or outputs must be above 0, and none of them below")
-        if self.temperature <= 0:
-            raise PassError(f"temperature={self.temperature:g} is not above 0; 2 is usual")
 
 
 def seconds(text: str) -> float:

@@ -24,7 +24,6 @@ from nmcompile.training import checkpoint
 from nmcompile.training.batches import Batches, parted
 from nmcompile.training.distil import EndToEnd, Trainer
 from nmcompile.training.local import Local, train_blocks
-from nmcompile.training.losses import Distillation
 from nmcompile.training.outputs import outputs_of, width_of
 from nmcompile.training.pair import Pair
 from nmcompile.training.policies import Layer, Policy, make
@@ -122,8 +121,7 @@ def _check_device(device: str) -> None:
 def _trainer(
     pair: Pair, samples: Data, held: Data, graph: gs.Graph, masked: Mapping[str, Masked], recipe: Recipe
 ) -> Trainer:
-    loss = Distillation(recipe.features, recipe.outputs, recipe.relations, temperature=recipe.temperature)
-    how = EndToEnd(recipe.lr, recipe.tokens, steps=recipe.steps, loss=loss)
+    how = EndToEnd(recipe.lr, recipe.tokens, steps=recipe.steps, loss=recipe.loss)
     once: dict[str, str] = {}  # a weight that several layers share has one mask
     for name in masked:
         once.setdefault(pair.weights[name], name)
