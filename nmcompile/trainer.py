@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack, cast
 
+import numpy as np
 import onnx_graphsurgeon as gs
 
 from nmcompile import input_roles
@@ -24,6 +25,7 @@ from nmcompile.recipes import PRESETS, pruning_passes, training_passes
 from nmcompile.request import MAX_LENGTH, check_paths
 from nmcompile.sizes import Model
 from nmcompile.stages import PrunePasses, Runner, canonicalise, prune
+from nmcompile.tensorinfo import TensorInfo
 
 if TYPE_CHECKING:
     from nmcompile.torch import Module
@@ -73,8 +75,9 @@ def train(
     """Prune a model and distil the dense one into what is left; write it as ONNX.
 
     model: path, ModelProto or gs.Graph; never modified. data: samples of the model's inputs, unlabelled, as many as
-    there are (texts with tokenizer=..., feeds, .npz); every sixteenth is held out. sparsity and pattern as in
-    `compile`. budget="60m" (of pruning and training together), masks="fixed" and others are the options of
+    there are (texts with tokenizer=..., feeds, .npz); every sixteenth is held out. labels: the field of the samples
+    that holds their class, a number; then what the model gets wrong counts too. sparsity and pattern as in `compile`.
+    budget="60m" (of pruning and training together), masks="fixed" and others are the options of
     nmcompile.passes.Train. history: a file of JSON lines. resume: a folder of checkpoints; called again with the same
     arguments, an interrupted training goes on from there. The file that is written is in canonical form: the same
     inputs and outputs, zeros where the masks are. Raises NmcompileError for what the user can mend; then nothing is
@@ -87,9 +90,9 @@ def train(
     tell("reading the model", 0, 1)
     source = g.admit(model)
     samples = _samples(source, data, asked)
-    source = g.separate_dims(source, samples)
-    resume = asked.get("resume")
-    few = replace(samples, rows=samples.rows[:CALIBRATION])
+    inputs = samples.without(asked.get("labels") or "")
+    source = g.separate_dims(source, inputs)
+    resume, few = asked.get("resume"), replace(inputs, rows=inputs.rows[:CALIBRATION])
     runner = Runner(Calibration(few, tell, None if resume is None else Path(resume), samples), progress=tell)
     pruned = prune(canonicalise(source, runner), passes, runner)
     report = pruned.ran[-1].report
@@ -108,9 +111,14 @@ def train(
 
 def _samples(source: gs.Graph, data: Source | Data, asked: Asked) -> Data:
     """All samples, checked; NmcompileError for those that do not fit the model."""
-    tokenizer = asked.get("tokenizer")
+    tokenizer, labels = asked.get("tokenizer"), asked.get("labels")
+    infos = input_roles.inputs(source)
+    if labels:
+        if labels in {info.name for info in infos}:
+            raise PassError(f"'{labels}' is an input of the model; give the labels another name in the data")
+        infos = (*infos, TensorInfo(labels, np.dtype(np.int64), (infos[0].shape[0] if infos[0].shape else "batch",)))
     samples = data if isinstance(data, Data) else open_data(
-        data, input_roles.inputs(source), tokenizer=None if tokenizer is None else Path(tokenizer),
+        data, infos, tokenizer=None if tokenizer is None else Path(tokenizer),
         max_length=asked.get("max_length") or MAX_LENGTH, limit=ALL)  # fmt: skip
     check_ids(samples)
     return samples
@@ -123,7 +131,7 @@ def _passes(asked: Asked) -> PrunePasses:
     usual = pruning_passes(asked.get("pattern") or "2x4", asked.get("sparsity"), solver, preset.options)
     if not usual:
         raise PassError("nothing would be pruned, so there is nothing to train; give --sparsity, for example 0.8")
-    fields = {key: value for key, value in asked.items() if key in Fields.__annotations__}
+    fields = {key: value for key, value in asked.items() if key in Fields.__annotations__ and value is not None}
     before, trains = training_passes(usual, cast("Fields", fields))
     trains.check()
     return PrunePasses.of([*before, trains])

@@ -29,8 +29,12 @@ class Fields(TypedDict, total=False):
     tokens: int
     steps: int
     local: float
+    qat: float
+    target: str
     relations: float
     temperature: float
+    labels: str
+    label_weight: float
     device: str
     seed: int
 
@@ -47,9 +51,9 @@ class Train(PruningPass):
     Needs torch. budget: of pruning and training together, 90s, 10m or 1.5h. masks: how zeros move while training goes
     on: fixed, gradual, admm, lasso, srste (nmcompile.training.policies), with its options as masks_options=NAME:VALUE.
     lr, tokens of a step, steps (0: as many as the budget allows), local (the share of the budget that trains block by
-    block first), relations, temperature, device, seed: see nmcompile.training.recipe.Recipe. Weights, biases and
-    normalisations are trained, embeddings are not. It ends with the best state on held-out samples, which may be the
-    pruned one.
+    block first), qat (the share that trains with eight bits last, those of `target`), relations, temperature, labels
+    and their weight, device, seed: see nmcompile.training.recipe.Recipe. Weights, biases and normalisations are
+    trained, embeddings are not. It ends with the best state on held-out samples, which may be the pruned one.
     """
 
     solver: str = "admm"
@@ -64,8 +68,12 @@ class Train(PruningPass):
     tokens: int = 2048
     steps: int = 0
     local: float = 0.0
+    qat: float = 0.0
+    target: str = "cpu"
     relations: float = 0.3
     temperature: float = 2.0
+    labels: str = ""
+    label_weight: float = 0.5
     device: str = "cpu"
     seed: int = 0
 
@@ -85,8 +93,9 @@ class Train(PruningPass):
         training = _training()
         recipe: Recipe = training.Recipe(
             training.seconds(self.budget), self.masks, _options(self.masks_options), self.lr, self.tokens, self.steps,
-            self.local, training.Distillation(relations=self.relations, temperature=self.temperature), self.device,
-            seed=self.seed,
+            self.local, self.qat, self.target, self.labels,
+            training.Distillation(relations=self.relations, temperature=self.temperature, labels=self.label_weight),
+            self.device, seed=self.seed,
         )  # fmt: skip
         return recipe
 
@@ -108,7 +117,7 @@ class Train(PruningPass):
                                 changed=True) for name, record in records.layers.items()}  # fmt: skip
         detail = {**report.detail, "training": {"loss pruned": found.start, "loss trained": found.end,
                                                 "history": list(found.history)}}  # fmt: skip
-        return replace(report, detail=detail, records=Records(layers, norms))
+        return replace(report, detail=detail, records=Records(layers, norms), notes=(*report.notes, *found.notes))
 
 
 def _training() -> Any:

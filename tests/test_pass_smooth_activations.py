@@ -14,8 +14,8 @@ from pruning_cases import calibrated, same
 from nmcompile import ir as g
 from nmcompile.errors import PassError
 from nmcompile.passes import SmoothActivations
-from nmcompile.passes.smooth_activations import ALPHAS
 from nmcompile.pipeline import Report
+from nmcompile.qdq.smoothing import ALPHAS
 
 NORM = "x = LayerNormalization <axis = -1> (a, gamma, beta)"
 TWO = f"""(float[B,S,8] a) => (float[B,S,8] y, float[B,S,8] x)

@@ -103,7 +103,7 @@ def test_a_run_that_was_interrupted_goes_on_with_the_same_bits(tmp_path: Path, m
 
 
 def test_a_damaged_checkpoint_is_left_out(tmp_path: Path) -> None:
-    (tmp_path / "training.pt").write_bytes(b"PK\x03\x04 no")
+    (tmp_path / "distil.pt").write_bytes(b"PK\x03\x04 no")
     assert nmcompile.train(BERT, data=data(), resume=tmp_path, **QUICK).loss_trained > 0
 
 

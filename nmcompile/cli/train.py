@@ -20,9 +20,9 @@ HELP = """Prune a model and train it to compute what it computed before, on unla
   nmcompile train model.onnx -o sparse.onnx --data samples.npz --pattern 2:4 --masks admm --budget 2h --device cuda
   nmcompile sparse.onnx -o model.plan --calibration texts.jsonl --tokenizer tokenizer.json
 
-The dense model is the teacher; no labels are needed. Zeros are chosen as `nmcompile --sparsity` chooses them, by a part
-of the same budget. Every sixteenth sample is held out, and what is written is the best state on those: never worse than
-pruning alone. More samples and more time are what helps most. Needs torch: pip install 'nmcompile[train]'.
+The dense model is the teacher; labels are not needed, and count beside it where --labels names them. Zeros are chosen
+as `nmcompile --sparsity` chooses them, by a part of the same budget. Every sixteenth sample is held out, and what is
+written is the best state on those: never worse than pruning alone. More samples and more time are what helps most. Needs torch: pip install 'nmcompile[train]'.
 """
 
 
@@ -64,6 +64,12 @@ def shipped(path: Path | None) -> Path | None:
 @click.option("--steps", type=int, default=0, metavar="N", help="Steps, instead of what fits into the budget.")
 @click.option("--local", type=float, default=0.0, show_default=True, metavar="SHARE",
               help="Share of the budget that trains block by block first.")  # fmt: skip
+@click.option("--qat", type=float, default=0.0, show_default=True, metavar="SHARE",
+              help="Share of the budget, at its end, that trains with eight bits; 1: all of it.")  # fmt: skip
+@click.option("--target", type=click.Choice(["cpu", "tensorrt"]), default="cpu", show_default=True,
+              help="Whose eight bits --qat takes.")  # fmt: skip
+@click.option("--labels", metavar="NAME", help="The field of the samples that holds their class, a number.")
+@click.option("--label-weight", type=float, default=0.5, show_default=True, help="Of labels beside the dense model.")
 @click.option("--temperature", type=float, default=2.0, show_default=True, help="Of logits that are distilled.")
 @click.option("--relations", type=float, default=0.3, show_default=True,
               help="Weight of the similarities of embeddings within a batch.")  # fmt: skip

@@ -16,8 +16,6 @@ from nmcompile.calibrate import Data
 from nmcompile.training.distil import Trainer
 from nmcompile.training.recipe import Recipe
 
-NAME = "training.pt"
-
 
 def key_of(graph: gs.Graph, data: Data, recipe: Recipe) -> str:
     """Of what a training starts from: another model, other samples or another recipe have another key. The budget does
@@ -46,14 +44,14 @@ def save(folder: Path, key: str, trainer: Trainer, spent: float) -> None:
     stream = io.BytesIO()
     torch.save(state, stream)
     folder.mkdir(parents=True, exist_ok=True)
-    files.write(folder / NAME, stream.getvalue())
+    files.write(_file(folder, trainer), stream.getvalue())
 
 
 def load(folder: Path, key: str, trainer: Trainer) -> float | None:
     """Bring a trainer to where the file says; the seconds that were spent, None where there is no file for this key. A
     damaged file counts as none."""
     try:
-        state: dict[str, Any] = torch.load(folder / NAME, map_location=trainer.pair.device, weights_only=True)
+        state: dict[str, Any] = torch.load(_file(folder, trainer), map_location=trainer.pair.device, weights_only=True)
     except Exception:  # missing, cut short, or no file of torch's
         return None
     if not isinstance(state, dict) or state.get("key") != key:
@@ -68,3 +66,8 @@ def load(folder: Path, key: str, trainer: Trainer) -> float | None:
     trainer.policy.load_state_dict(state["policy"])
     trainer.history[:] = state["history"]
     return float(state["spent"])
+
+
+def _file(folder: Path, trainer: Trainer) -> Path:
+    """Each stage has its own, so that a later one begins where the earlier ended."""
+    return folder / f"{trainer.how.stage}.pt"

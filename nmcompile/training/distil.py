@@ -13,6 +13,7 @@ import torch
 
 from nmcompile.errors import CalibrationError
 from nmcompile.training.batches import Batches, Feeds
+from nmcompile.training.labels import logits_of, of_labels, without
 from nmcompile.training.losses import Distillation, Output, of_features, of_output
 from nmcompile.training.pair import Pair
 from nmcompile.training.policies import Policy
@@ -25,7 +26,8 @@ LOOKS = 12  # at the held-out samples
 
 @dataclass(frozen=True)
 class EndToEnd:
-    """lr: of AdamW, after a warm-up (a share of the steps) by cosine to zero. tokens: of a step, padding included."""
+    """lr: of AdamW, after a warm-up (a share of the steps) by cosine to zero. tokens: of a step, padding included.
+    labels: the input that holds the samples' classes, "" for none. stage: what this is called in the history."""
 
     lr: float = 5e-4
     tokens: int = 2048
@@ -34,6 +36,8 @@ class EndToEnd:
     clip: float = 1.0
     steps: int = 0  # 0: as many as the time allows
     loss: Distillation = field(default_factory=Distillation)
+    labels: str = ""
+    stage: str = "distil"
 
 
 @dataclass
@@ -59,13 +63,14 @@ class Trainer:
         self._policy_of = policy
         self._weights = {name: pair.student.initializers[name] for name in pair.trained}
         self.policy: Policy[Any] | None = None
-        self.history: list[dict[str, float]] = []
+        self.history: list[dict[str, Any]] = []
         self._start = time.monotonic()
         self.optimizer = torch.optim.AdamW(self._weights.values(), how.lr, how.betas, weight_decay=0.0)
 
     def loss(self, feeds: Feeds) -> Tensor:
         """What the student loses on a batch."""
         pair, how = self.pair, self.how.loss
+        feeds, labels = without(feeds, self.how.labels)
         mask = pair.mask(feeds)
         with pair.precision():
             with torch.no_grad():
@@ -74,6 +79,8 @@ class Trainer:
         total = how.features * of_features(given, wanted, pair.ends, mask) if pair.ends else 0.0
         for output in self.outputs:
             total = total + how.outputs * of_output(output, given[output.name], wanted[output.name], mask, how)
+        if labels is not None:
+            total = total + how.labels * of_labels(given[logits_of(self.outputs)], labels)
         assert isinstance(total, Tensor)
         return total
 
@@ -155,7 +162,8 @@ class Trainer:
         progress, policy, found = self.progress, self.policy, self.measure()
         assert policy is not None
         tell(progress.step, progress.steps, found)
-        self.history.append({"step": progress.step, "loss": found, "seconds": time.monotonic() - self._start})
+        entry = {"step": progress.step, "loss": found, "seconds": time.monotonic() - self._start}
+        self.history.append({"stage": self.how.stage, **entry})
         if (policy.frozen or progress.step == 0) and found < progress.best:
             progress.best, progress.weights = found, self.now()
             progress.masks = {name: mask.clone() for name, mask in policy.masks.items()}

@@ -3,6 +3,7 @@
 features   mean over tensors of |m (S - T)|^2 / |m T|^2, real tokens (SquareHead, Kurtic et al. 2023, arXiv 2310.06927)
 logits     KL(teacher || student) at a temperature, times its square (Hinton et al. 2015, arXiv 1503.02531)
 embeddings 1 - cosine of pooled vectors, and KL of the rows of similarities within a batch
+labels     cross entropy with the classes that samples are given with
 """
 
 from __future__ import annotations
@@ -33,17 +34,19 @@ class Output:
 @dataclass(frozen=True, kw_only=True)
 class Distillation:
     """Weights of the parts. cosine, relations: of an embedding's own direction, and of the similarities within a batch.
-    temperature: of logits."""
+    temperature: of logits. labels: of those that samples have, where they have any."""
 
     features: float = 1.0
     outputs: float = 1.0
     cosine: float = 5.0
     relations: float = 0.3
     temperature: float = 2.0
+    labels: float = 0.5
 
     def __post_init__(self) -> None:
         """PassError for what cannot be."""
-        if min(self.features, self.outputs, self.cosine, self.relations) < 0 or self.features + self.outputs <= 0:
+        parts = (self.features, self.outputs, self.cosine, self.relations, self.labels)
+        if min(parts) < 0 or self.features + self.outputs <= 0:
             raise PassError("the loss has no part: features or outputs must be above 0, and no weight below")
         if self.temperature <= 0:
             raise PassError(f"temperature={self.temperature:g} is not above 0; 2 is usual")

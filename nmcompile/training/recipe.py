@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from nmcompile.errors import PassError
+from nmcompile.qdq.scheme import CPU, TENSORRT, Scheme, known
 from nmcompile.training.losses import Distillation
 
 UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
 LEAST = 1.0  # seconds
+SCHEMES = {"cpu": CPU, "tensorrt": TENSORRT}
 
 
 @dataclass(frozen=True)
 class Recipe:
     """budget: seconds, from the start of pruning on. masks: a policy (nmcompile.training.policies) and its options. lr,
     tokens (of a step, padding included), steps (0: as many as the budget allows): of the end-to-end stage. local: the
-    share of the budget for block-local distillation, 0 leaves it out. device: "cpu", "cuda". half: products in
-    bfloat16; None where the device is faster at them. seed: of the order of samples."""
+    share of the budget for block-local distillation, 0 leaves it out. qat: the share in which products read what is
+    rounded to eight bits as `target` rounds it, 1 for all of the end-to-end stage. labels: the input that holds the
+    samples' classes, "" for none. device: "cpu", "cuda". half: products in bfloat16; None where the device is faster at
+    them. seed: of the order of samples."""
 
     budget: float = 600.0
     masks: str = "fixed"
@@ -27,6 +31,9 @@ class Recipe:
     tokens: int = 2048
     steps: int = 0
     local: float = 0.0
+    qat: float = 0.0
+    target: str = "cpu"
+    labels: str = ""
     loss: Distillation = field(default_factory=Distillation)
     device: str = "cpu"
     half: bool | None = None
@@ -38,10 +45,18 @@ class Recipe:
             raise PassError(f"a budget of {self.budget:g} s is too short for one step; give for example 10m")
         if not 0 <= self.local < 1:
             raise PassError(f"local={self.local:g} is not a share of the budget; 0.2 is much, 0 leaves the stage out")
+        if not 0 <= self.qat <= 1:
+            raise PassError(f"qat={self.qat:g} is not a share of the budget; 0.15 is usual, 1 is all of it")
+        known("target", self.target, tuple(SCHEMES))
         if not 0 < self.lr <= 1:
             raise PassError(f"lr={self.lr:g} is no learning rate; 1e-3 is usual for 384 features, 3e-4 for 768")
         if self.tokens < 1 or self.steps < 0:
             raise PassError(f"tokens={self.tokens}, steps={self.steps}: a step takes at least 1 token")
+
+    @property
+    def scheme(self) -> Scheme:
+        """What is rounded while training: biases need no correction, they are trained."""
+        return replace(SCHEMES[self.target], clip="output", alpha=0.0)
 
 
 def seconds(text: str) -> float:

@@ -5,9 +5,10 @@ dense, graph, masks, data -> train -> Trained: the graph with other weights, zer
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,22 +17,26 @@ import numpy as np
 import onnx_graphsurgeon as gs
 import torch
 
-from nmcompile.calibrate import Data
+from nmcompile.calibrate import Calibration, Data
 from nmcompile.errors import PassError, UnsupportedError
 from nmcompile.prune.plan import Goal
 from nmcompile.torch import Module
 from nmcompile.training import checkpoint
 from nmcompile.training.batches import Batches, parted
 from nmcompile.training.distil import EndToEnd, Trainer
+from nmcompile.training.labels import check_labels, without
 from nmcompile.training.local import Local, train_blocks
 from nmcompile.training.outputs import outputs_of, width_of
 from nmcompile.training.pair import Pair
 from nmcompile.training.policies import Layer, Policy, make
+from nmcompile.training.quantized import behind_pairs
 from nmcompile.training.recipe import Recipe
 
 Tell = Callable[[str, int, int], None]  # (what, done, total)
 MEASURED = 256  # samples held out at most
 LOCAL_TOKENS = 65536  # whose activations block-local training holds
+CALIBRATION = 256  # samples that ranges are taken from
+TAIL = 0.1  # of the learning rate, where a training ends with eight bits
 
 
 @dataclass(frozen=True)
@@ -45,59 +50,63 @@ class Masked:
 @dataclass(frozen=True)
 class Trained:
     """masks: [N, K] by layer, as they are now. start, end: the loss on held-out samples. history: stages and steps with
-    their loss and seconds."""
+    their loss and seconds. notes: remarks."""
 
     graph: gs.Graph
     masks: Mapping[str, np.ndarray]
     start: float
     end: float
     history: tuple[Mapping[str, Any], ...]
+    notes: tuple[str, ...] = ()
 
 
 def train(
     dense: gs.Graph, graph: gs.Graph, masked: Mapping[str, Masked], data: Data, recipe: Recipe,
     tell: Tell = lambda *_: None, checkpoints: Path | None = None,
 ) -> Trained:  # fmt: skip
-    """Train a pruned graph to compute what the dense one does, on unlabelled samples; neither graph is changed.
+    """Train a pruned graph to compute what the dense one does, on samples of its inputs; neither graph is changed.
 
     Both are canonical, with tensors of the same names. The result is never worse on held-out samples than what came,
-    and its zeros are where its masks are. CalibrationError: too few samples, a loss that is not finite;
-    UnsupportedError: an operator without a gradient, a device that is not there.
+    and its zeros are where its masks are. CalibrationError: too few samples, labels that do not fit, a loss that is not
+    finite; UnsupportedError: an operator without a gradient, a device that is not there.
     """
     if not masked:
         raise PassError("nothing is pruned, so there is nothing to train; give --sparsity and --pattern")
     torch.manual_seed(recipe.seed)
-    start = time.monotonic()
-    samples, held = parted(data, MEASURED)
-    pair = Pair.of(dense, graph, list(masked), samples, recipe.device, recipe.half)
-    trainer = _trainer(pair, samples, held, graph, masked, recipe)
     key = checkpoint.key_of(graph, data, recipe) if checkpoints is not None else ""
-    spent = checkpoint.load(checkpoints, key, trainer) if checkpoints is not None else None
-    begun = start - (spent or 0.0)
+    run = _Run(time.monotonic(), graph, data, recipe, tell, checkpoints, key)
+    pair = Pair.of(dense, graph, list(masked), run.samples, recipe.device, recipe.half)
+    trainer = run.trainer(pair, masked, "distil")
+    start = end = trainer.measure()
+    history: list[dict[str, Any]] = []
+    masks: Mapping[str, torch.Tensor] = {}
+    notes: list[str] = []
+    if recipe.qat < 1:
+        run.go(trainer, masked, recipe.budget * (1 - recipe.qat))
+        _check_steps(trainer, recipe)
+        history, masks, end = trainer.history, trainer.progress.masks, trainer.progress.best
+    if recipe.qat:
+        few = replace(run.samples, rows=run.samples.rows[:CALIBRATION]).without(recipe.labels)
+        behind = behind_pairs(pair, Calibration(few), recipe.scheme)
+        now = {name: replace(item, mask=masks[name].cpu().numpy().T) if name in masks else item
+               for name, item in masked.items()}  # fmt: skip
+        tail = run.trainer(behind.pair, now, "quantized")
+        run.go(tail, now, recipe.budget)
+        if not tail.progress.steps:
+            notes = ["no time was left to train with eight bits; give more budget, or a larger share for it"]
+        if recipe.qat == 1:
+            _check_steps(tail, recipe)
+        history = [*history, *tail.history]
+        if tail.progress.steps and tail.progress.best < tail.history[0]["loss"]:
+            behind.take_back()
+            masks, end = tail.progress.masks, trainer.measure()
+    final = {name: mask.cpu().numpy().T for name, mask in masks.items()}
+    return Trained(pair.student.graph(), final, start, end, tuple(history), tuple(notes))
 
-    def left() -> float:
-        return recipe.budget - (time.monotonic() - begun)
 
-    before = trainer.measure() if spent is None else trainer.history[0]["loss"]
-    history: list[Mapping[str, Any]] = []
-    if spent is None and recipe.local:
-        history += _local(pair, trainer, masked, recipe, left, tell)
-    loss = [before]
-
-    def told(step: int, steps: int, found: float) -> None:
-        loss.append(found)
-        tell(f"training, held-out loss {found:.4g} (began at {before:.4g})", step, steps)
-
-    def save(trainer: Trainer) -> None:
-        if checkpoints is not None:
-            checkpoint.save(checkpoints, key, trainer, time.monotonic() - begun)
-
-    trainer.run(left, told, save)
-    if trainer.policy is None or not trainer.progress.steps:
+def _check_steps(trainer: Trainer, recipe: Recipe) -> None:
+    if not trainer.progress.steps:
         raise PassError(f"a budget of {recipe.budget:g} s leaves no time for a step of training; give more")
-    history += [{"stage": "distil", **entry} for entry in trainer.history]
-    masks = {name: mask.cpu().numpy().T for name, mask in trainer.progress.masks.items()}
-    return Trained(pair.student.graph(), masks, before, trainer.progress.best, tuple(history))
 
 
 def check(recipe: Recipe, graph: gs.Graph | None = None) -> None:
@@ -118,23 +127,66 @@ def _check_device(device: str) -> None:
         raise UnsupportedError(f"device {device!r} is not known; write cpu or cuda") from None
 
 
-def _trainer(
-    pair: Pair, samples: Data, held: Data, graph: gs.Graph, masked: Mapping[str, Masked], recipe: Recipe
-) -> Trainer:
-    how = EndToEnd(recipe.lr, recipe.tokens, steps=recipe.steps, loss=recipe.loss)
-    once: dict[str, str] = {}  # a weight that several layers share has one mask
-    for name in masked:
-        once.setdefault(pair.weights[name], name)
+class _Run:
+    """What the stages of one training share: samples, outputs, time, checkpoints."""
 
-    def policy(steps: int) -> Policy[Any]:
-        layers = {name: Layer(pair.student.initializers[weight], masked[name].goal, _mask(pair, masked[name].mask))
-                  for weight, name in once.items()}  # fmt: skip
-        return make(recipe.masks, layers, steps, recipe.options)
+    def __init__(
+        self, begun: float, graph: gs.Graph, data: Data, recipe: Recipe, tell: Tell, checkpoints: Path | None, key: str
+    ) -> None:
+        self.begun, self.graph, self.recipe, self.tell = begun, graph, recipe, tell
+        self.checkpoints, self.key = checkpoints, key
+        self.samples, held = parted(data, MEASURED)
+        self.held = Batches(held, recipe.tokens, recipe.seed).epoch(0)
 
-    outputs = outputs_of(graph, width_of(graph, list(masked)))
-    batches = Batches(samples, recipe.tokens, recipe.seed)
-    measured = Batches(held, recipe.tokens, recipe.seed).epoch(0)
-    return Trainer(pair, batches, measured, outputs, how, policy)
+    def trainer(self, pair: Pair, masked: Mapping[str, Masked], stage: str) -> Trainer:
+        """Of one end-to-end stage."""
+        recipe, quantized = self.recipe, stage == "quantized"
+        outputs = outputs_of(self.graph, width_of(self.graph, list(masked)))
+        if recipe.labels:
+            check_labels(self.samples, recipe.labels, self.graph, outputs)
+        late = quantized and recipe.qat < 1  # a tail: masks are found, weights nearly
+        masks, options = ("fixed", {}) if late else (recipe.masks, recipe.options)
+        share = recipe.qat if quantized else 1 - recipe.qat
+        how = EndToEnd(recipe.lr * (TAIL if late else 1.0), recipe.tokens, steps=math.ceil(recipe.steps * share),
+                       loss=recipe.loss, labels=recipe.labels, stage=stage)  # fmt: skip
+        once: dict[str, str] = {}  # a weight that several layers share has one mask
+        for name in masked:
+            once.setdefault(pair.weights[name], name)
+
+        def policy(steps: int) -> Policy[Any]:
+            layers = {name: Layer(pair.student.initializers[weight], masked[name].goal, _mask(pair, masked[name].mask))
+                      for weight, name in once.items()}  # fmt: skip
+            return make(masks, layers, steps, options)
+
+        return Trainer(pair, Batches(self.samples, recipe.tokens, recipe.seed), self.held, outputs, how, policy)
+
+    def go(self, trainer: Trainer, masked: Mapping[str, Masked], until: float) -> None:
+        """Run a stage until so many seconds of the budget are over, from its checkpoint on where there is one."""
+        spent = None
+        if self.checkpoints is not None:
+            spent = checkpoint.load(self.checkpoints, self.key, trainer)
+        if spent is not None:
+            self.begun = min(self.begun, time.monotonic() - spent)
+
+        def left() -> float:
+            return until - (time.monotonic() - self.begun)
+
+        stage = trainer.how.stage
+        if spent is None and self.recipe.local and stage == "distil":
+            trainer.history += _local(trainer, masked, self.recipe, left, self.tell)
+        what = "training" if stage == "distil" else "training with eight bits"
+        begun = f"(began at {trainer.history[0]['loss']:.4g})" if spent is not None else ""
+
+        def told(step: int, steps: int, found: float) -> None:
+            nonlocal begun
+            begun = begun or f"(began at {found:.4g})"
+            self.tell(f"{what}, held-out loss {found:.4g} {begun}", step, steps)
+
+        def save(trainer: Trainer) -> None:
+            if self.checkpoints is not None:
+                checkpoint.save(self.checkpoints, self.key, trainer, time.monotonic() - self.begun)
+
+        trainer.run(left, told, save)
 
 
 def _mask(pair: Pair, mask: np.ndarray) -> torch.Tensor:
@@ -143,14 +195,15 @@ def _mask(pair: Pair, mask: np.ndarray) -> torch.Tensor:
 
 
 def _local(
-    pair: Pair, trainer: Trainer, masked: Mapping[str, Masked], recipe: Recipe, left: Callable[[], float], tell: Tell
-) -> list[Mapping[str, Any]]:
+    trainer: Trainer, masked: Mapping[str, Masked], recipe: Recipe, left: Callable[[], float], tell: Tell
+) -> list[dict[str, Any]]:
     """Block-local training, undone where held-out samples do not like it."""
+    pair = trainer.pair
     count = max(LOCAL_TOKENS // recipe.tokens, 1)
-    held = list(islice(trainer.batches, count))
+    held = [without(feeds, recipe.labels)[0] for feeds in islice(trainer.batches, count)]
     masks = {pair.weights[name]: _mask(pair, item.mask).float() for name, item in masked.items()}
     before, start = trainer.measure(), trainer.now()
-    history: list[Mapping[str, Any]] = []
+    history: list[dict[str, Any]] = []
 
     def told(block: int, blocks: int, first: float, last: float) -> None:
         history.append({"stage": "local", "block": pair.blocks[block].end, "before": first, "after": last})

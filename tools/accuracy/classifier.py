@@ -12,11 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
 
 from nmcompile.errors import InputError
 from tools.accuracy.labelled import Example, Split
+from tools.accuracy.task_cli import Model, open_model
 
 STATES, MASK, LOGITS = "last_hidden_state", "attention_mask", "logits"
 LENGTH, BATCH = 128, 32
@@ -35,17 +35,15 @@ class Head:
 
 @dataclass(frozen=True)
 class Embedder:
-    """Runs an encoder on texts, in batches of like length."""
+    """Runs an encoder or a classifier, ONNX or a plan, on texts in batches of like length."""
 
-    session: ort.InferenceSession
+    model: Model
     tokenizer: Path
     length: int = LENGTH
 
     @classmethod
     def of(cls, model: Path, tokenizer: Path, threads: int | None = None, length: int = LENGTH) -> Embedder:
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads or 0
-        return cls(ort.InferenceSession(str(model), options, ["CPUExecutionProvider"]), tokenizer, length)
+        return cls(open_model(model, threads), tokenizer, length)
 
     def outputs(self, texts: Sequence[str], name: str) -> np.ndarray:
         """[texts, width]: an output with a row per text; of STATES, the mean over the mask."""
@@ -69,8 +67,7 @@ class Embedder:
             ids[i, : len(row)] = row
             mask[i, : len(row)] = 1
         feeds = {"input_ids": ids, MASK: mask, "token_type_ids": np.zeros_like(ids)}
-        wanted = {item.name for item in self.session.get_inputs()}
-        values = np.asarray(self.session.run([name], {key: feeds[key] for key in wanted})[0])
+        values = np.asarray(self.model.run({key: feeds[key] for key in self.model.inputs})[name])
         if name != STATES:
             return values
         weight = mask[..., None].astype(np.float32)

@@ -23,7 +23,7 @@ from tools.accuracy import labelled
 from tools.accuracy.prose import manual, paragraphs, windows, without_tags, words_of
 from tools.accuracy.texts import pairs, standard_library
 
-EVALUATED = ("numpy", "onnx", "onnxruntime", "click", "rich")
+EVALUATED = ("numpy", "torch", "onnx", "onnxruntime", "click", "rich")
 SHARED = 10  # words in a row that make two paragraphs the same
 MOST_OF_ONE = 12_000  # paragraphs of one source: no domain drowns the others
 FILE_BYTES = 4_000_000

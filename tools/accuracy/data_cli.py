@@ -67,14 +67,14 @@ def classifier(
     def build() -> None:
         split = labelled.read(task, folders)
         with TemporaryDirectory() as scratch:
-            model, reader = (encoder, tokenizer) if encoder and tokenizer else _minilm(Path(scratch))
+            model, reader = (encoder, tokenizer) if encoder and tokenizer else minilm(Path(scratch))
             found = heads.make(model, reader, split, output, threads)
         click.echo(f"{task}: {found:.2%} of {len(split[1]):,} test texts right, trained on {len(split[0]):,}")
 
     guarded(build)
 
 
-def _minilm(scratch: Path) -> tuple[Path, Path]:
+def minilm(scratch: Path) -> tuple[Path, Path]:
     """all-MiniLM-L6-v2 as ONNX, and its tokenizer."""
     checkpoint = minilm_folder()
     if checkpoint is None:
