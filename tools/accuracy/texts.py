@@ -27,8 +27,9 @@ def pairs(packages: Iterable[str], seed: int = 0) -> list[tuple[str, str]]:
     Packages are read with their sub-modules; what cannot be imported is passed over.
     """
     found: dict[str, str] = {}
-    for name in packages:
-        for text in _docstrings(name):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what packages say of attributes that are looked at
+        for text in (text for name in packages for text in _docstrings(name)):
             parts = [" ".join(part.split()) for part in text.split("\n\n")]
             if len(parts) > 1 and all(LEAST <= len(part) <= MOST for part in parts[:2]) and ">>>" not in parts[1]:
                 found.setdefault(parts[0], parts[1])
