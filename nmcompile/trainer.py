@@ -105,8 +105,14 @@ def train(
         {name: record.sparsity for name, record in records.items()}, tuple(told["history"]),
         report.notes, time.perf_counter() - start, samples.samples, pruned.graph,
     )  # fmt: skip
-    _write(found, history)
+    if first():
+        _write(found, history)
     return found
+
+
+def first() -> bool:
+    """Whether this process writes and tells: of several that torchrun has started, the first alone."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _samples(source: gs.Graph, data: Source | Data, asked: Asked) -> Data:

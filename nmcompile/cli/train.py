@@ -22,7 +22,8 @@ HELP = """Prune a model and train it to compute what it computed before, on unla
 
 The dense model is the teacher; labels are not needed, and count beside it where --labels names them. Zeros are chosen
 as `nmcompile --sparsity` chooses them, by a part of the same budget. Every sixteenth sample is held out, and what is
-written is the best state on those: never worse than pruning alone. More samples and more time are what helps most. Needs torch: pip install 'nmcompile[train]'.
+written is the best state on those: never worse than pruning alone. More samples and more time are what helps most.
+Several GPUs: torchrun --nproc-per-node 4 "$(which nmcompile)" train ... --device cuda. Needs torch: pip install 'nmcompile[train]'.
 """
 
 
@@ -92,8 +93,12 @@ def command(
     with terminal.Progress() as progress:
         progress("starting", 0, 1)
         import nmcompile
+        from nmcompile.trainer import first
 
-        found = nmcompile.train(model, output, masks_options=tuple(masks_options), progress=progress, **options)
+        told = progress if first() else None
+        found = nmcompile.train(model, output, masks_options=tuple(masks_options), progress=told, **options)
+    if not first():
+        return
     if plot is not None:
         from nmcompile.files import write
         from nmcompile.profile.curve import draw

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from nmcompile.training.labels import logits_of, of_labels, without
 from nmcompile.training.losses import Distillation, Output, of_features, of_output
 from nmcompile.training.pair import Pair
 from nmcompile.training.policies import Policy
+from nmcompile.training.ranks import ALONE, Ranks
 
 Tensor = torch.Tensor
 Tell = Callable[[int, int, float], None]  # step, steps, loss on held-out samples
@@ -56,16 +58,16 @@ class Trainer:
 
     def __init__(
         self, pair: Pair, batches: Batches, held: Sequence[Feeds], outputs: Sequence[Output], how: EndToEnd,
-        policy: Callable[[int], Policy[Any]],
+        policy: Callable[[int], Policy[Any]], ranks: Ranks = ALONE,
     ) -> None:  # fmt: skip
         self.pair, self.batches, self.held, self.outputs, self.how = pair, batches, held, outputs, how
-        self.progress = Progress()
+        self.progress, self.ranks = Progress(), ranks
         self._policy_of = policy
         self._weights = {name: pair.student.initializers[name] for name in pair.trained}
         self.policy: Policy[Any] | None = None
         self.history: list[dict[str, Any]] = []
         self._start = time.monotonic()
-        self.optimizer = torch.optim.AdamW(self._weights.values(), how.lr, how.betas, weight_decay=0.0)
+        self.optimizer = torch.optim.AdamW(self._weights.values(), how.lr, how.betas, weight_decay=0.0, fused=True)
 
     def loss(self, feeds: Feeds) -> Tensor:
         """What the student loses on a batch."""
@@ -110,20 +112,21 @@ class Trainer:
         CalibrationError where the loss becomes NaN."""
         progress = self.progress
         if self.policy is None:
-            self.begin(self.plan(left()))
+            self.begin(int(self.ranks.agreed(self.plan(left()))))
         assert self.policy is not None
         if progress.steps < 1:
             return
         if progress.step == 0:
             self._look(tell)
-        stream = self.batches.since(progress.step)
+        ranks = self.ranks
+        stream = islice(self.batches.since(progress.step * ranks.count + ranks.rank), 0, None, ranks.count)
         begun = (progress.step, time.monotonic())
         every = max(progress.steps // LOOKS, 1)
-        while progress.step < progress.steps and left() > 0:
+        while progress.step < progress.steps and ranks.agreed(left()) > 0:
             self._step(next(stream))
             if progress.step % every == 0 or progress.step == progress.steps:
                 self._look(tell)
-                self._replan(left(), begun)
+                self._replan(ranks.agreed(left()), begun)
                 if save is not None:
                     save(self)
         if not self.policy.frozen:
@@ -146,11 +149,12 @@ class Trainer:
         loss = self.loss(feeds)
         extra = policy.penalty()
         loss = loss if extra is None else loss + extra
-        if not math.isfinite(float(loss.detach())):
+        if not math.isfinite(self.ranks.mean(loss)):
             raise CalibrationError(f"the loss is not finite in step {progress.step + 1}; take a lower learning rate, "
                                    "or look for huge values in the data")  # fmt: skip
         self.optimizer.zero_grad()
         loss.backward()
+        self.ranks.average(self._weights.values())
         policy.after_backward(progress.step)
         torch.nn.utils.clip_grad_norm_(self._weights.values(), self.how.clip)
         self.optimizer.step()
@@ -159,7 +163,7 @@ class Trainer:
 
     def _look(self, tell: Tell) -> None:
         """Measure; remember the weights if no others were better with masks that no longer move."""
-        progress, policy, found = self.progress, self.policy, self.measure()
+        progress, policy, found = self.progress, self.policy, self.ranks.agreed(self.measure())
         assert policy is not None
         tell(progress.step, progress.steps, found)
         entry = {"step": progress.step, "loss": found, "seconds": time.monotonic() - self._start}
@@ -173,7 +177,7 @@ class Trainer:
         done, progress = self.progress.step - begun[0], self.progress
         if self.how.steps or done < 1 or progress.step >= progress.steps:
             return
-        each = (time.monotonic() - begun[1]) / done  # looks at held-out samples included
+        each = self.ranks.agreed((time.monotonic() - begun[1]) / done)  # looks at held-out samples included
         progress.steps = progress.step + max(int(left / each), 1)
 
     def now(self) -> dict[str, Tensor]:

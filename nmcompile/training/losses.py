@@ -57,7 +57,13 @@ def normalised(student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
     lost, whole = student.float() - teacher.float(), teacher.float()
     if mask is not None and mask.ndim == lost.ndim:
         lost, whole = lost * mask, whole * mask
-    return lost.square().sum() / whole.square().sum().clamp_min(1e-12)
+    return _energy(lost) / _energy(whole).clamp_min(1e-12)
+
+
+def _energy(x: Tensor) -> Tensor:
+    """The sum of squares, without a tensor of them."""
+    flat = x.flatten()
+    return torch.dot(flat, flat)
 
 
 def pooled(x: Tensor, mask: Tensor | None) -> Tensor:

@@ -30,6 +30,7 @@ from nmcompile.training.outputs import outputs_of, width_of
 from nmcompile.training.pair import Pair
 from nmcompile.training.policies import Layer, Policy, make
 from nmcompile.training.quantized import behind_pairs
+from nmcompile.training.ranks import Ranks
 from nmcompile.training.recipe import Recipe
 
 Tell = Callable[[str, int, int], None]  # (what, done, total)
@@ -75,7 +76,8 @@ def train(
     torch.manual_seed(recipe.seed)
     key = checkpoint.key_of(graph, data, recipe) if checkpoints is not None else ""
     run = _Run(time.monotonic(), graph, data, recipe, tell, checkpoints, key)
-    pair = Pair.of(dense, graph, list(masked), run.samples, recipe.device, recipe.half)
+    pair = Pair.of(dense, graph, list(masked), run.samples, run.ranks.device, recipe.half)
+    masked = run.agree(pair, masked)
     trainer = run.trainer(pair, masked, "distil")
     start = end = trainer.measure()
     history: list[dict[str, Any]] = []
@@ -134,9 +136,19 @@ class _Run:
         self, begun: float, graph: gs.Graph, data: Data, recipe: Recipe, tell: Tell, checkpoints: Path | None, key: str
     ) -> None:
         self.begun, self.graph, self.recipe, self.tell = begun, graph, recipe, tell
-        self.checkpoints, self.key = checkpoints, key
+        self.checkpoints, self.key, self.ranks = checkpoints, key, Ranks.joined(recipe.device)
         self.samples, held = parted(data, MEASURED)
         self.held = Batches(held, recipe.tokens, recipe.seed).epoch(0)
+
+    def agree(self, pair: Pair, masked: Mapping[str, Masked]) -> Mapping[str, Masked]:
+        """What the first process has pruned, for all: weights in place, and masks."""
+        self.ranks.share(pair.student.parameters())
+        if self.ranks.count == 1:
+            return masked
+        masks = {name: torch.from_numpy(np.ascontiguousarray(item.mask, np.uint8)).to(pair.device)
+                 for name, item in masked.items()}  # fmt: skip
+        self.ranks.share(masks.values())
+        return {name: replace(item, mask=masks[name].cpu().numpy().astype(bool)) for name, item in masked.items()}
 
     def trainer(self, pair: Pair, masked: Mapping[str, Masked], stage: str) -> Trainer:
         """Of one end-to-end stage."""
@@ -158,7 +170,8 @@ class _Run:
                       for weight, name in once.items()}  # fmt: skip
             return make(masks, layers, steps, options)
 
-        return Trainer(pair, Batches(self.samples, recipe.tokens, recipe.seed), self.held, outputs, how, policy)
+        return Trainer(pair, Batches(self.samples, recipe.tokens, recipe.seed), self.held, outputs, how, policy,
+                       self.ranks)  # fmt: skip
 
     def go(self, trainer: Trainer, masked: Mapping[str, Masked], until: float) -> None:
         """Run a stage until so many seconds of the budget are over, from its checkpoint on where there is one."""
@@ -174,6 +187,7 @@ class _Run:
         stage = trainer.how.stage
         if spent is None and self.recipe.local and stage == "distil":
             trainer.history += _local(trainer, masked, self.recipe, left, self.tell)
+            self.ranks.share(trainer.pair.student.parameters())
         what = "training" if stage == "distil" else "training with eight bits"
         begun = f"(began at {trainer.history[0]['loss']:.4g})" if spent is not None else ""
 
@@ -183,7 +197,7 @@ class _Run:
             self.tell(f"{what}, held-out loss {found:.4g} {begun}", step, steps)
 
         def save(trainer: Trainer) -> None:
-            if self.checkpoints is not None:
+            if self.checkpoints is not None and self.ranks.first:
                 checkpoint.save(self.checkpoints, self.key, trainer, time.monotonic() - self.begun)
 
         trainer.run(left, told, save)
