@@ -29,6 +29,7 @@ class Fields(TypedDict, total=False):
     tokens: int
     steps: int
     local: float
+    embeddings: bool
     qat: float
     target: str
     relations: float
@@ -51,9 +52,9 @@ class Train(PruningPass):
     Needs torch. budget: of pruning and training together, 90s, 10m or 1.5h. masks: how zeros move while training goes
     on: fixed, gradual, admm, lasso, srste (nmcompile.training.policies), with its options as masks_options=NAME:VALUE.
     lr, tokens of a step, steps (0: as many as the budget allows), local (the share of the budget that trains block by
-    block first), qat (the share that trains with eight bits last, those of `target`), relations, temperature, labels
-    and their weight, device, seed: see nmcompile.training.recipe.Recipe. Weights, biases and normalisations are
-    trained, embeddings are not. It ends with the best state on held-out samples, which may be the pruned one.
+    block first), embeddings (whether their tables are trained beside weights, biases and normalisations), qat (the
+    share that trains with eight bits last, those of `target`), relations, temperature, labels and their weight, device,
+    seed: see nmcompile.training.recipe.Recipe. It ends with the best state on held-out samples, which may be the pruned one.
     """
 
     solver: str = "admm"
@@ -68,6 +69,7 @@ class Train(PruningPass):
     tokens: int = 2048
     steps: int = 0
     local: float = 0.0
+    embeddings: bool = True
     qat: float = 0.0
     target: str = "cpu"
     relations: float = 0.3
@@ -93,7 +95,7 @@ class Train(PruningPass):
         training = _training()
         recipe: Recipe = training.Recipe(
             training.seconds(self.budget), self.masks, _options(self.masks_options), self.lr, self.tokens, self.steps,
-            self.local, self.qat, self.target, self.labels,
+            self.local, self.embeddings, self.qat, self.target, self.labels,
             training.Distillation(relations=self.relations, temperature=self.temperature, labels=self.label_weight),
             self.device, seed=self.seed,
         )  # fmt: skip

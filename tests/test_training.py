@@ -215,3 +215,13 @@ def test_what_is_asked_of_the_loss_is_what_it_weighs() -> None:
     student, teacher = torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.tensor([[1.0, 1.0], [0.0, 1.0]])
     found = of_output(Output("y", "embedding"), student, teacher, None, asked)
     assert float(found) == pytest.approx(5.0 * (1 - 0.5**0.5) / 2)  # two samples have no relations
+
+
+@pytest.mark.parametrize("embeddings", [True, False])
+def test_embeddings_are_trained_where_they_are_wanted(embeddings: bool) -> None:
+    dense = nmcompile.torch_module(BERT).initializers
+    found = nmcompile.train(BERT, data=data(), embeddings=embeddings, **{**QUICK, "steps": 5})
+    tables = {tensor.name: np.asarray(tensor.values) for node in found.graph.nodes if node.op == "Gather"
+              for tensor in node.inputs[:1] if isinstance(tensor, gs.Constant) and tensor.values.ndim == 2}  # fmt: skip
+    moved = [name for name, values in tables.items() if not np.array_equal(values, dense[name].detach().numpy())]
+    assert bool(moved) == embeddings and len(tables) >= 2

@@ -23,7 +23,8 @@ HELP = """Prune a model and train it to compute what it computed before, on unla
 The dense model is the teacher; labels are not needed, and count beside it where --labels names them. Zeros are chosen
 as `nmcompile --sparsity` chooses them, by a part of the same budget. Every sixteenth sample is held out, and what is
 written is the best state on those: never worse than pruning alone. More samples and more time are what helps most.
-Several GPUs: torchrun --nproc-per-node 4 "$(which nmcompile)" train ... --device cuda. Needs torch: pip install 'nmcompile[train]'.
+Several GPUs: torchrun --nproc-per-node 4 "$(which nmcompile)" train ... --device cuda. Needs torch:
+pip install 'nmcompile[train]'.
 """
 
 
@@ -65,6 +66,8 @@ def shipped(path: Path | None) -> Path | None:
 @click.option("--steps", type=int, default=0, metavar="N", help="Steps, instead of what fits into the budget.")
 @click.option("--local", type=float, default=0.0, show_default=True, metavar="SHARE",
               help="Share of the budget that trains block by block first.")  # fmt: skip
+@click.option("--embeddings/--no-embeddings", default=True, show_default=True,
+              help="Train the tables of embeddings as well; nothing of them is pruned.")  # fmt: skip
 @click.option("--qat", type=float, default=0.0, show_default=True, metavar="SHARE",
               help="Share of the budget, at its end, that trains with eight bits; 1: all of it.")  # fmt: skip
 @click.option("--target", type=click.Choice(["cpu", "tensorrt"]), default="cpu", show_default=True,

@@ -34,17 +34,17 @@ class Pair:
     @classmethod
     def of(
         cls, dense: gs.Graph, graph: gs.Graph, layers: Sequence[str], data: Data, device: str = "cpu",
-        half: bool | None = None,
+        half: bool | None = None, embeddings: bool = True,
     ) -> Pair:  # fmt: skip
         """Of a canonical graph before and after pruning, and the names of the layers that were pruned. half: products
-        in bfloat16; None where the device has them."""
+        in bfloat16; None where the device has them. embeddings: their tables are trained as well."""
         parts = blocks(graph, layers)
         ends = [block.end for block in parts]
         weights = {layer.name: g.weight_of(layer).name for layer in g.linear_layers(graph) if layer.name in layers}
         teacher, student = (Module(each, ends).to(device) for each in (dense, graph))
         teacher.requires_grad_(False)
         student.requires_grad_(False)
-        trained = tuple(_trained(graph, student))
+        trained = tuple(dict.fromkeys(_trained(graph, student, embeddings)))
         for name in trained:
             student.initializers[name].requires_grad_(True)
         return cls(teacher, student, parts, weights, trained, data, has_half(device) if half is None else half)
@@ -77,15 +77,15 @@ def has_half(device: str) -> bool:
     return tell is not None and "AVX512" in torch.backends.cpu.get_cpu_capability() and bool(tell())
 
 
-def _trained(graph: gs.Graph, student: Module) -> Iterator[str]:
-    """Weights of linear layers, biases and normalisations; tables of embeddings and what else is looked up stay."""
-    known = student.initializers
+READERS = ("MatMul", "Add", "Mul", "LayerNormalization", "RMSNormalization", "QuantizeLinear")
+
+
+def _trained(graph: gs.Graph, student: Module, embeddings: bool) -> Iterator[str]:
+    """Weights of linear layers, biases and normalisations, and tables of embeddings [rows, features] where these are
+    wanted."""
+    readers, known = (*READERS, *(("Gather",) if embeddings else ())), student.initializers
     for node in graph.nodes:
-        if node.op in ("Gather", "GatherND", "Conv"):
-            continue
-        for tensor in node.inputs:
-            if isinstance(tensor, gs.Constant) and tensor.name in known:
-                users = g.consumers(tensor)
-                if all(user.op in ("MatMul", "Add", "Mul", "LayerNormalization", "RMSNormalization", "QuantizeLinear")
-                       for user in users):  # fmt: skip
-                    yield from [tensor.name] if known[tensor.name].ndim <= 2 else []
+        for tensor in node.inputs if node.op in readers else ():
+            small = isinstance(tensor, gs.Constant) and tensor.name in known and known[tensor.name].ndim <= 2
+            if small and all(user.op in readers for user in g.consumers(tensor)):
+                yield tensor.name

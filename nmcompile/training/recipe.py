@@ -19,10 +19,10 @@ SCHEMES = {"cpu": CPU, "tensorrt": TENSORRT}
 class Recipe:
     """budget: seconds, from the start of pruning on. masks: a policy (nmcompile.training.policies) and its options. lr,
     tokens (of a step, padding included), steps (0: as many as the budget allows): of the end-to-end stage. local: the
-    share of the budget for block-local distillation, 0 leaves it out. qat: the share in which products read what is
-    rounded to eight bits as `target` rounds it, 1 for all of the end-to-end stage. labels: the input that holds the
-    samples' classes, "" for none. device: "cpu", "cuda". half: products in bfloat16; None where the device is faster at
-    them. seed: of the order of samples."""
+    share of the budget for block-local distillation, 0 leaves it out. embeddings: their tables are trained as well.
+    qat: the share in which products read what is rounded to eight bits as `target` rounds it, 1 for all of the
+    end-to-end stage. labels: the input that holds the samples' classes, "" for none. device: "cpu", "cuda". half:
+    products in bfloat16; None where the device is faster at them. seed: of the order of samples."""
 
     budget: float = 600.0
     masks: str = "fixed"
@@ -31,6 +31,7 @@ class Recipe:
     tokens: int = 2048
     steps: int = 0
     local: float = 0.0
+    embeddings: bool = True
     qat: float = 0.0
     target: str = "cpu"
     labels: str = ""

@@ -76,7 +76,8 @@ def train(
     torch.manual_seed(recipe.seed)
     key = checkpoint.key_of(graph, data, recipe) if checkpoints is not None else ""
     run = _Run(time.monotonic(), graph, data, recipe, tell, checkpoints, key)
-    pair = Pair.of(dense, graph, list(masked), run.samples, run.ranks.device, recipe.half)
+    pair = Pair.of(dense, graph, list(masked), run.samples, run.ranks.device, recipe.half,
+                   recipe.embeddings)  # fmt: skip
     masked = run.agree(pair, masked)
     trainer = run.trainer(pair, masked, "distil")
     start = end = trainer.measure()
