@@ -54,7 +54,8 @@ class Train(PruningPass):
     lr, tokens of a step, steps (0: as many as the budget allows), local (the share of the budget that trains block by
     block first), embeddings (whether their tables are trained beside weights, biases and normalisations), qat (the
     share that trains with eight bits last, those of `target`), relations, temperature, labels and their weight, device,
-    seed: see nmcompile.training.recipe.Recipe. It ends with the best state on held-out samples, which may be the pruned one.
+    seed: see nmcompile.training.recipe.Recipe. It ends with the best state on held-out samples, which may be the pruned
+    one.
     """
 
     solver: str = "admm"
