@@ -20,7 +20,7 @@ from nmcompile.calibrate.sources import Source
 from nmcompile.contract import Progress
 from nmcompile.errors import PassError
 from nmcompile.outputs import pending, real_path
-from nmcompile.passes.train import Fields
+from nmcompile.passes.train import Fields, fields
 from nmcompile.recipes import PRESETS, pruning_passes, training_passes
 from nmcompile.request import MAX_LENGTH, check_paths
 from nmcompile.sizes import Model
@@ -76,8 +76,8 @@ def train(
 
     model: path, ModelProto or gs.Graph; never modified. data: samples of the model's inputs, unlabelled, as many as
     there are (texts with tokenizer=..., feeds, .npz); every sixteenth is held out. labels: the field of the samples
-    that holds their class, a number; then what the model gets wrong counts too. sparsity and pattern as in `compile`.
-    budget="60m" (of pruning and training together), masks="fixed" and others are the options of
+    that holds their class, a number (of answers: start,end); then what the model gets wrong counts too. sparsity and
+    pattern as in `compile`. budget="60m" (of pruning and training together), masks="fixed" and others are the options of
     nmcompile.passes.Train. history: a file of JSON lines. resume: a folder of checkpoints; called again with the same
     arguments, an interrupted training goes on from there. The file that is written is in canonical form: the same
     inputs and outputs, zeros where the masks are. Raises NmcompileError for what the user can mend; then nothing is
@@ -90,7 +90,7 @@ def train(
     tell("reading the model", 0, 1)
     source = g.admit(model)
     samples = _samples(source, data, asked)
-    inputs = samples.without(asked.get("labels") or "")
+    inputs = samples.without(fields(asked.get("labels") or ""))
     source = g.separate_dims(source, inputs)
     resume, few = asked.get("resume"), replace(inputs, rows=inputs.rows[:CALIBRATION])
     runner = Runner(Calibration(few, tell, None if resume is None else Path(resume), samples), progress=tell)
@@ -117,12 +117,12 @@ def first() -> bool:
 
 def _samples(source: gs.Graph, data: Source | Data, asked: Asked) -> Data:
     """All samples, checked; NmcompileError for those that do not fit the model."""
-    tokenizer, labels = asked.get("tokenizer"), asked.get("labels")
-    infos = input_roles.inputs(source)
-    if labels:
-        if labels in {info.name for info in infos}:
-            raise PassError(f"'{labels}' is an input of the model; give the labels another name in the data")
-        infos = (*infos, TensorInfo(labels, np.dtype(np.int64), (infos[0].shape[0] if infos[0].shape else "batch",)))
+    tokenizer, infos = asked.get("tokenizer"), input_roles.inputs(source)
+    rows = infos[0].shape[0] if infos and infos[0].shape else "batch"
+    for label in fields(asked.get("labels") or ""):
+        if label in {info.name for info in infos}:
+            raise PassError(f"'{label}' is an input of the model; give the labels another name in the data")
+        infos = (*infos, TensorInfo(label, np.dtype(np.int64), (rows,)))
     samples = data if isinstance(data, Data) else open_data(
         data, infos, tokenizer=None if tokenizer is None else Path(tokenizer),
         max_length=asked.get("max_length") or MAX_LENGTH, limit=ALL)  # fmt: skip

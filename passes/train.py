@@ -96,7 +96,7 @@ class Train(PruningPass):
         training = _training()
         recipe: Recipe = training.Recipe(
             training.seconds(self.budget), self.masks, _options(self.masks_options), self.lr, self.tokens, self.steps,
-            self.local, self.embeddings, self.qat, self.target, self.labels,
+            self.local, self.embeddings, self.qat, self.target, fields(self.labels),
             training.Distillation(relations=self.relations, temperature=self.temperature, labels=self.label_weight),
             self.device, seed=self.seed,
         )  # fmt: skip
@@ -121,6 +121,11 @@ class Train(PruningPass):
         detail = {**report.detail, "training": {"loss pruned": found.start, "loss trained": found.end,
                                                 "history": list(found.history)}}  # fmt: skip
         return replace(report, detail=detail, records=Records(layers, norms), notes=(*report.notes, *found.notes))
+
+
+def fields(text: str) -> tuple[str, ...]:
+    """The names in a text A,B."""
+    return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 def _training() -> Any:

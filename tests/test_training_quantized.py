@@ -141,8 +141,8 @@ def test_labels_pull_the_student_towards_them() -> None:
 
 def test_labels_that_do_not_fit() -> None:
     for error, words, path, made, options in (
-        (CalibrationError, "label 7 is no class of output 'logits'; it has 0 to", CLASSES, labelled(lambda ids: 7), {}),
-        (CalibrationError, "labels take a model with one output of logits", BERT, labelled(), {}),
+        (CalibrationError, "kind 7 is no class of output 'logits'", CLASSES, labelled(lambda ids: 7), {}),
+        (CalibrationError, "take as many outputs of logits", BERT, labelled(), {}),
         (CalibrationError, "input 'kind' is <U4", CLASSES, labelled(lambda ids: "good"), {}),
         (CalibrationError, "input 'kind' is missing", CLASSES, rows(), {}),
         (PassError, "is an input of the model", CLASSES, labelled(), {"labels": "attention_mask"}),
@@ -152,3 +152,16 @@ def test_labels_that_do_not_fit() -> None:
     ):
         with pytest.raises(error, match=words):
             nmcompile.train(path, data=made, **{**QUICK, "labels": "kind", **options})
+
+
+def test_answers_are_labels_of_two_outputs() -> None:
+    spans = [{**row, "first": 1, "last": len(row["input_ids"]) - 1} for row in rows()]
+    options: dict[str, Any] = {**QUICK, "steps": 30, "labels": "first,last"}
+    path, feeds = MODELS / "bert-qa.onnx", {"input_ids": np.arange(5, 15)[None]}
+    feeds |= {"attention_mask": np.ones((1, 10), np.int64), "token_type_ids": np.zeros((1, 10), np.int64)}
+    found = nmcompile.train(path, data=spans, label_weight=20.0, **options)
+    names = [tensor.name for tensor in found.graph.outputs]
+    given = g.run(found.graph, {name: feeds[name] for name in (info.name for info in inputs(found.graph))})
+    assert [int(given[name].argmax()) for name in names] == [1, 9]
+    with pytest.raises(CalibrationError, match="last 90 is no token of its sample"):
+        nmcompile.train(path, data=[{**row, "last": 90} for row in spans], **options)

@@ -57,10 +57,10 @@ class Data:
         sizes = [info.shape[0] for info in self.inputs if info.shape and info.name not in shared(self.inputs)]
         return next((size for size in sizes if isinstance(size, int)), None)
 
-    def without(self, name: str) -> Data:
-        """The same samples without one of their inputs."""
-        rows = tuple({key: values for key, values in row.items() if key != name} for row in self.rows)
-        return replace(self, inputs=tuple(info for info in self.inputs if info.name != name), rows=rows)
+    def without(self, names: Collection[str]) -> Data:
+        """The same samples without some of their inputs."""
+        rows = tuple({key: values for key, values in row.items() if key not in names} for row in self.rows)
+        return replace(self, inputs=tuple(info for info in self.inputs if info.name not in names), rows=rows)
 
     def groups(self) -> Iterator[Sequence[Feed]]:
         """Neighbours that make a batch; too few for a fixed batch size are dropped."""

@@ -72,7 +72,8 @@ def shipped(path: Path | None) -> Path | None:
               help="Share of the budget, at its end, that trains with eight bits; 1: all of it.")  # fmt: skip
 @click.option("--target", type=click.Choice(["cpu", "tensorrt"]), default="cpu", show_default=True,
               help="Whose eight bits --qat takes.")  # fmt: skip
-@click.option("--labels", metavar="NAME", help="The field of the samples that holds their class, a number.")
+@click.option("--labels", metavar="NAME",
+              help="The field of the samples that holds their class, a number; of answers START,END.")  # fmt: skip
 @click.option("--label-weight", type=float, default=0.5, show_default=True, help="Of labels beside the dense model.")
 @click.option("--temperature", type=float, default=2.0, show_default=True, help="Of logits that are distilled.")
 @click.option("--relations", type=float, default=0.3, show_default=True,

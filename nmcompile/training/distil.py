@@ -14,7 +14,7 @@ import torch
 
 from nmcompile.errors import CalibrationError
 from nmcompile.training.batches import Batches, Feeds
-from nmcompile.training.labels import logits_of, of_labels, without
+from nmcompile.training.labels import of_labels, scores_of, without
 from nmcompile.training.losses import Distillation, Output, of_features, of_output
 from nmcompile.training.pair import Pair
 from nmcompile.training.policies import Policy
@@ -29,7 +29,7 @@ LOOKS = 12  # at the held-out samples
 @dataclass(frozen=True)
 class EndToEnd:
     """lr: of AdamW, after a warm-up (a share of the steps) by cosine to zero. tokens: of a step, padding included.
-    labels: the input that holds the samples' classes, "" for none. stage: what this is called in the history."""
+    labels: the inputs that hold the samples' classes or answers. stage: what this is called in the history."""
 
     lr: float = 5e-4
     tokens: int = 2048
@@ -38,7 +38,7 @@ class EndToEnd:
     clip: float = 1.0
     steps: int = 0  # 0: as many as the time allows
     loss: Distillation = field(default_factory=Distillation)
-    labels: str = ""
+    labels: tuple[str, ...] = ()
     stage: str = "distil"
 
 
@@ -72,17 +72,18 @@ class Trainer:
     def loss(self, feeds: Feeds) -> Tensor:
         """What the student loses on a batch."""
         pair, how = self.pair, self.how.loss
-        feeds, labels = without(feeds, self.how.labels)
-        mask = pair.mask(feeds)
+        inputs = without(feeds, self.how.labels)
+        mask = pair.mask(inputs)
         with pair.precision():
             with torch.no_grad():
-                wanted = pair.teacher(feeds)
-            given = pair.student(feeds)
+                wanted = pair.teacher(inputs)
+            given = pair.student(inputs)
         total = how.features * of_features(given, wanted, pair.ends, mask) if pair.ends else 0.0
         for output in self.outputs:
             total = total + how.outputs * of_output(output, given[output.name], wanted[output.name], mask, how)
-        if labels is not None:
-            total = total + how.labels * of_labels(given[logits_of(self.outputs)], labels)
+        if self.how.labels:
+            for label, name in zip(self.how.labels, scores_of(self.outputs, self.how.labels), strict=True):
+                total = total + how.labels * of_labels(given[name], feeds[label]) / len(self.how.labels)
         assert isinstance(total, Tensor)
         return total
 

@@ -1,8 +1,11 @@
-"""Labels: the classes that samples come with, as one more input beside the model's own."""
+"""Labels: classes, or first and last tokens of answers, that samples come with as inputs beside the model's own.
+
+Each is a number per sample, and belongs to one output of scores: the first label to the first, and so on.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -11,37 +14,44 @@ import torch.nn.functional as F
 
 from nmcompile.calibrate import Data
 from nmcompile.errors import CalibrationError
+from nmcompile.training.batches import length
 from nmcompile.training.losses import Output
 
 Tensor = torch.Tensor
+KINDS = ("logits", "spans")
 
 
-def without(feeds: Mapping[str, np.ndarray], labels: str) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
-    """(the model's inputs, the labels [batch] where there are any)"""
-    return {name: values for name, values in feeds.items() if name != labels}, feeds.get(labels)
+def without(feeds: Mapping[str, np.ndarray], labels: Collection[str]) -> dict[str, np.ndarray]:
+    """The model's inputs."""
+    return {name: values for name, values in feeds.items() if name not in labels}
 
 
-def check_labels(data: Data, labels: str, graph: gs.Graph, outputs: Sequence[Output]) -> None:
-    """CalibrationError for a model that has no logits, or several, and for a label that is none of its classes."""
-    scores = logits_of(outputs)
-    shape = next(tensor.shape for tensor in graph.outputs if tensor.name == scores)
-    classes = shape[-1] if shape and isinstance(shape[-1], int) else None
-    for number, row in enumerate(data.rows):
-        label = int(row[labels])
-        if label < 0 or (classes is not None and label >= classes):
-            among = f"0 to {classes - 1}" if classes is not None else "0 and above"
-            raise CalibrationError(f"sample {number}: label {label} is no class of output '{scores}'; it has {among}")
+def check_labels(data: Data, labels: Sequence[str], graph: gs.Graph, outputs: Sequence[Output]) -> None:
+    """CalibrationError for a model that has another number of outputs of scores, and for a label that is none of its
+    classes, or no token of its sample."""
+    for label, output in zip(labels, scores_of(outputs, labels), strict=True):
+        shape = next(tensor.shape for tensor in graph.outputs if tensor.name == output)
+        classes = shape[-1] if shape and isinstance(shape[-1], int) else None
+        spans = next(item.kind for item in outputs if item.name == output) == "spans"
+        for number, row in enumerate(data.rows):
+            value = int(row[label])
+            limit = length(row) if spans else classes
+            if value < 0 or (limit is not None and value >= limit):
+                among = f"0 to {limit - 1}" if limit is not None else "0 and above"
+                kind = "token of its sample" if spans else f"class of output '{output}'"
+                raise CalibrationError(f"sample {number}: {label} {value} is no {kind}; there are {among}")
 
 
-def logits_of(outputs: Sequence[Output]) -> str:
-    """The one output whose classes labels name; CalibrationError where there is none, or more than one."""
-    found = [output.name for output in outputs if output.kind == "logits"]
-    if len(found) != 1:
+def scores_of(outputs: Sequence[Output], labels: Sequence[str]) -> list[str]:
+    """The outputs that labels belong to; CalibrationError where they are more, or fewer."""
+    found = [output.name for output in outputs if output.kind in KINDS]
+    if len(found) != len(labels):
         has = ", ".join(f"{output.name} ({output.kind})" for output in outputs)
-        raise CalibrationError(f"labels take a model with one output of logits [batch, classes]; this one has {has}")
-    return found[0]
+        raise CalibrationError(f"{len(labels)} labels ({', '.join(labels)}) take as many outputs of logits [batch, "
+                               f"classes] or spans [batch, tokens]; the model has {has}")  # fmt: skip
+    return found
 
 
-def of_labels(logits: Tensor, labels: np.ndarray) -> Tensor:
+def of_labels(scores: Tensor, labels: np.ndarray) -> Tensor:
     """Cross entropy, the mean over samples."""
-    return F.cross_entropy(logits.float(), torch.from_numpy(labels).to(logits.device, torch.int64))
+    return F.cross_entropy(scores.float(), torch.from_numpy(labels).to(scores.device, torch.int64))

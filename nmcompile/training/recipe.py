@@ -21,7 +21,7 @@ class Recipe:
     tokens (of a step, padding included), steps (0: as many as the budget allows): of the end-to-end stage. local: the
     share of the budget for block-local distillation, 0 leaves it out. embeddings: their tables are trained as well.
     qat: the share in which products read what is rounded to eight bits as `target` rounds it, 1 for all of the
-    end-to-end stage. labels: the input that holds the samples' classes, "" for none. device: "cpu", "cuda". half:
+    end-to-end stage. labels: the inputs that hold the samples' classes or answers. device: "cpu", "cuda". half:
     products in bfloat16; None where the device is faster at them. seed: of the order of samples."""
 
     budget: float = 600.0
@@ -34,7 +34,7 @@ class Recipe:
     embeddings: bool = True
     qat: float = 0.0
     target: str = "cpu"
-    labels: str = ""
+    labels: tuple[str, ...] = ()
     loss: Distillation = field(default_factory=Distillation)
     device: str = "cpu"
     half: bool | None = None

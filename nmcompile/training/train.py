@@ -215,7 +215,7 @@ def _local(
     """Block-local training, undone where held-out samples do not like it."""
     pair = trainer.pair
     count = max(LOCAL_TOKENS // recipe.tokens, 1)
-    held = [without(feeds, recipe.labels)[0] for feeds in islice(trainer.batches, count)]
+    held = [without(feeds, recipe.labels) for feeds in islice(trainer.batches, count)]
     masks = {pair.weights[name]: _mask(pair, item.mask).float() for name, item in masked.items()}
     before, start = trainer.measure(), trainer.now()
     history: list[dict[str, Any]] = []
