@@ -77,7 +77,7 @@ def train(
     model: path, ModelProto or gs.Graph; never modified. data: samples of the model's inputs, unlabelled, as many as
     there are (texts with tokenizer=..., feeds, .npz); every sixteenth is held out. labels: the field of the samples
     that holds their class, a number (of answers: start,end); then what the model gets wrong counts too. sparsity and
-    pattern as in `compile`. budget="60m" (of pruning and training together), masks="fixed" and others are the options of
+    pattern as in `compile`. budget="60m" (of pruning and training together), masks="fixed" and others are those of
     nmcompile.passes.Train. history: a file of JSON lines. resume: a folder of checkpoints; called again with the same
     arguments, an interrupted training goes on from there. The file that is written is in canonical form: the same
     inputs and outputs, zeros where the masks are. Raises NmcompileError for what the user can mend; then nothing is

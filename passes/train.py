@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
@@ -13,10 +14,10 @@ from nmcompile import ir as g
 from nmcompile.contract import Context, Report
 from nmcompile.errors import PassError, UnsupportedError
 from nmcompile.prune import Goal, PrunePlan, PruningPass, goal, parse_rules, prune
-from nmcompile.prune.records import NormRecord, Records, packed
+from nmcompile.prune.records import NormRecord, Records, joined, packed
 
 if TYPE_CHECKING:
-    from nmcompile.training import Recipe
+    from nmcompile.training import Recipe, Trained
 
 
 class Fields(TypedDict, total=False):
@@ -28,6 +29,7 @@ class Fields(TypedDict, total=False):
     lr: float
     tokens: int
     steps: int
+    rungs: tuple[str, ...]
     local: float
     embeddings: bool
     qat: float
@@ -51,8 +53,8 @@ class Train(PruningPass):
 
     Needs torch. budget: of pruning and training together, 90s, 10m or 1.5h. masks: how zeros move while training goes
     on: fixed, gradual, admm, lasso, srste (nmcompile.training.policies), with its options as masks_options=NAME:VALUE.
-    lr, tokens of a step, steps (0: as many as the budget allows), local (the share of the budget that trains block by
-    block first), embeddings (whether their tables are trained beside weights, biases and normalisations), qat (the
+    lr, tokens of a step, steps (0: as many as the budget allows), rungs (lower sparsities to prune to and to train at
+    first, a seventh of the budget each), local (the share of the budget that trains block by block first), embeddings (whether their tables are trained beside weights, biases and normalisations), qat (the
     share that trains with eight bits last, those of `target`), relations, temperature, labels and their weight, device,
     seed: see nmcompile.training.recipe.Recipe. It ends with the best state on held-out samples, which may be the pruned
     one.
@@ -69,6 +71,7 @@ class Train(PruningPass):
     lr: float = 1e-3
     tokens: int = 2048
     steps: int = 0
+    rungs: tuple[str, ...] = ()
     local: float = 0.0
     embeddings: bool = True
     qat: float = 0.0
@@ -82,12 +85,11 @@ class Train(PruningPass):
 
     @property
     def plan(self) -> PrunePlan:
-        rules = parse_rules(self.layers, self.sparsity)
-        return self.planned(goal(self.pattern, self.sparsity), rules, self.multiple)
+        return self._plan(self.sparsity)
 
     def check(self) -> None:
         """NmcompileError for options that cannot be, or not on this machine, before the long part."""
-        assert self.plan is not None
+        assert self.plan is not None and self._rungs is not None
         _training().check(self.recipe)
 
     @property
@@ -105,22 +107,52 @@ class Train(PruningPass):
     def run(self, graph: gs.Graph, context: Context) -> Report:
         training, recipe = _training(), self.recipe
         training.check(recipe, graph)
-        clock = training.Clock(recipe)
-        dense = g.copy(graph)
-        report = prune(graph, self.plan, context)
-        records = report.records
-        if records is None or not records.layers:
-            return report
-        masked = {name: training.Masked(Goal(record.pattern, record.sparsity), record.mask)
-                  for name, record in records.layers.items()}  # fmt: skip
-        found = training.train(dense, graph, masked, context.training, clock.left(recipe), context.progress,
-                               context.checkpoints)  # fmt: skip
-        norms = _taken_over(graph, found.graph, records.norms)
-        layers = {name: replace(record, bits=packed(found.masks[name]) if name in found.masks else record.bits,
-                                changed=True) for name, record in records.layers.items()}  # fmt: skip
-        detail = {**report.detail, "training": {"loss pruned": found.start, "loss trained": found.end,
-                                                "history": list(found.history)}}  # fmt: skip
-        return replace(report, detail=detail, records=Records(layers, norms), notes=(*report.notes, *found.notes))
+        clock, dense = training.Clock(recipe), g.copy(graph)
+        rungs = [(self._plan(share), training.rung(recipe)) for share in self._rungs]
+        steps = recipe.steps - sum(early.steps for _, early in rungs)  # what the last is left with
+        passed: list[Report] = []
+        history: list[Mapping[str, Any]] = []
+        for number, (plan, stage) in enumerate([*rungs, (self.plan, replace(recipe, steps=max(steps, 0)))]):
+            report = prune(graph, plan, context)
+            records = report.records
+            if records is None or not records.layers:
+                return report
+            masked = {name: training.Masked(Goal(record.pattern, record.sparsity), record.mask)
+                      for name, record in records.layers.items()}  # fmt: skip
+            folder = context.checkpoints if number == len(rungs) or context.checkpoints is None else (
+                context.checkpoints / f"rung-{number}")  # fmt: skip
+            found = training.train(dense, graph, masked, context.training, clock.left(stage), context.progress, folder)
+            history += [{**entry, "rung": number} for entry in found.history] if rungs else found.history
+            passed.append(_trained(graph, report, records, found))
+        detail = {**passed[-1].detail, "training": {"loss pruned": found.start, "loss trained": found.end,
+                                                    "history": history}}  # fmt: skip
+        notes = dict.fromkeys(note for report in passed for note in report.notes)
+        return replace(passed[-1], detail=detail, records=joined(each.records for each in passed), notes=tuple(notes))
+
+    def _plan(self, sparsity: float | None) -> PrunePlan:
+        rules = parse_rules(self.layers, sparsity)
+        return self.planned(goal(self.pattern, sparsity), rules, self.multiple)
+
+    @property
+    def _rungs(self) -> list[float]:
+        """PassError for shares that do not rise to the goal."""
+        try:
+            shares = [float(text) for text in self.rungs]
+        except ValueError:
+            shares = [-1.0]
+        last = self.sparsity or 0.0
+        if any(not low < high for low, high in pairwise([0.0, *shares, last])) and shares:
+            raise PassError(f"rungs={','.join(self.rungs)} do not rise to the sparsity of {last:g}; before 0.8 give "
+                            "for example 0.5,0.65")  # fmt: skip
+        return shares
+
+
+def _trained(graph: gs.Graph, report: Report, records: Records, found: Trained) -> Report:
+    """The report of pruning after training, whose constants are put into the graph."""
+    norms = _taken_over(graph, found.graph, records.norms)
+    layers = {name: replace(record, bits=packed(found.masks[name]) if name in found.masks else record.bits,
+                            changed=True) for name, record in records.layers.items()}  # fmt: skip
+    return replace(report, records=Records(layers, norms), notes=(*report.notes, *found.notes))
 
 
 def fields(text: str) -> tuple[str, ...]:

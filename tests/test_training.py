@@ -225,3 +225,16 @@ def test_embeddings_are_trained_where_they_are_wanted(embeddings: bool) -> None:
               for tensor in node.inputs[:1] if isinstance(tensor, gs.Constant) and tensor.values.ndim == 2}  # fmt: skip
     moved = [name for name, values in tables.items() if not np.array_equal(values, dense[name].detach().numpy())]
     assert bool(moved) == embeddings and len(tables) >= 2
+
+
+def test_a_ladder_of_sparsities() -> None:
+    found = nmcompile.train(BERT, data=data(), rungs=("0.4", "0.6"), **QUICK)
+    first = {entry["rung"]: entry["loss"] for entry in reversed(found.history)}
+    assert [entry["rung"] for entry in found.history] == sorted(entry["rung"] for entry in found.history)
+    assert first[0] < first[1] < first[2] and abs(found.zeros - 0.7) < 0.03
+    assert found.loss_trained < found.loss_pruned
+    for name, mask in zeros(found.graph, found.sparsity).items():
+        assert mask.mean() >= found.sparsity[name] - 1e-9
+    for rungs in (("0.6", "0.4"), ("0.8",), ("high",)):
+        with pytest.raises(PassError, match="do not rise to the sparsity of 0.7"):
+            nmcompile.train(BERT, data=data(), rungs=rungs, **QUICK)

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import replace
 
 from nmcompile.errors import PassError
 from nmcompile.training.recipe import LEAST, Recipe
+
+RUNG = 1 / 7  # of the budget, for each sparsity before the last
+
+
+def rung(recipe: Recipe) -> Recipe:
+    """What is trained at a sparsity that is not the last: masks as they are pruned, floats alone."""
+    steps = math.ceil(recipe.steps * RUNG)
+    return replace(recipe, budget=recipe.budget * RUNG, steps=steps, masks="fixed", options={}, qat=0.0, local=0.0)
 
 
 class Clock:
@@ -22,4 +31,4 @@ class Clock:
         if left < LEAST:
             raise PassError(f"pruning took {self._budget - left:.0f} s of a budget of {self._budget:g} s; give more, "
                             "or a quicker solver such as obs")  # fmt: skip
-        return replace(recipe, budget=left)
+        return replace(recipe, budget=min(left, recipe.budget))
