@@ -51,13 +51,14 @@ class Train(PruningPass):
 
     MatMul(x, W)  ->  MatMul(x, V * keep)      V by distillation of feature maps and outputs
 
-    Needs torch. budget: of pruning and training together, 90s, 10m or 1.5h. masks: how zeros move while training goes
-    on: fixed, gradual, admm, lasso, srste (nmcompile.training.policies), with its options as masks_options=NAME:VALUE.
-    lr, tokens of a step, steps (0: as many as the budget allows), rungs (lower sparsities to prune to and to train at
-    first, a seventh of the budget each), local (the share of the budget that trains block by block first), embeddings (whether their tables are trained beside weights, biases and normalisations), qat (the
-    share that trains with eight bits last, those of `target`), relations, temperature, labels and their weight, device,
-    seed: see nmcompile.training.recipe.Recipe. It ends with the best state on held-out samples, which may be the pruned
-    one.
+    Needs torch. budget: of pruning and training together, 90s, 10m or 1.5h. masks: how zeros move while training
+    goes on: fixed, gradual, admm, lasso, srste (nmcompile.training.policies), with its options as
+    masks_options=NAME:VALUE. lr, tokens of a step, steps (0: as many as the budget allows), rungs (lower sparsities
+    to prune to and to train at first, a seventh of the budget each), local (the share of the budget that trains
+    block by block first), embeddings (whether their tables are trained beside weights, biases and normalisations),
+    qat (the share that trains with eight bits last, those of `target`), relations, temperature, labels and their
+    weight, device, seed: see nmcompile.training.recipe.Recipe. It ends with the best state on held-out samples,
+    which may be the pruned one.
     """
 
     solver: str = "admm"
