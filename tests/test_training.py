@@ -236,5 +236,5 @@ def test_a_ladder_of_sparsities() -> None:
     for name, mask in zeros(found.graph, found.sparsity).items():
         assert mask.mean() >= found.sparsity[name] - 1e-9
     for rungs in (("0.6", "0.4"), ("0.8",), ("high",)):
-        with pytest.raises(PassError, match="do not rise to the sparsity of 0.7"):
+        with pytest.raises(PassError, match=r"do not rise to the sparsity of 0\.7"):
             nmcompile.train(BERT, data=data(), rungs=rungs, **QUICK)

@@ -162,7 +162,7 @@ def turns(steps: list[Callable[[Feeds], None]], batches: Iterator[Feeds], rounds
 
 @click.command(context_settings={"max_content_width": 120})
 @click.option("--shape", "name", type=click.Choice(list(SHAPES)), default="minilm", show_default=True)
-@click.option("--tokens", default=2048, show_default=True, help="Of a step.")
+@click.option("--tokens", default=1024, show_default=True, help="Of a step.")
 @click.option("--rounds", default=5, show_default=True)
 @click.option("--steps", default=4, show_default=True, help="Of each in a round.")
 @click.option("--threads", default=2, show_default=True)

@@ -62,7 +62,7 @@ def shipped(path: Path | None) -> Path | None:
               help="How zeros move while training goes on.")  # fmt: skip
 @click.option("--masks-option", "masks_options", multiple=True, metavar="NAME:VALUE", help="An option of the masks.")
 @click.option("--lr", type=float, default=1e-3, show_default=True, help="Learning rate; 3e-4 for 768 features.")
-@click.option("--tokens", type=int, default=2048, show_default=True, help="Tokens of a step.")
+@click.option("--tokens", type=int, default=1024, show_default=True, help="Tokens of a step.")
 @click.option("--steps", type=int, default=0, metavar="N", help="Steps, instead of what fits into the budget.")
 @click.option("--rungs", metavar="S,S,...", callback=lambda ctx, param, value: tuple(value.split(",")) if value else (),
               help="Sparsities to prune to and train at before the last, a seventh of the budget each.")  # fmt: skip

@@ -32,7 +32,7 @@ class EndToEnd:
     labels: the inputs that hold the samples' classes or answers. stage: what this is called in the history."""
 
     lr: float = 5e-4
-    tokens: int = 2048
+    tokens: int = 1024
     warmup: float = 0.05
     betas: tuple[float, float] = (0.9, 0.98)
     clip: float = 1.0

@@ -28,7 +28,7 @@ class Recipe:
     masks: str = "fixed"
     options: Mapping[str, object] = field(default_factory=dict)
     lr: float = 1e-3
-    tokens: int = 2048
+    tokens: int = 1024
     steps: int = 0
     local: float = 0.0
     embeddings: bool = True

