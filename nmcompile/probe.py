@@ -9,6 +9,7 @@ import onnx_graphsurgeon as gs
 
 from nmcompile import ir as g
 from nmcompile.derive import Derivation
+from nmcompile.ir.budget import check_dims
 from nmcompile.roles import kind_of
 from nmcompile.tensorinfo import TensorInfo
 
@@ -41,6 +42,7 @@ def write(graph: gs.Graph, d: Derivation) -> None:
         for y in node.outputs:
             if y.name and isinstance(y, gs.Variable):
                 dims = d.dims(y)
+                check_dims(y.name, (dim for dim in dims or () if isinstance(dim, int) and dim > 0), "tensor")
                 y.shape = dims if dims is not None else _numbers(y.shape)
 
 

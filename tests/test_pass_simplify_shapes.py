@@ -11,6 +11,7 @@ from onnx_text import apply, assert_same_outputs, parse
 
 from nmcompile import ir as g
 from nmcompile.contract import Context
+from nmcompile.errors import NmcompileError
 from nmcompile.passes import SimplifyShapes
 from nmcompile.pipeline import Report
 
@@ -179,3 +180,10 @@ def test_a_shape_of_floats_is_left_to_whoever_refuses_it() -> None:
     reshape = next(node for node in graph.nodes if node.op == "Reshape")
     reshape.inputs[1] = gs.Constant("to", np.array([np.nan, 2.0], np.float32))
     assert SimplifyShapes().run(graph, Context()).changed == 0
+
+
+def test_sizes_that_no_array_has_are_an_error_of_one_line() -> None:
+    graph = parse("(float[N,4611686018427387904] x, int64[2] to) => (float[N,S] y) { c = Concat <axis = 1> (x, x)  "
+                  "y = Reshape(c, to) }")  # fmt: skip
+    with pytest.raises(NmcompileError, match=r"tensor 'c': no array is as large as \[9223372036854775808\]"):
+        apply(SimplifyShapes(), graph)
