@@ -53,12 +53,12 @@ class Train(PruningPass):
 
     Needs torch. budget: of pruning and training together, 90s, 10m or 1.5h. masks: how zeros move while training
     goes on: fixed, gradual, admm, lasso, srste (nmcompile.training.policies), with its options as
-    masks_options=NAME:VALUE. lr, tokens of a step, steps (0: as many as the budget allows), rungs (lower sparsities
-    to prune to and to train at first, a seventh of the budget each), local (the share of the budget that trains
-    block by block first), embeddings (whether their tables are trained beside weights, biases and normalisations),
-    qat (the share that trains with eight bits last, those of `target`), relations, temperature, labels and their
-    weight, device, seed: see nmcompile.training.recipe.Recipe. It ends with the best state on held-out samples,
-    which may be the pruned one.
+    masks_options=NAME:VALUE. lr (0: by the width), tokens of a step, steps (0: as many as the budget allows), rungs
+    (lower sparsities to prune to and to train at first, a seventh of the budget each), local (the share of the
+    budget that trains block by block first), embeddings (whether their tables are trained beside weights, biases
+    and normalisations), qat (the share that trains with eight bits last, those of `target`), relations,
+    temperature, labels and their weight, device, seed: see nmcompile.training.recipe.Recipe. It ends with the best
+    state on held-out samples, which may be the pruned one.
     """
 
     solver: str = "admm"
@@ -69,7 +69,7 @@ class Train(PruningPass):
     budget: str = "10m"
     masks: str = "fixed"
     masks_options: tuple[str, ...] = ()
-    lr: float = 1e-3
+    lr: float = 0.0
     tokens: int = 1024
     steps: int = 0
     rungs: tuple[str, ...] = ()

@@ -209,6 +209,12 @@ def test_times() -> None:
     assert recipe.Recipe().budget == 600
 
 
+def test_the_learning_rate_goes_by_the_width_unless_it_is_given() -> None:
+    rates = [recipe.Recipe().rate(width) for width in (None, 128, 384, 768, 1024)]
+    assert rates[:3] == [1e-3] * 3 and rates[3] == pytest.approx(3e-4, rel=0.01) and 1e-4 < rates[4] < 2e-4
+    assert recipe.Recipe(lr=2e-4).rate(768) == 2e-4
+
+
 def test_what_is_asked_of_the_loss_is_what_it_weighs() -> None:
     asked = Train(relations=0.25, temperature=3.0).recipe.loss
     assert asked == Distillation(features=1.0, outputs=1.0, cosine=5.0, relations=0.25, temperature=3.0)

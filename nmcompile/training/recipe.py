@@ -17,17 +17,18 @@ SCHEMES = {"cpu": CPU, "tensorrt": TENSORRT}
 
 @dataclass(frozen=True)
 class Recipe:
-    """budget: seconds, from the start of pruning on. masks: a policy (nmcompile.training.policies) and its options. lr,
-    tokens (of a step, padding included), steps (0: as many as the budget allows): of the end-to-end stage. local: the
-    share of the budget for block-local distillation, 0 leaves it out. embeddings: their tables are trained as well.
-    qat: the share in which products read what is rounded to eight bits as `target` rounds it, 1 for all of the
-    end-to-end stage. labels: the inputs that hold the samples' classes or answers. device: "cpu", "cuda". half:
-    products in bfloat16; None where the device is faster at them. seed: of the order of samples."""
+    """budget: seconds, from the start of pruning on. masks: a policy (nmcompile.training.policies) and its options.
+    lr (0: what is usual for the model's width), tokens (of a step, padding included), steps (0: as many as the
+    budget allows): of the end-to-end stage. local: the share of the budget for block-local distillation, 0 leaves
+    it out. embeddings: their tables are trained as well. qat: the share in which products read what is rounded to
+    eight bits as `target` rounds it, 1 for all of the end-to-end stage. labels: the inputs that hold the samples'
+    classes or answers. device: "cpu", "cuda". half: products in bfloat16; None where the device is faster at them.
+    seed: of the order of samples."""
 
     budget: float = 600.0
     masks: str = "fixed"
     options: Mapping[str, object] = field(default_factory=dict)
-    lr: float = 1e-3
+    lr: float = 0.0
     tokens: int = 1024
     steps: int = 0
     local: float = 0.0
@@ -49,10 +50,15 @@ class Recipe:
         if not 0 <= self.qat <= 1:
             raise PassError(f"qat={self.qat:g} is not a share of the budget; 0.15 is usual, 1 is all of it")
         known("target", self.target, tuple(SCHEMES))
-        if not 0 < self.lr <= 1:
-            raise PassError(f"lr={self.lr:g} is no learning rate; 1e-3 is usual for 384 features, 3e-4 for 768")
+        if not 0 <= self.lr <= 1:
+            raise PassError(f"lr={self.lr:g} is no learning rate; 1e-3 is usual for 384 features, 3e-4 for 768, and 0 "
+                            "takes what is usual")  # fmt: skip
         if self.tokens < 1 or self.steps < 0:
             raise PassError(f"tokens={self.tokens}, steps={self.steps}: a step takes at least 1 token")
+
+    def rate(self, width: int | None) -> float:
+        """The learning rate for a stream of so many features: 1e-3 up to 384, 3e-4 for 768, beyond by that power."""
+        return self.lr or 1e-3 * (max(width or 384, 384) / 384) ** -1.74
 
     @property
     def scheme(self) -> Scheme:

@@ -154,13 +154,15 @@ class _Run:
     def trainer(self, pair: Pair, masked: Mapping[str, Masked], stage: str) -> Trainer:
         """Of one end-to-end stage."""
         recipe, quantized = self.recipe, stage == "quantized"
-        outputs = outputs_of(self.graph, width_of(self.graph, list(masked)))
+        width = width_of(self.graph, list(masked))
+        outputs = outputs_of(self.graph, width)
         if recipe.labels:
             check_labels(self.samples, recipe.labels, self.graph, outputs)
         late = quantized and recipe.qat < 1  # a tail: masks are found, weights nearly
         masks, options = ("fixed", {}) if late else (recipe.masks, recipe.options)
         share = recipe.qat if quantized else 1 - recipe.qat
-        how = EndToEnd(recipe.lr * (TAIL if late else 1.0), recipe.tokens, steps=math.ceil(recipe.steps * share),
+        how = EndToEnd(recipe.rate(width) * (TAIL if late else 1.0), recipe.tokens,
+                       steps=math.ceil(recipe.steps * share),
                        loss=recipe.loss, labels=recipe.labels, stage=stage)  # fmt: skip
         once: dict[str, str] = {}  # a weight that several layers share has one mask
         for name in masked:
@@ -225,7 +227,7 @@ def _local(
         tell(f"training blocks, error {first:.4g} -> {last:.4g}", block + 1, blocks)
 
     until = left() - recipe.budget * recipe.local
-    train_blocks(pair, held, masks, Local(lr=recipe.lr / 3), told, lambda: left() - until)
+    train_blocks(pair, held, masks, Local(lr=trainer.how.lr / 3), told, lambda: left() - until)
     after = trainer.measure()
     history.append({"stage": "local", "before": before, "after": after})
     if not after < before:

@@ -66,7 +66,7 @@ def ablation(output: Path | None, packages: str, sets: int, only: tuple[str, ...
 @click.option("--sparsity", type=float, default=0.8, show_default=True, help="0: that of an n:m pattern.")
 @click.option("--budget", "budgets", multiple=True, default=["10m"], show_default=True, help="May be repeated.")
 @click.option("--masks", default="fixed", show_default=True, help="How zeros move while training goes on.")
-@click.option("--lr", default=1e-3, show_default=True)
+@click.option("--lr", default=0.0, help="0: by the model's width.")
 @click.option("--tokens", default=1024, show_default=True, help="Tokens of a step.")
 @click.option("--rungs", metavar="S,S,...", callback=lambda ctx, param, value: tuple(value.split(",")) if value else (),
               help="Sparsities to train at before the last.")  # fmt: skip

@@ -28,7 +28,7 @@ from tools.accuracy.checkpoints import encoder as made
 @click.option("--sparsity", type=float, default=0.8, show_default=True, help="0: that of an n:m pattern.")
 @click.option("--budget", "budgets", multiple=True, default=["10m"], show_default=True, help="May be repeated.")
 @click.option("--labels", is_flag=True, help="Train with the labels as well; else the float model is the only teacher.")
-@click.option("--lr", default=1e-3, show_default=True)
+@click.option("--lr", default=0.0, help="0: by the model's width.")
 @click.option("--tokens", default=1024, show_default=True, help="Tokens of a step.")
 @click.option("--qat", default=0.0, show_default=True, help="Share of the budget with eight bits.")
 @click.option("--masks", default="fixed", show_default=True, help="How zeros move while training goes on.")
