@@ -24,7 +24,7 @@ from nmcompile.errors import CalibrationError, NmcompileError, PassError, Unsupp
 from nmcompile.input_roles import inputs
 from nmcompile.passes import Train
 from nmcompile.training import Distillation, recipe, seconds
-from nmcompile.training.batches import Batches, length
+from nmcompile.training.batches import Batches, length, parted
 from nmcompile.training.blocks import blocks
 from nmcompile.training.distil import Trainer
 from nmcompile.training.losses import Output, of_output
@@ -244,3 +244,12 @@ def test_a_ladder_of_sparsities() -> None:
     for rungs in (("0.6", "0.4"), ("0.8",), ("high",)):
         with pytest.raises(PassError, match=r"do not rise to the sparsity of 0\.7"):
             nmcompile.train(BERT, data=data(), rungs=rungs, **QUICK)
+
+
+def test_what_is_held_out_is_bounded_in_samples_and_tokens() -> None:
+    whole = data()
+    for most, tokens, least in ((5, 1 << 20, 5), (256, 100, 2), (256, 1, 2)):
+        training, held = parted(whole, most, tokens)
+        count = len(held.rows)
+        assert least <= count <= most and (count == 2 or sum(map(length, held.rows)) <= tokens)
+        assert len(training.rows) + count == len(whole.rows)

@@ -82,12 +82,18 @@ def length(row: Mapping[str, Any]) -> int:
     return max((value.shape[0] for value in row.values() if value.ndim == 1), default=1)
 
 
-def parted(data: Data, most: int) -> tuple[Data, Data]:
-    """(for training, held out): every sixteenth sample, `most` at most. CalibrationError for too few samples."""
+def parted(data: Data, most: int, tokens: int) -> tuple[Data, Data]:
+    """(for training, held out): every sixteenth sample, `most` at most, and of so many tokens together. CalibrationError
+    for too few samples."""
     rows = data.rows
     if len(rows) < 2 * HELD_OUT:
         raise CalibrationError(f"training takes {2 * HELD_OUT} samples at least, the data have {len(rows)}; give more")
-    held = range(HELD_OUT - 1, len(rows), HELD_OUT)[:most]
+    held: list[int] = []
+    for i in range(HELD_OUT - 1, len(rows), HELD_OUT)[:most]:
+        tokens -= length(rows[i])
+        if tokens < 0 and len(held) > 1:
+            break
+        held.append(i)
     out = set(held)
     return (replace(data, rows=tuple(row for i, row in enumerate(rows) if i not in out)),
             replace(data, rows=tuple(rows[i] for i in held)))  # fmt: skip

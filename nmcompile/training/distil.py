@@ -23,7 +23,7 @@ from nmcompile.training.ranks import ALONE, Ranks
 Tensor = torch.Tensor
 Tell = Callable[[int, int, float], None]  # step, steps, loss on held-out samples
 TRIALS = 4  # steps that are timed before a number of them is planned
-LOOKS = 12  # at the held-out samples
+LOOKS, SEEING = 12, 0.15  # at the held-out samples: how often at most, and for which share of the time
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Trainer:
         policy: Callable[[int], Policy[Any]], ranks: Ranks = ALONE,
     ) -> None:  # fmt: skip
         self.pair, self.batches, self.held, self.outputs, self.how = pair, batches, held, outputs, how
-        self.progress, self.ranks = Progress(), ranks
+        self.progress, self.ranks, self.looks = Progress(), ranks, LOOKS
         self._policy_of = policy
         self._weights = {name: pair.student.initializers[name] for name in pair.trained}
         self.policy: Policy[Any] | None = None
@@ -104,7 +104,9 @@ class Trainer:
             spent.append(time.perf_counter() - start)
         start = time.perf_counter()
         self.measure()
-        looks = (time.perf_counter() - start) * LOOKS
+        look = time.perf_counter() - start
+        self.looks = min(max(int(seconds * SEEING / look), 2), LOOKS)
+        looks = look * self.looks
         each = 1.1 * sum(spent[1:] or spent) / max(len(spent) - 1, 1)
         return max(int((seconds - sum(spent) - looks) / each), 0)
 
@@ -122,7 +124,7 @@ class Trainer:
         ranks = self.ranks
         stream = islice(self.batches.since(progress.step * ranks.count + ranks.rank), 0, None, ranks.count)
         begun = (progress.step, time.monotonic())
-        every = max(progress.steps // LOOKS, 1)
+        every = max(progress.steps // self.looks, 1)
         while progress.step < progress.steps and ranks.agreed(left()) > 0:
             self._step(next(stream))
             if progress.step % every == 0 or progress.step == progress.steps:

@@ -34,7 +34,7 @@ from nmcompile.training.ranks import Ranks
 from nmcompile.training.recipe import Recipe
 
 Tell = Callable[[str, int, int], None]  # (what, done, total)
-MEASURED = 256  # samples held out at most
+MEASURED, MEASURED_TOKENS = 256, 12_288  # samples held out at most, and their tokens
 LOCAL_TOKENS = 65536  # whose activations block-local training holds
 CALIBRATION = 256  # samples that ranges are taken from
 TAIL = 0.1  # of the learning rate, where a training ends with eight bits
@@ -138,7 +138,7 @@ class _Run:
     ) -> None:
         self.begun, self.graph, self.recipe, self.tell = begun, graph, recipe, tell
         self.checkpoints, self.key, self.ranks = checkpoints, key, Ranks.joined(recipe.device)
-        self.samples, held = parted(data, MEASURED)
+        self.samples, held = parted(data, MEASURED, MEASURED_TOKENS)
         self.held = Batches(held, recipe.tokens, recipe.seed).epoch(0)
 
     def agree(self, pair: Pair, masked: Mapping[str, Masked]) -> Mapping[str, Masked]:
