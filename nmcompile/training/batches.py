@@ -83,7 +83,7 @@ def length(row: Mapping[str, Any]) -> int:
 
 
 def parted(data: Data, most: int, tokens: int) -> tuple[Data, Data]:
-    """(for training, held out): every sixteenth sample, `most` at most, and of so many tokens together. CalibrationError
+    """(for training, held out): every sixteenth sample, `most` at most, of so many tokens together. CalibrationError
     for too few samples."""
     rows = data.rows
     if len(rows) < 2 * HELD_OUT:
