@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from nmcompile.passes import Train
 from nmcompile.recipes import PRESETS
 from nmcompile.spec import parse_spec
 from tools.accuracy.__main__ import main
 from tools.accuracy.plot import draw
 from tools.accuracy.retrieval import Scores, Task
-from tools.accuracy.study import ABLATION, PATTERNS, Row, blocks, markdown, to_json
+from tools.accuracy.study import ABLATION, PATTERNS, Row, blocks, markdown, to_json, trained, training_ablation
 from tools.accuracy.texts import pairs
 
 FIRST, SECOND = "What the thing is, in a line of its own.", "How the thing is used, at a little more length."
@@ -111,3 +112,12 @@ def test_a_row_that_does_not_exist_is_one_line() -> None:
     result = CliRunner().invoke(main, ["retrieval", "--only", "nonsense"])
     assert result.exit_code == 1
     assert "no row is named nonsense" in result.output or "is not installed" in result.output
+
+
+def test_every_way_of_training_is_one_that_there_is() -> None:
+    pytest.importorskip("torch", reason="training needs the extra train")
+    rows = [*training_ablation("2x4", 0.8, "6m"), *trained("2:4", None, ["10m", "1h"], qat=0.2)]
+    assert len({row.name for row in rows}) == len(rows)
+    for row in rows:
+        if row.training is not None:
+            Train(**row.training).check()

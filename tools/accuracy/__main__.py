@@ -1,4 +1,4 @@
-"""python -m tools.accuracy retrieval | ablation | trained | classify | task | corpus | classifier"""
+"""python -m tools.accuracy retrieval | ablation | trained | training-ablation | classify | task | corpus | ..."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from nmcompile.files import write as write_file
 from tools.accuracy import classify_cli, data_cli, task_cli
 from tools.accuracy.checkpoints import encoder
 from tools.accuracy.plot import draw
-from tools.accuracy.study import ABLATION, PATTERNS, Recipe, Study, markdown, to_json, trained
+from tools.accuracy.study import ABLATION, PATTERNS, Recipe, Study, markdown, to_json, trained, training_ablation
 
 PACKAGES = "numpy,torch,onnx,onnxruntime,click,rich"
 
@@ -81,10 +81,34 @@ def trained_rows(
     recipes = tuple(trained(pattern, sparsity or None, budgets, **options))
 
     def run() -> None:
-        texts = [str(json.loads(line)["text"]) for line in data.read_text("utf-8").splitlines()]
-        _study("trained", recipes, output, packages, sets, only, model, texts)
+        _study("trained", recipes, output, packages, sets, only, model, texts_of(data))
 
     guarded(run)
+
+
+@main.command("training-ablation")
+@_options
+@click.option("--data", type=click.Path(path_type=Path, exists=True), required=True, metavar="FILE",
+              help='Texts to train on, {"text": ...} a line.')  # fmt: skip
+@click.option("--pattern", default="2x4", show_default=True)
+@click.option("--sparsity", type=float, default=0.8, show_default=True)
+@click.option("--budget", default="6m", show_default=True, help="Of each row, pruning included.")
+def training_rows(
+    output: Path | None, packages: str, sets: int, only: tuple[str, ...], model: str, data: Path, pattern: str,
+    sparsity: float, budget: str,
+) -> None:  # fmt: skip
+    """What each option of training does in the same time."""
+
+    def run() -> None:
+        recipes = tuple(training_ablation(pattern, sparsity, budget))
+        _study("training-ablation", recipes, output, packages, sets, only, model, texts_of(data))
+
+    guarded(run)
+
+
+def texts_of(path: Path) -> list[str]:
+    """The texts of JSON lines."""
+    return [str(json.loads(line)["text"]) for line in path.read_text("utf-8").splitlines()]
 
 
 def _study(

@@ -103,6 +103,20 @@ def trained(pattern: str, sparsity: float | None, budgets: Sequence[str], **opti
               for budget in budgets)]  # fmt: skip
 
 
+def training_ablation(pattern: str, sparsity: float, budget: str) -> list[Recipe]:
+    """One pattern, trained for one time in each of the ways that there are; the default is one of them."""
+    ways: dict[str, dict[str, Any]] = {
+        "the default": {}, "--no-embeddings": {"embeddings": False}, "--tokens 2048": {"tokens": 2048},
+        "--tokens 512": {"tokens": 512}, "--lr 3e-4": {"lr": 3e-4}, "--lr 2e-3": {"lr": 2e-3},
+        f"--rungs {sparsity - 0.15:g}": {"rungs": (f"{sparsity - 0.15:g}",)}, "--local 0.25": {"local": 0.25},
+        "--qat 0.15": {"qat": 0.15}, "--relations 1": {"relations": 1.0},
+        **{f"--masks {name}": {"masks": name} for name in ("gradual", "admm", "lasso", "srste")},
+    }  # fmt: skip
+    asked: dict[str, Any] = {"pattern": pattern, "sparsity": sparsity}
+    trained = [Recipe(name, {}, False, {**asked, "budget": budget, **options}) for name, options in ways.items()]
+    return [Recipe("one shot", asked), *trained]
+
+
 class Study:
     """The model, its calibration, the sets of texts that are asked for, and `texts` to train on."""
 
