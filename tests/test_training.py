@@ -253,3 +253,11 @@ def test_what_is_held_out_is_bounded_in_samples_and_tokens() -> None:
         count = len(held.rows)
         assert least <= count <= most and (count == 2 or sum(map(length, held.rows)) <= tokens)
         assert len(training.rows) + count == len(whole.rows)
+
+
+def test_a_rate_that_ruins_is_halved_from_the_best_state_on(tmp_path: Path) -> None:
+    options = {**QUICK, "lr": 0.1, "steps": 60}
+    found = nmcompile.train(BERT, data=data(), resume=tmp_path, **options)
+    rates = [entry["rate"] for entry in found.history if "rate" in entry]
+    assert rates and rates == [2.0**-i for i in range(1, len(rates) + 1)]
+    assert found.loss_trained < found.loss_pruned

@@ -37,6 +37,7 @@ def save(folder: Path, key: str, trainer: Trainer, spent: float) -> None:
     progress = trainer.progress
     state = {
         "key": key, "spent": spent, "step": progress.step, "steps": progress.steps, "best": progress.best,
+        "scale": progress.scale, "since": progress.since,
         "best_weights": progress.weights, "best_masks": progress.masks, "weights": trainer.now(),
         "optimizer": trainer.optimizer.state_dict(), "policy": trainer.policy.state_dict(),
         "history": trainer.history,
@@ -60,6 +61,7 @@ def load(folder: Path, key: str, trainer: Trainer) -> float | None:
     assert trainer.policy is not None
     progress = trainer.progress
     progress.step, progress.best = int(state["step"]), float(state["best"])
+    progress.scale, progress.since = float(state["scale"]), int(state["since"])
     progress.weights, progress.masks = state["best_weights"], state["best_masks"]
     trainer.set(state["weights"])
     trainer.optimizer.load_state_dict(state["optimizer"])

@@ -23,6 +23,8 @@ from nmcompile.training.ranks import ALONE, Ranks
 Tensor = torch.Tensor
 Tell = Callable[[int, int, float], None]  # step, steps, loss on held-out samples
 TRIALS = 4  # steps that are timed before a number of them is planned
+EARLY = (64, 32, 16)  # parts of the steps after which is looked, beside those
+RUINED = 1.25  # times the best loss: what the first steps break at a high rate is not mended in the rest
 LOOKS, SEEING = 12, 0.15  # at the held-out samples: how often at most, and for which share of the time
 
 
@@ -44,11 +46,14 @@ class EndToEnd:
 
 @dataclass
 class Progress:
-    """Where a training is: what a checkpoint holds beside weights, optimizer and policy."""
+    """Where a training is: what a checkpoint holds beside weights, optimizer and policy. scale: of the learning rate,
+    which rises anew from the step `since` on."""
 
     step: int = 0
     steps: int = 0
     best: float = math.inf
+    scale: float = 1.0
+    since: int = 0
     weights: dict[str, Tensor] = field(default_factory=dict)  # those of the best state
     masks: dict[str, Tensor] = field(default_factory=dict)  # its masks, by layer
 
@@ -125,9 +130,10 @@ class Trainer:
         stream = islice(self.batches.since(progress.step * ranks.count + ranks.rank), 0, None, ranks.count)
         begun = (progress.step, time.monotonic())
         every = max(progress.steps // self.looks, 1)
+        early = {max(progress.steps // part, 2) for part in EARLY}
         while progress.step < progress.steps and ranks.agreed(left()) > 0:
             self._step(next(stream))
-            if progress.step % every == 0 or progress.step == progress.steps:
+            if progress.step % every == 0 or progress.step in early or progress.step == progress.steps:
                 self._look(tell)
                 self._replan(ranks.agreed(left()), begun)
                 if save is not None:
@@ -148,7 +154,7 @@ class Trainer:
         progress, policy = self.progress, self.policy
         assert policy is not None
         for group in self.optimizer.param_groups:
-            group["lr"] = self.how.lr * rate(progress.step, progress.steps, self.how.warmup)
+            group["lr"] = self.how.lr * progress.scale * rate(progress, self.how.warmup)
         loss = self.loss(feeds)
         extra = policy.penalty()
         loss = loss if extra is None else loss + extra
@@ -174,6 +180,22 @@ class Trainer:
         if (policy.frozen or progress.step == 0) and found < progress.best:
             progress.best, progress.weights = found, self.now()
             progress.masks = {name: mask.clone() for name, mask in policy.masks.items()}
+        elif found > RUINED * progress.best and self._comparable():
+            self._step_back()
+
+    def _comparable(self) -> bool:
+        """Whether the best state has the masks of now."""
+        policy, best = self.policy, self.progress.masks
+        assert policy is not None
+        return policy.frozen and all(torch.equal(mask, best[name]) for name, mask in policy.masks.items())
+
+    def _step_back(self) -> None:
+        """Go on from the best state at half the learning rate."""
+        progress = self.progress
+        self.set(progress.weights)
+        self.optimizer.state.clear()
+        progress.scale, progress.since = progress.scale / 2, progress.step
+        self.history[-1]["rate"] = progress.scale
 
     def _replan(self, left: float, begun: tuple[int, float]) -> None:
         """As many steps more as the time allows at the pace so far, where no number was asked for."""
@@ -198,9 +220,9 @@ class Trainer:
         self.pair.student.effective.clear()
 
 
-def rate(step: int, steps: int, warmup: float) -> float:
+def rate(progress: Progress, warmup: float) -> float:
     """The learning rate's factor: up in a line, down by a cosine."""
-    rise = max(int(steps * warmup), 1)
-    if step < rise:
-        return (step + 1) / rise
-    return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(steps - rise, 1)))
+    rise = max(int(progress.steps * warmup), 1)
+    risen = min((progress.step - progress.since + 1) / rise, 1.0)
+    gone = max(progress.step - rise, 0) / max(progress.steps - rise, 1)
+    return risen * 0.5 * (1 + math.cos(math.pi * min(gone, 1.0)))
