@@ -122,3 +122,19 @@ def test_head_separates_and_is_appended_with_pooling(tmp_path: Path) -> None:
     found = ort.InferenceSession(model.SerializeToString()).run(["logits"], feeds)[0]
     pooled = np.stack([table[[3, 4, 5]].mean(axis=0), table[[7, 8]].mean(axis=0)])
     np.testing.assert_allclose(found, pooled @ head.weight + head.bias, rtol=1e-4, atol=1e-5)
+
+
+def test_a_head_is_as_regularised_as_its_samples_allow() -> None:
+    random = np.random.default_rng(1)
+    signal, noise = random.normal(size=(400, 3)), 1e-3 * random.normal(size=(400, 40))
+    vectors = np.concatenate([signal, noise], axis=1).astype(np.float32)
+    labels = ["abc"[row.argmax()] if random.random() > 0.1 else "a" for row in signal]
+    loose, tight = classifier.fit(vectors, labels), classifier.fit_best(vectors, labels)
+    assert np.abs(tight.weight[3:]).max() < 0.2 * np.abs(loose.weight[3:]).max()
+    fresh = random.normal(size=(1000, 3))
+    moved = np.concatenate([fresh, 1e-2 * random.normal(size=(1000, 40))], axis=1)  # as a changed encoder gives
+
+    def right(head: classifier.Head) -> float:
+        return float(np.mean((moved @ head.weight + head.bias).argmax(axis=1) == fresh.argmax(axis=1)))
+
+    assert right(tight) > right(loose) + 0.1

@@ -78,7 +78,7 @@ class Embedder:
 
 
 def fit_best(vectors: np.ndarray, labels: Sequence[str]) -> Head:
-    """With the largest decay that is within a standard error of the best on a fifth of the samples, fitted to the others
+    """With the largest decay within a standard error of the best on a fifth of the samples, fitted to the others
     (Breiman et al. 1984): large weights in directions that hardly vary stand no change of the encoder."""
     held = np.arange(len(labels)) % PART == 0
     known = [label for label, out in zip(labels, held, strict=True) if not out]
