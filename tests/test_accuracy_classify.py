@@ -18,8 +18,9 @@ MODEL = Path(__file__).parent.parent / "models" / "bert-classifier.onnx"
 
 def test_rows_of_a_small_model(tmp_path: Path, tokenizer: Path) -> None:
     rng = random.Random(0)
-    texts = [(" ".join(rng.choices(WORDS, k=rng.randint(3, 12))), rng.choice("abc")) for _ in range(120)]
-    setting = Setting(MODEL, tokenizer, (texts[:96], texts[96:]), ("a", "b", "c"), tmp_path, shapes=((1, 16),))
+    texts = [(" ".join(rng.choices(WORDS, k=rng.randint(3, 12))), rng.choice("abc")) for _ in range(80)]
+    parts = texts[:64], texts[64:]
+    setting = Setting(MODEL, tokenizer, parts, ("a", "b", "c"), tmp_path, shapes=((1, 16),), timed=0.1)
     told: list[str] = []
     found = rows(setting, "2x4", 0.5, ["30s"], {"steps": 4, "tokens": 128, "labels": "label"}, told.append)
     assert [row.name for row in found] == ["float in onnxruntime", "dense INT8", "2x4, 50 %, one shot",

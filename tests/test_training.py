@@ -113,7 +113,7 @@ def test_training_that_makes_it_worse_is_not_kept() -> None:
 
 
 def test_block_by_block_first() -> None:
-    found = nmcompile.train(BERT, data=data(), local=0.3, **{**QUICK, "budget": "20s"})
+    found = nmcompile.train(BERT, data=data(), local=0.15, **{**QUICK, "budget": "40s"})
     local = [entry for entry in found.history if entry["stage"] == "local" and "block" in entry]
     assert len(local) >= 3 and all(entry["after"] <= entry["before"] for entry in local)
     assert found.loss_trained < found.loss_pruned

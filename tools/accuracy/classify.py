@@ -45,6 +45,7 @@ class Setting:
     folder: Path
     threads: int = 2
     shapes: tuple[tuple[int, int], ...] = ((1, LENGTH), (8, LENGTH))
+    timed: float = 3.0  # seconds per model and shape
 
     @property
     def samples(self) -> list[dict[str, Any]]:
@@ -88,7 +89,8 @@ def rows(
         compiled(name, sparse, begun)
     tell("timing")
     graphs = ":" in pattern
-    timed = bench([*(plan for _, plan, *_ in made), setting.model], threads=setting.threads, shapes=setting.shapes)
+    timed = bench([*(plan for _, plan, *_ in made), setting.model], threads=setting.threads, shapes=setting.shapes,
+                  seconds=setting.timed)  # fmt: skip
     ones = tuple((1.0, 1.0, 1.0) for _ in setting.shapes)
     found = [Row("float in onnxruntime", setting.score(setting.model), 0.0, 0.0, ones)]
     for (name, plan, graph, share, seconds), contender in zip(made, timed[:-1], strict=True):
