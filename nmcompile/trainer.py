@@ -112,7 +112,7 @@ def train(
 
 def first() -> bool:
     """Whether this process writes and tells: of several that torchrun has started, the first alone."""
-    return os.environ.get("RANK", "0") == "0"
+    return int(os.environ.get("WORLD_SIZE", "1")) < 2 or os.environ.get("RANK") == "0"
 
 
 def _samples(source: gs.Graph, data: Source | Data, asked: Asked) -> Data:

@@ -90,7 +90,8 @@ class Train(PruningPass):
 
     def check(self) -> None:
         """NmcompileError for options that cannot be, or not on this machine, before the long part."""
-        assert self.plan is not None and self._rungs is not None
+        for sparsity in (*self._rungs, self.sparsity):
+            self._plan(sparsity)
         _training().check(self.recipe)
 
     @property
@@ -142,7 +143,7 @@ class Train(PruningPass):
         except ValueError:
             shares = [-1.0]
         last = self.sparsity or 0.0
-        if any(not low < high for low, high in pairwise([0.0, *shares, last])) and shares:
+        if shares and not all(low < high for low, high in pairwise([0.0, *shares, last])):
             raise PassError(f"rungs={','.join(self.rungs)} do not rise to the sparsity of {last:g}; before 0.8 give "
                             "for example 0.5,0.65")  # fmt: skip
         return shares

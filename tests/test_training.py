@@ -23,6 +23,7 @@ from nmcompile.cli.train import SHIPPED
 from nmcompile.errors import CalibrationError, NmcompileError, PassError, UnsupportedError
 from nmcompile.input_roles import inputs
 from nmcompile.passes import Train
+from nmcompile.profile.curve import draw
 from nmcompile.training import Distillation, recipe, seconds
 from nmcompile.training.batches import Batches, length, parted
 from nmcompile.training.blocks import blocks
@@ -261,3 +262,18 @@ def test_a_rate_that_ruins_is_halved_from_the_best_state_on(tmp_path: Path) -> N
     rates = [entry["rate"] for entry in found.history if "rate" in entry]
     assert rates and rates == [2.0**-i for i in range(1, len(rates) + 1)]
     assert found.loss_trained < found.loss_pruned
+
+
+def test_a_run_that_trained_blocks_goes_on_with_what_it_told(tmp_path: Path) -> None:
+    options: dict[str, Any] = {**QUICK, "steps": 10, "local": 0.1, "resume": tmp_path}
+    first = nmcompile.train(BERT, data=data(), **options)
+    again = nmcompile.train(BERT, data=data(), **options)
+    assert first.history[0]["stage"] == "local" and again.history == first.history
+    assert again.loss_trained == first.loss_trained
+
+
+@pytest.mark.parametrize("stages", [("distil",), ("quantized",), ("distil", "quantized")])
+def test_the_curve_shows_the_stages_that_there_were(stages: tuple[str, ...]) -> None:
+    history = [{"stage": stage, "step": i, "loss": 2.0 - i, "seconds": 60.0 * i} for stage in stages for i in range(2)]
+    svg = draw([{"stage": "local", "before": 1.0, "after": 0.5}, *history], "svg").decode()
+    assert ("eight bits" in svg) == ("quantized" in stages) and "pruned" in svg

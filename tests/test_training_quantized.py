@@ -17,7 +17,7 @@ from test_training import BERT, MODELS, QUICK, rows
 import nmcompile
 from nmcompile import ir as g
 from nmcompile.calibrate import Calibration, Data, open_data
-from nmcompile.errors import CalibrationError, PassError
+from nmcompile.errors import CalibrationError, NmcompileError, PassError
 from nmcompile.input_roles import inputs
 from nmcompile.torch import Module
 from nmcompile.trainer import Training
@@ -152,6 +152,12 @@ def test_labels_that_do_not_fit() -> None:
     ):
         with pytest.raises(error, match=words):
             nmcompile.train(path, data=made, **{**QUICK, "labels": "kind", **options})
+
+
+def test_samples_that_were_read_without_their_labels_are_one_line() -> None:
+    read = open_data(rows(), inputs(g.admit(CLASSES)), limit=1000)
+    with pytest.raises(NmcompileError, match="the samples have no labels 'kind'; they have input_ids"):
+        nmcompile.train(CLASSES, data=read, labels="kind", **QUICK)
 
 
 def test_answers_are_labels_of_two_outputs() -> None:

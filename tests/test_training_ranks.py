@@ -12,7 +12,9 @@ import pytest
 import torch
 from test_training import BERT, rows
 
+import nmcompile
 from nmcompile import ir as g
+from nmcompile.errors import UnsupportedError
 
 SCRIPT = """
 import json, sys
@@ -71,3 +73,13 @@ def test_the_command_writes_once(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("held-out samples") == 1
     assert any((layer.weight == 0).mean() > 0.6 for layer in g.linear_layers(g.load(tmp_path / "s.onnx")))
+
+
+def test_an_environment_of_no_torchrun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")  # some schedulers number their jobs so
+    found = nmcompile.train(BERT, tmp_path / "s.onnx", data=rows(64), sparsity=0.7, solver="obs", steps=1, tokens=256)
+    assert found.output is not None and found.output.exists()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UnsupportedError, match="WORLD_SIZE=2, but the processes cannot be connected"):
+        nmcompile.train(BERT, tmp_path / "t.onnx", data=rows(64), sparsity=0.7, solver="obs", steps=1, tokens=256)
+    assert not (tmp_path / "t.onnx").exists()

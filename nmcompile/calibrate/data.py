@@ -59,6 +59,8 @@ class Data:
 
     def without(self, names: Collection[str]) -> Data:
         """The same samples without some of their inputs."""
+        if not names:
+            return self
         rows = tuple({key: values for key, values in row.items() if key not in names} for row in self.rows)
         return replace(self, inputs=tuple(info for info in self.inputs if info.name not in names), rows=rows)
 

@@ -111,7 +111,7 @@ class Trainer:
         self.measure()
         look = time.perf_counter() - start
         self.looks = min(max(int(seconds * SEEING / look), 2), LOOKS)
-        looks = look * self.looks
+        looks = look * (self.looks + len(EARLY))
         each = 1.1 * sum(spent[1:] or spent) / max(len(spent) - 1, 1)
         return max(int((seconds - sum(spent) - looks) / each), 0)
 

@@ -27,8 +27,11 @@ def without(feeds: Mapping[str, np.ndarray], labels: Collection[str]) -> dict[st
 
 
 def check_labels(data: Data, labels: Sequence[str], graph: gs.Graph, outputs: Sequence[Output]) -> None:
-    """CalibrationError for a model that has another number of outputs of scores, and for a label that is none of its
-    classes, or no token of its sample."""
+    """CalibrationError for samples without the labels, a model that has another number of outputs of scores, and a
+    label that is none of its classes, or no token of its sample."""
+    for label in labels:
+        if label not in data.rows[0]:
+            raise CalibrationError(f"the samples have no labels '{label}'; they have {', '.join(data.rows[0])}")
     for label, output in zip(labels, scores_of(outputs, labels), strict=True):
         shape = next(tensor.shape for tensor in graph.outputs if tensor.name == output)
         classes = shape[-1] if shape and isinstance(shape[-1], int) else None

@@ -16,7 +16,7 @@ import torch
 from nmcompile import ir as g
 from nmcompile.calibrate import Calibration, Statistics
 from nmcompile.qdq import placement, smoothing
-from nmcompile.qdq.placed import placed
+from nmcompile.qdq.placed import insert
 from nmcompile.qdq.scheme import Scheme
 from nmcompile.torch import Module
 from nmcompile.training.pair import Pair
@@ -59,14 +59,14 @@ def behind_pairs(pair: Pair, calibration: Calibration, scheme: Scheme) -> Behind
         wanted = smoothing.needs(graph, scheme.alpha)
         found = smoothing.smooth(graph, scheme.alpha, scheme.dtype, _collected(calibration, graph, wanted))
     factors = {layer: each.factors for each in found.values() for layer in each.layers}
-    wanted = placement.needs(placement.place(graph, scheme), scheme)
-    done = placed(graph, scheme, _collected(calibration, graph, wanted))
+    names = {layer.name: g.weight_of(layer).name for layer in g.linear_layers(graph)}  # before pairs stand around them
+    places = placement.place(graph, scheme)
+    done = insert(graph, places, scheme, _collected(calibration, graph, placement.needs(places, scheme)))
     stored = {name: Stored(name) for name in pair.trained}
-    for layer in g.linear_layers(graph):
-        name = g.weight_of(layer).name
+    for layer, name in names.items():
         if name in stored:
-            now = done.layers[layer.name].weight if layer.name in done.layers else name
-            stored[name] = Stored(now, factors.get(layer.name))
+            now = done.layers[layer].weight if layer in done.layers else name
+            stored[name] = Stored(now, factors.get(layer))
     student = Module(done.graph, pair.ends).to(pair.device)
     student.requires_grad_(False)
     for place in stored.values():

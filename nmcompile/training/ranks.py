@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from nmcompile.errors import UnsupportedError
+
 Tensor = torch.Tensor
 
 
@@ -32,7 +34,12 @@ class Ranks:
             device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
             torch.cuda.set_device(device)
         if not dist.is_initialized():
-            dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+            try:
+                dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+            except (ValueError, RuntimeError) as error:
+                line = " ".join(str(error).split())[:200]
+                raise UnsupportedError(f"WORLD_SIZE={count}, but the processes cannot be connected: {line}; start them "
+                                       "by torchrun, or unset it") from None  # fmt: skip
         return cls(dist.get_rank(), dist.get_world_size(), device)
 
     @property

@@ -113,9 +113,10 @@ def _check_steps(trainer: Trainer, recipe: Recipe) -> None:
 
 
 def check(recipe: Recipe, graph: gs.Graph | None = None) -> None:
-    """NmcompileError for a device, masks or options of theirs that there are not, and for a graph with an operator that
-    has no gradient; long before the training begins."""
+    """NmcompileError for a device, other processes, masks or options of theirs that there are not, and for a graph with
+    an operator that has no gradient; long before the training begins."""
     _check_device(recipe.device)
+    Ranks.joined(recipe.device)
     make(recipe.masks, {}, 1, recipe.options)
     if graph is not None:
         Module(graph)
@@ -192,7 +193,8 @@ class _Run:
             trainer.history += _local(trainer, masked, self.recipe, left, self.tell)
             self.ranks.share(trainer.pair.student.parameters())
         what = "training" if stage == "distil" else "training with eight bits"
-        begun = f"(began at {trainer.history[0]['loss']:.4g})" if spent is not None else ""
+        first = next((entry["loss"] for entry in trainer.history if "loss" in entry), None)  # of a run that goes on
+        begun = "" if first is None else f"(began at {first:.4g})"
 
         def told(step: int, steps: int, found: float) -> None:
             nonlocal begun

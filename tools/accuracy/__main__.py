@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,6 +16,7 @@ from tools.accuracy import classify_cli, data_cli, task_cli
 from tools.accuracy.checkpoints import encoder
 from tools.accuracy.plot import draw
 from tools.accuracy.study import ABLATION, PATTERNS, Recipe, Study, markdown, to_json, trained, training_ablation
+from tools.accuracy.texts import texts_of
 
 PACKAGES = "numpy,torch,onnx,onnxruntime,click,rich"
 
@@ -104,11 +104,6 @@ def training_rows(
         _study("training-ablation", recipes, output, packages, sets, only, model, texts_of(data))
 
     guarded(run)
-
-
-def texts_of(path: Path) -> list[str]:
-    """The texts of JSON lines."""
-    return [str(json.loads(line)["text"]) for line in path.read_text("utf-8").splitlines()]
 
 
 def _study(

@@ -15,8 +15,11 @@ from typing import Any
 
 import nmcompile
 from nmcompile.bench import bench, ratios
+from nmcompile.errors import InputError
 from tools.accuracy.classifier import Embedder, accuracy
 from tools.accuracy.labelled import Split
+from tools.accuracy.plot import scatter
+from tools.accuracy.study import zeros_of
 
 CALIBRATION = 256
 LENGTH = 128
@@ -62,6 +65,8 @@ def rows(
     tell: Callable[[str], None], texts: Sequence[str] = (),
 ) -> list[Row]:  # fmt: skip
     """Float, dense INT8, one shot, and one row per budget. texts: more of them, without labels, to train on."""
+    if texts and training.get("labels"):
+        raise InputError("texts without labels cannot be trained on with labels; leave out --labels or --data")
     samples = setting.samples
     zeros: dict[str, Any] = {"pattern": pattern} | ({} if sparsity is None else {"sparsity": sparsity})
     kind = pattern if sparsity is None else f"{pattern}, {100 * sparsity:g} %"
@@ -72,9 +77,7 @@ def rows(
         plan, graph = (setting.folder / f"{len(made)}{ending}" for ending in (".plan", ".onnx"))
         result = nmcompile.compile(source, plan, calibration=samples[:CALIBRATION], tokenizer=setting.tokenizer,
                                    emit_onnx=graph, measure=False, **options)  # fmt: skip
-        sizes = [(layer["outputs"] * layer["inputs"], layer["density"]) for layer in result.layers]
-        share = 1 - sum(size * dense for size, dense in sizes) / max(sum(size for size, _ in sizes), 1)
-        made.append((name, plan, graph, share, time.perf_counter() - begun))
+        made.append((name, plan, graph, zeros_of(result), time.perf_counter() - begun))
 
     compiled("dense INT8", setting.model, time.perf_counter())
     compiled(f"{kind}, one shot", setting.model, time.perf_counter(), **zeros)
@@ -120,20 +123,5 @@ def to_json(found: Sequence[Row]) -> str:
 
 def draw(found: Sequence[Row], path: Path, shape: str) -> None:
     """Accuracy against the speed-up over onnxruntime at the first shape."""
-    from nmcompile.errors import UnsupportedError
-
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UnsupportedError("pictures need matplotlib: pip install 'nmcompile[plot]'") from None
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.add_subplot()
-    for row in found:
-        if row.speed is not None:
-            axes.scatter(row.speed[0][0], 100 * row.accuracy, color="#2f6f9f", s=28)
-            axes.annotate(row.name, (row.speed[0][0], 100 * row.accuracy), textcoords="offset points", xytext=(5, 4),
-                          fontsize=8)  # fmt: skip
-    axes.set_xlabel(f"speed-up over onnxruntime fp32 at {shape}")
-    axes.set_ylabel("accuracy on the test split, %")
-    axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=150)
+    points = [(row.speed[0][0], 100 * row.accuracy, row.name) for row in found if row.speed is not None]
+    scatter(points, f"speed-up over onnxruntime fp32 at {shape}", "accuracy on the test split, %", path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -14,6 +13,7 @@ from nmcompile.files import write as write_file
 from tools.accuracy import classifier as heads
 from tools.accuracy import classify, labelled
 from tools.accuracy.checkpoints import encoder as made
+from tools.accuracy.texts import texts_of
 
 
 @click.command("classify", context_settings={"max_content_width": 120})
@@ -42,7 +42,7 @@ def command(
 
     def run() -> None:
         split = labelled.read(task, folders)
-        texts = [] if data is None else [json.loads(line)["text"] for line in data.read_text("utf-8").splitlines()]
+        texts = [] if data is None else texts_of(data)
         with TemporaryDirectory() as scratch:
             encoder, tokenizer = made(model_name, Path(scratch))
             model = Path(scratch) / "classifier.onnx"

@@ -160,7 +160,7 @@ class Study:
 
         embed = self._onnx(quantized) if recipe.graph else planned
         found = {name: task.scores(task.embeddings(embed), self.dense[name]) for name, task in self.tasks.items()}
-        return Row(recipe.name, found, _zeros(result), seconds, self._ms(session))
+        return Row(recipe.name, found, zeros_of(result), seconds, self._ms(session))
 
     def _trained(self, options: Mapping[str, Any], folder: Path) -> Path:
         """The model trained on calibration's texts, to which its pruning is fitted, and the others."""
@@ -185,7 +185,7 @@ class Study:
         return lambda feeds: run({name: feeds[name] for name in names})[OUTPUT]
 
 
-def _zeros(result: nmcompile.Result) -> float:
+def zeros_of(result: nmcompile.Result) -> float:
     """Of the weights of all layers but heads and poolers that the engine runs."""
     sizes = [(layer["outputs"] * layer["inputs"], layer["density"]) for layer in result.layers]
     return float(1 - sum(size * density for size, density in sizes) / max(sum(size for size, _ in sizes), 1))

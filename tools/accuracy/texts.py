@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import json
 import pkgutil
 import random
 import sys
 import types
 import warnings
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 from tools.stdlib_text import SKIPPED
 
@@ -81,3 +83,8 @@ def _imported(name: str) -> types.ModuleType | None:
             return importlib.import_module(name)
     except BaseException:  # modules of other platforms, and those that exit on import
         return None
+
+
+def texts_of(path: Path) -> list[str]:
+    """The texts of a file of JSON lines {"text": ...}."""
+    return [str(json.loads(line)["text"]) for line in path.read_text("utf-8").splitlines()]
