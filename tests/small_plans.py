@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from nmcompile.errors import PlanError
 from nmcompile.plan import write_plan
 
 FEATURES = {"name": "x", "dtype": "float32", "shape": ["batch", "sequence", 4]}
+SLOWER = 10 if "ASAN_OPTIONS" in os.environ else 1  # how much longer what is timed may take: sanitizers slow it
 IDS = {"name": "x", "dtype": "int64", "shape": ["batch", "sequence"]}
 ENTER, LEAVE = {"step": "enter", "y": 0, "slot": 0}, {"step": "leave", "x": 0, "slot": 0}
 
@@ -37,10 +39,10 @@ def many_buffers(count: int, rows: int, first: dict[str, Any] = ENTER) -> dict[s
 def refused(
     path: Path, content: dict[str, Any], said: str, arrays: dict[str, np.ndarray] | None = None, **options: Any
 ) -> None:
-    """The plan is refused at load, in one line and within two seconds."""
+    """The plan is refused at load, in one line and within two seconds of the processor."""
     write_plan(path, content, arrays or {}, {})
-    begin = time.perf_counter()
+    begin = time.process_time()
     with pytest.raises(PlanError, match=said) as caught:
         nmcompile.load(path, **options)
     assert "\n" not in str(caught.value)
-    assert time.perf_counter() - begin < 2
+    assert time.process_time() - begin < 2 * SLOWER

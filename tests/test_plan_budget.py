@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from compiled import compiled
 from native_reference import dense_weight
-from small_plans import ENTER, FEATURES, IDS, LEAVE, header, many_buffers, native, refused
+from small_plans import ENTER, FEATURES, IDS, LEAVE, SLOWER, header, many_buffers, native, refused
 
 import nmcompile
 from nmcompile import _native
@@ -106,11 +106,11 @@ def test_steps_that_share_a_weight_share_its_copy() -> None:
 def test_load_time_is_not_quadratic_in_buffers(tmp_path: Path) -> None:
     def seconds(count: int) -> float:
         write_plan(tmp_path / "a.plan", header(many_buffers(count, 4)), {}, {})
-        begin = time.perf_counter()
+        begin = time.process_time()
         nmcompile.load(tmp_path / "a.plan", threads=1)
-        return time.perf_counter() - begin
+        return time.process_time() - begin
 
-    assert seconds(16_000) < 4  # 0.8 measured; sorting what lives beside each buffer took 40
+    assert seconds(16_000) < 4 * SLOWER  # 0.8 measured; sorting what lives beside each buffer took 40
 
 
 def test_counts_are_bounded(tmp_path: Path) -> None:
