@@ -76,7 +76,8 @@ def train(
 
     model: path, ModelProto or gs.Graph; never modified. data: samples of the model's inputs, unlabelled, as many as
     there are (texts with tokenizer=..., feeds, .npz); every sixteenth is held out. labels: the field of the samples
-    that holds their class, a number (of answers: start,end); then what the model gets wrong counts too. sparsity and
+    that holds their class, a number (of answers: start,end; where the model scores tokens: a number for each, -100 for
+    none); then what the model gets wrong counts too. sparsity and
     pattern as in `compile`. budget="60m" (of pruning and training together), masks="fixed" and others are those of
     nmcompile.passes.Train. history: a file of JSON lines. resume: a folder of checkpoints; called again with the same
     arguments, an interrupted training goes on from there. The file that is written is in canonical form: the same
@@ -118,11 +119,14 @@ def first() -> bool:
 def _samples(source: gs.Graph, data: Source | Data, asked: Asked) -> Data:
     """All samples, checked; NmcompileError for those that do not fit the model."""
     tokenizer, infos = asked.get("tokenizer"), input_roles.inputs(source)
+    named = fields(asked.get("labels") or "")
     rows = infos[0].shape[0] if infos and infos[0].shape else "batch"
-    for label in fields(asked.get("labels") or ""):
+    ranks = [len(tensor.shape or ()) for tensor in source.outputs]
+    tokens = next((info.shape[1:] for info in infos if len(info.shape) == 2), ()) if ranks.count(2) < len(named) else ()
+    for label in named:
         if label in {info.name for info in infos}:
             raise PassError(f"'{label}' is an input of the model; give the labels another name in the data")
-        infos = (*infos, TensorInfo(label, np.dtype(np.int64), (rows,)))
+        infos = (*infos, TensorInfo(label, np.dtype(np.int64), (rows, *tokens)))
     samples = data if isinstance(data, Data) else open_data(
         data, infos, tokenizer=None if tokenizer is None else Path(tokenizer),
         max_length=asked.get("max_length") or MAX_LENGTH, limit=ALL)  # fmt: skip

@@ -216,6 +216,23 @@ def test_the_learning_rate_goes_by_the_width_unless_it_is_given() -> None:
     assert recipe.Recipe(lr=2e-4).rate(768) == 2e-4
 
 
+def test_many_classes_are_compared_by_the_likeliest_and_the_rest() -> None:
+    torch.manual_seed(0)
+    teacher = torch.randn(2, 3, 9000) * 3
+    student = (teacher + torch.randn(2, 3, 9000)).requires_grad_()
+    found = of_output(Output("y", "tokens"), student, teacher, None, Distillation(temperature=2.0))
+    p, q = (torch.softmax(x.detach().double() / 2, -1) for x in (teacher, student))
+    likeliest = teacher.topk(512, -1).indices
+    both = [torch.cat((x.gather(-1, likeliest), 1 - x.gather(-1, likeliest).sum(-1, keepdim=True)), -1) for x in (p, q)]
+    wanted = 4 * (both[0] * (both[0] / both[1]).log()).sum(-1).mean()
+    assert float(found) == pytest.approx(float(wanted), rel=1e-4)
+    assert 0.7 < float(found / (4 * (p * (p / q).log()).sum(-1).mean())) < 1  # most of all classes' divergence
+    found.backward()
+    assert student.grad is not None and bool(student.grad.isfinite().all()) and float(student.grad.norm()) > 0
+    same = of_output(Output("y", "tokens"), teacher, teacher, None, Distillation())
+    assert float(same) == pytest.approx(0, abs=1e-5)
+
+
 def test_what_is_asked_of_the_loss_is_what_it_weighs() -> None:
     asked = Train(relations=0.25, temperature=3.0).recipe.loss
     assert asked == Distillation(features=1.0, outputs=1.0, cosine=5.0, relations=0.25, temperature=3.0)

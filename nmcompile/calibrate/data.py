@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ class Data:
     batch: int
     pad_token: int = 0
     synthetic: bool = False
+    fills: Mapping[str, int] = field(default_factory=dict)  # what other inputs than those hold where they are padded
 
     @property
     def samples(self) -> int:
@@ -49,7 +50,8 @@ class Data:
     def __iter__(self) -> Iterator[Feed]:
         if self.synthetic:
             return iter(self.rows)
-        return (_stack(group, self.inputs, self.pad_token) for group in self.groups())
+        fills = _fills(self.inputs, self.pad_token) | self.fills
+        return (_stack(group, self.inputs, fills) for group in self.groups())
 
     @property
     def fixed(self) -> int | None:
@@ -289,8 +291,8 @@ def shared(infos: Sequence[TensorInfo]) -> frozenset[str]:
     return frozenset(info.name for info in infos if free and info.shape and info.shape[0] == 1)
 
 
-def _stack(rows: Sequence[Feed], infos: tuple[TensorInfo, ...], pad_token: int) -> Feed:
-    one, fills = shared(infos), _fills(infos, pad_token)
+def _stack(rows: Sequence[Feed], infos: tuple[TensorInfo, ...], fills: Mapping[str, int | float]) -> Feed:
+    one = shared(infos)
     return {
         info.name: _pad([row[info.name] for row in (rows[:1] if info.name in one else rows)], info,
                         fills.get(info.name, 0))

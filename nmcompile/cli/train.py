@@ -76,7 +76,8 @@ def shipped(path: Path | None) -> Path | None:
 @click.option("--target", type=click.Choice(["cpu", "tensorrt"]), default="cpu", show_default=True,
               help="Whose eight bits --qat takes.")  # fmt: skip
 @click.option("--labels", metavar="NAME",
-              help="The field of the samples that holds their class, a number; of answers START,END.")  # fmt: skip
+              help="The field of the samples that holds their class, a number (of answers START,END), or their tokens' "
+                   "classes, a list with -100 for none.")  # fmt: skip
 @click.option("--label-weight", type=float, default=0.5, show_default=True, help="Of labels beside the dense model.")
 @click.option("--temperature", type=float, default=2.0, show_default=True, help="Of logits that are distilled.")
 @click.option("--relations", type=float, default=0.3, show_default=True,

@@ -1,7 +1,8 @@
 """What a compressed model loses against the dense one: feature maps, logits, embeddings.
 
 features   mean over tensors of |m (S - T)|^2 / |m T|^2, real tokens (SquareHead, Kurtic et al. 2023, arXiv 2310.06927)
-logits     KL(teacher || student) at a temperature, times its square (Hinton et al. 2015, arXiv 1503.02531)
+logits     KL(teacher || student) at a temperature, times its square (Hinton et al. 2015, arXiv 1503.02531); of large
+           vocabularies over the teacher's likeliest classes, the others taken together
 embeddings 1 - cosine of pooled vectors, and KL of the rows of similarities within a batch
 labels     cross entropy with the classes that samples are given with
 """
@@ -20,6 +21,7 @@ from nmcompile.errors import PassError
 Tensor = torch.Tensor
 Kind = Literal["embedding", "embeddings", "logits", "tokens", "spans"]
 NEIGHBOURS = 0.05  # temperature of similarities
+MANY, LIKELIEST = 8192, 512  # classes from which on, and how many of them, are told apart
 
 
 @dataclass(frozen=True)
@@ -98,12 +100,26 @@ def of_features(
 
 def _divergence(student: Tensor, teacher: Tensor, temperature: float, mask: Tensor | None) -> Tensor:
     """T^2 KL(teacher || student) per row, the mean over rows (over real tokens)."""
-    a, b = F.log_softmax(student / temperature, -1), F.log_softmax(teacher / temperature, -1)
+    a, b = _log_shares(student / temperature, teacher / temperature)
     rows = F.kl_div(a, b, reduction="none", log_target=True).sum(-1) * temperature**2
     if mask is None or mask.ndim != rows.ndim + 1:
         return rows.mean()
     kept = mask.squeeze(-1)
     return (rows * kept).sum() / kept.sum().clamp_min(1)
+
+
+def _log_shares(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of the same classes from scores of both; of many, the teacher's likeliest and the rest as one:
+    never above the divergence of all, zero where that is."""
+    if student.shape[-1] <= MANY:
+        return F.log_softmax(student, -1), F.log_softmax(teacher, -1)
+    likeliest = teacher.topk(LIKELIEST, -1).indices
+    shares = []
+    for scores in (student, teacher):
+        known = scores.gather(-1, likeliest) - scores.logsumexp(-1, keepdim=True)
+        rest = -torch.expm1(known.logsumexp(-1, keepdim=True).clamp_max(-1e-6))
+        shares.append(torch.cat((known, rest.log()), -1))
+    return shares[0], shares[1]
 
 
 def _relations(a: Tensor, b: Tensor) -> Tensor:

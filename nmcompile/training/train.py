@@ -24,7 +24,7 @@ from nmcompile.torch import Module
 from nmcompile.training import checkpoint
 from nmcompile.training.batches import Batches, parted
 from nmcompile.training.distil import EndToEnd, Trainer
-from nmcompile.training.labels import check_labels, without
+from nmcompile.training.labels import IGNORED, check_labels, without
 from nmcompile.training.local import Local, train_blocks
 from nmcompile.training.outputs import outputs_of, width_of
 from nmcompile.training.pair import Pair
@@ -139,6 +139,7 @@ class _Run:
     ) -> None:
         self.begun, self.graph, self.recipe, self.tell = begun, graph, recipe, tell
         self.checkpoints, self.key, self.ranks = checkpoints, key, Ranks.joined(recipe.device)
+        data = replace(data, fills=dict.fromkeys(recipe.labels, IGNORED))
         self.samples, held = parted(data, MEASURED, MEASURED_TOKENS)
         self.held = Batches(held, recipe.tokens, recipe.seed).epoch(0)
 
