@@ -344,10 +344,10 @@ def _attend(b: Builder, qkv: Sequence[gs.Tensor], form: _Plain) -> gs.Tensor:
     for extra in (form.bias, build_mask(b, whole, qkv[0])):
         if extra is not None:
             scores = b("Add", scores, extra)
-    shares = b("Softmax", scores, axis=-1)
+    probabilities = b("Softmax", scores, axis=-1)
     if form.guarded:
-        shares = b("Where", b("IsNaN", shares, dtype=bool), b.scalar(0.0), shares)
-    context = b("MatMul", shares, parts[2])
+        probabilities = b("Where", b("IsNaN", probabilities, dtype=bool), b.scalar(0.0), probabilities)
+    context = b("MatMul", probabilities, parts[2])
     if split:
         return context
     return b("Reshape", b("Transpose", context, perm=[0, 2, 1, 3]), b.ints(0, 0, form.sizes[2]))

@@ -131,10 +131,10 @@ def _made_by(node: gs.Node) -> str:
     return f"is over scores made by {node.op} '{node.name}', no product of queries and keys by heads"
 
 
-def _weighs(shares: gs.Tensor, depth: int = 6) -> bool:
+def _weighs(probabilities: gs.Tensor, depth: int = 6) -> bool:
     """Whether what a softmax gives is multiplied by a computed matrix, as attention's values are."""
-    for user in g.consumers(shares) if depth else []:
-        if user.op == "MatMul" and user.inputs[0] is shares and g.constant(user.inputs[1]) is None:
+    for user in g.consumers(probabilities) if depth else []:
+        if user.op == "MatMul" and user.inputs[0] is probabilities and g.constant(user.inputs[1]) is None:
             maker = g.producer(user.inputs[1])
             return maker is None or maker.op != "DequantizeLinear" or g.constant(maker.inputs[0]) is None
         passed_on = user.op in ("Where", "Cast", "Identity", "Dropout", "Reshape", "Transpose")
@@ -222,9 +222,9 @@ def _reference(feeds: probe.Feeds, found: _Found) -> np.ndarray:
     if found.mask.causal:
         keep &= np.tril(np.ones(scores.shape[2:], bool))
     scores = np.where(keep, scores, -np.inf)
-    share = np.exp(scores - scores.max(-1, keepdims=True))
-    share /= share.sum(-1, keepdims=True)
-    y = np.einsum("bhqk,bkhd->bqhd", share, parts[2])
+    probabilities = np.exp(scores - scores.max(-1, keepdims=True))
+    probabilities /= probabilities.sum(-1, keepdims=True)
+    y = np.einsum("bhqk,bkhd->bqhd", probabilities, parts[2])
     return np.asarray(y.reshape(*y.shape[:2], -1))
 
 

@@ -110,7 +110,7 @@ class Train(PruningPass):
         training, recipe = _training(), self.recipe
         training.check(recipe, graph)
         clock, dense = training.Clock(recipe), g.copy(graph)
-        rungs = [(self._plan(share), training.rung(recipe)) for share in self._rungs]
+        rungs = [(self._plan(sparsity), training.rung(recipe)) for sparsity in self._rungs]
         steps = recipe.steps - sum(early.steps for _, early in rungs)  # what the last is left with
         passed: list[Report] = []
         history: list[Mapping[str, Any]] = []
@@ -137,16 +137,16 @@ class Train(PruningPass):
 
     @property
     def _rungs(self) -> list[float]:
-        """PassError for shares that do not rise to the goal."""
+        """PassError for sparsities that do not rise to the goal."""
         try:
-            shares = [float(text) for text in self.rungs]
+            sparsities = [float(text) for text in self.rungs]
         except ValueError:
-            shares = [-1.0]
+            sparsities = [-1.0]
         last = self.sparsity or 0.0
-        if shares and not all(low < high for low, high in pairwise([0.0, *shares, last])):
+        if sparsities and not all(low < high for low, high in pairwise([0.0, *sparsities, last])):
             raise PassError(f"rungs={','.join(self.rungs)} do not rise to the sparsity of {last:g}; before 0.8 give "
                             "for example 0.5,0.65")  # fmt: skip
-        return shares
+        return sparsities
 
 
 def _trained(graph: gs.Graph, report: Report, records: Records, found: Trained) -> Report:

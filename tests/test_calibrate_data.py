@@ -111,6 +111,18 @@ def test_without_a_mask_a_batch_has_one_length() -> None:
     assert data.samples == 4
 
 
+def test_samples_of_like_lengths_share_batches_in_an_order_of_none() -> None:
+    lengths = [int(n) for n in np.random.default_rng(0).integers(1, 60, 200)]
+    made = open_data([{"input_ids": [1] * n} for n in lengths], [IDS, MASK], batch=8)
+    batches = list(made)
+    real = [batch["attention_mask"].sum(1).tolist() for batch in batches]
+    assert sorted(n for batch in real for n in batch) == sorted(lengths)
+    assert sum(batch["input_ids"].size for batch in batches) < 1.25 * sum(lengths)  # 1.9 as they come
+    longest = [max(batch) for batch in real[:8]]
+    assert longest != sorted(longest) and [list(map(len, real[:24]))] == [[8] * 24]
+    assert [batch["input_ids"].tolist() for batch in made] == [batch["input_ids"].tolist() for batch in batches]
+
+
 def test_tokens_are_cut_to_max_length_and_padded_to_a_fixed_one() -> None:
     fixed = [info("input_ids", "int32", 1, 4), info("attention_mask", "float32", 1, 4)]
     batches = list(open_data([{"input_ids": [1] * 6}, {"input_ids": [2]}], fixed, max_length=5))

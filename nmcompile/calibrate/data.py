@@ -21,6 +21,7 @@ from nmcompile.tensorinfo import TensorInfo
 Array = npt.NDArray[Any]
 Feed = dict[str, Array]  # input name -> values, with or without the batch axis as the text says
 
+POOL = 8  # batches whose samples are sorted by length together
 _SYNTHETIC_BATCHES = 8
 _SYNTHETIC_TOKENS = 64
 _SYNTHETIC_BYTES = 1 << 27
@@ -39,7 +40,7 @@ class Data:
     batch: int
     pad_token: int = 0
     synthetic: bool = False
-    fills: Mapping[str, int] = field(default_factory=dict)  # what other inputs than those hold where they are padded
+    fills: Mapping[str, int | float] = field(default_factory=dict)  # what others than ids and masks hold where padded
 
     @property
     def samples(self) -> int:
@@ -50,7 +51,7 @@ class Data:
     def __iter__(self) -> Iterator[Feed]:
         if self.synthetic:
             return iter(self.rows)
-        fills = _fills(self.inputs, self.pad_token) | self.fills
+        fills = {**_fills(self.inputs, self.pad_token), **self.fills}
         return (_stack(group, self.inputs, fills) for group in self.groups())
 
     @property
@@ -67,16 +68,28 @@ class Data:
         return replace(self, inputs=tuple(info for info in self.inputs if info.name not in names), rows=rows)
 
     def groups(self) -> Iterator[Sequence[Feed]]:
-        """Neighbours that make a batch; too few for a fixed batch size are dropped."""
-        fixed, one = self.fixed, shared(self.inputs)
-        size = fixed or self.batch
-        # A model without a mask would read padding as tokens, so there a batch has one shape.
-        runs = [self.rows] if first_of(self.inputs, "mask") else _equal_shapes(self.rows)
-        for run in itertools.chain.from_iterable(_equal_values(run, one) for run in runs):
-            for start in range(0, len(run), size):
-                group = run[start : start + size]
-                if fixed is None or len(group) == fixed:
-                    yield group
+        """Samples that make a batch; too few for a fixed batch size are dropped."""
+        fixed = self.fixed
+        for group in self._alike(fixed or self.batch):
+            if fixed is None or len(group) == fixed:
+                yield group
+
+    def _alike(self, size: int) -> Iterator[Sequence[Feed]]:
+        """Of each POOL batches, samples of like lengths together, so that little is padded; the batches in an order
+        that has nothing to do with lengths, as some readers look at every eighth."""
+        one = shared(self.inputs)
+        for start in range(0, len(self.rows), size * POOL):
+            pool = self.rows[start : start + size * POOL]
+            lengths = [max((value.shape[0] for value in row.values() if value.ndim), default=0) for row in pool]
+            mixed = not one and 1 < size < len(pool) and len(set(lengths)) > 1
+            if mixed:
+                pool = tuple(pool[i] for i in np.argsort(lengths, kind="stable"))
+            # A model without a mask would read padding as tokens, so there a batch has one shape.
+            runs = [pool] if first_of(self.inputs, "mask") else _equal_shapes(pool)
+            runs = list(itertools.chain.from_iterable(_equal_values(run, one) for run in runs))
+            found = [run[at : at + size] for run in runs for at in range(0, len(run), size)]
+            order = np.random.default_rng(start).permutation(len(found)) if mixed else range(len(found))
+            yield from (found[i] for i in order)
 
 
 def open_data(
