@@ -69,7 +69,7 @@ def _carried_out(
 ) -> _Outcome:
     if not SOLVERS[plan.fit.solver].fits:
         return _Outcome({name: packed(mask) for name, mask in apply_masks(graph, layers, goals, plan, context).items()})
-    found, norms = fit(graph, context.data, layers, goals, plan.fit, context.progress, context.checkpoints)
+    found, norms = fit(graph, context.fitting, layers, goals, plan.fit, context.progress, context.checkpoints)
     return _Outcome({name: item.bits for name, item in found.items()}, found, norms)
 
 

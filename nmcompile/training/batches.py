@@ -16,6 +16,7 @@ from nmcompile.roles import real_tokens
 Feeds = Mapping[str, np.ndarray]
 POOL = 64  # batches that are sorted by length together
 HELD_OUT = 16  # every sixteenth sample measures
+FITTED, FITTED_TOKENS, FITTED_BATCH = 1024, 49_152, 32  # what pruning fits layers to: memory grows with the tokens
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,21 @@ def parted(data: Data, most: int, tokens: int) -> tuple[Data, Data]:
     out = set(held)
     return (replace(data, rows=tuple(row for i, row in enumerate(rows) if i not in out)),
             replace(data, rows=tuple(rows[i] for i in held)))  # fmt: skip
+
+
+def for_fitting(data: Data) -> Data:
+    """What pruning fits layers to: the first samples that are not held out, in batches that are large where there are
+    many; all that came where these do not fill one batch of the model."""
+    rows: list[dict[str, np.ndarray]] = []
+    tokens = FITTED_TOKENS
+    for i, row in enumerate(data.rows):
+        if i % HELD_OUT != HELD_OUT - 1:
+            tokens -= length(row)
+            if len(rows) == FITTED or (tokens < 0 and rows):
+                break
+            rows.append(row)
+    found = replace(data, rows=tuple(rows), batch=max(data.batch, min(FITTED_BATCH, len(rows) // FITTED_BATCH)))
+    return found if found.samples and not data.synthetic else data
 
 
 def token_mask(data: Data, feeds: Feeds, device: torch.device) -> torch.Tensor | None:
