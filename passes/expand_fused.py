@@ -287,9 +287,10 @@ def _onnx_attention(b: Builder, node: gs.Node) -> list[gs.Tensor | None]:
         raise Keep("it uses past keys or a soft cap")
     q, k, v = node.inputs[:3]
     rank = len(q.shape) if q.shape is not None else 0
-    if rank not in (3, 4) or any(t.shape is None or not isinstance(t.shape[-1], int) for t in (q, k, v)):
-        raise Keep("the shapes of its inputs are not known")
-    if any(len(t.shape) != rank for t in (q, k, v)) or (rank == 3 and "q_num_heads" not in node.attrs) or (
+    known = (t.shape is not None and len(t.shape) == rank and isinstance(t.shape[-1], int) for t in (q, k, v))
+    if rank not in (3, 4) or not all(known):
+        raise Keep("the shapes of its inputs are not known, or not of one rank")
+    if (rank == 3 and "q_num_heads" not in node.attrs) or (
             rank == 4 and not all(isinstance(t.shape[1], int) and t.shape[1] > 0 for t in (q, k, v))):  # fmt: skip
         raise Keep("its heads are not known")
     heads = int(node.attrs.get("q_num_heads", 0) or q.shape[1])

@@ -183,6 +183,8 @@ def test_a_boolean_mask() -> None:
          + "{ y = Attention <q_num_heads = 2, kv_num_heads = 1> (q, k, v) }", 23, "groups of heads share their keys"),
         (PLAIN.replace("y)", "y, float[B,2,S,S] s)")
          + "{ y, , , s = Attention <q_num_heads = 2, kv_num_heads = 2> (q, k, v) }", 23, "its output 3 is used"),
+        (PLAIN.replace("float[B,S,8] k", "float k") + "{ y = Attention <q_num_heads = 2, kv_num_heads = 2> (q, k, v) }",
+         23, "not of one rank"),
         ("(float[N,4] x) => (float[N,4] y) { y = com.microsoft.Inverse(x) }", 20, "it runs on onnxruntime"),
     ],
 )  # fmt: skip
