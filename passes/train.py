@@ -77,7 +77,7 @@ class Train(PruningPass):
     embeddings: bool = True
     qat: float = 0.0
     target: str = "cpu"
-    relations: float = 0.3
+    relations: float = 0.6
     temperature: float = 2.0
     labels: str = ""
     label_weight: float = 0.5

@@ -22,6 +22,7 @@ import numpy as np
 import nmcompile
 from nmcompile import ir as g
 from nmcompile.training.distil import Trainer
+from nmcompile.training.losses import Bank
 from nmcompile.training.ranks import Ranks
 
 out, kind = sys.argv[1], sys.argv[2]
@@ -34,9 +35,12 @@ if kind == "alone":  # one process that takes the batches of both by itself
         step(self, feeds)
         self.two = None
 
-    def mean(self, feeds):
+    def mean(self, feeds, bank=None):
         two, self.two = getattr(self, "two", None), None
-        return loss(self, feeds) if two is None else (loss(self, two[0]) + loss(self, two[1])) / 2
+        if two is None:
+            return loss(self, feeds, bank)
+        self.banks = getattr(self, "banks", None) or (Bank(), Bank())  # each process has its own
+        return (loss(self, two[0], self.banks[0]) + loss(self, two[1], self.banks[1])) / 2
 
     Trainer._step, Trainer.loss = both, mean
 found = nmcompile.train(sys.argv[4], data=rows, sparsity=0.7, solver="obs", steps=6, tokens=256, budget="60s",

@@ -80,8 +80,8 @@ def shipped(path: Path | None) -> Path | None:
                    "classes, a list with -100 for none.")  # fmt: skip
 @click.option("--label-weight", type=float, default=0.5, show_default=True, help="Of labels beside the dense model.")
 @click.option("--temperature", type=float, default=2.0, show_default=True, help="Of logits that are distilled.")
-@click.option("--relations", type=float, default=0.3, show_default=True,
-              help="Weight of the similarities of embeddings within a batch.")  # fmt: skip
+@click.option("--relations", type=float, default=0.6, show_default=True,
+              help="Weight of the similarities of embeddings to those of the latest batches.")  # fmt: skip
 @click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the order of samples.")
 @click.option("--resume", type=click.Path(path_type=Path), metavar="DIR",

@@ -40,7 +40,7 @@ def save(folder: Path, key: str, trainer: Trainer, spent: float) -> None:
         "scale": progress.scale, "since": progress.since,
         "best_weights": progress.weights, "best_masks": progress.masks, "weights": trainer.now(),
         "optimizer": trainer.optimizer.state_dict(), "policy": trainer.policy.state_dict(),
-        "history": trainer.history,
+        "history": trainer.history, "bank": trainer.bank.held,
     }  # fmt: skip
     stream = io.BytesIO()
     torch.save(state, stream)
@@ -67,6 +67,7 @@ def load(folder: Path, key: str, trainer: Trainer) -> float | None:
     trainer.optimizer.load_state_dict(state["optimizer"])
     trainer.policy.load_state_dict(state["policy"])
     trainer.history[:] = state["history"]
+    trainer.bank.held = state["bank"]
     return float(state["spent"])
 
 

@@ -15,7 +15,7 @@ import torch
 from nmcompile.errors import CalibrationError
 from nmcompile.training.batches import Batches, Feeds
 from nmcompile.training.labels import of_labels, scores_of, without
-from nmcompile.training.losses import Distillation, Output, of_features, of_output
+from nmcompile.training.losses import Bank, Distillation, Output, of_features, of_output
 from nmcompile.training.pair import Pair
 from nmcompile.training.policies import Policy
 from nmcompile.training.ranks import ALONE, Ranks
@@ -70,12 +70,13 @@ class Trainer:
         self._policy_of = policy
         self._weights = {name: pair.student.initializers[name] for name in pair.trained}
         self.policy: Policy[Any] | None = None
+        self.bank = Bank()
         self.history: list[dict[str, Any]] = []
         self._start = time.monotonic()
         self.optimizer = torch.optim.AdamW(self._weights.values(), how.lr, how.betas, weight_decay=0.0, fused=True)
 
-    def loss(self, feeds: Feeds) -> Tensor:
-        """What the student loses on a batch."""
+    def loss(self, feeds: Feeds, bank: Bank | None = None) -> Tensor:
+        """What the student loses on a batch; bank: of a step."""
         pair, how = self.pair, self.how.loss
         inputs = without(feeds, self.how.labels)
         mask = pair.mask(inputs)
@@ -85,7 +86,7 @@ class Trainer:
             given = pair.student(inputs)
         total = how.features * of_features(given, wanted, pair.ends, mask) if pair.ends else 0.0
         for output in self.outputs:
-            total = total + how.outputs * of_output(output, given[output.name], wanted[output.name], mask, how)
+            total = total + how.outputs * of_output(output, given[output.name], wanted[output.name], mask, how, bank)
         if self.how.labels:
             for label, name in zip(self.how.labels, scores_of(self.outputs, self.how.labels), strict=True):
                 total = total + how.labels * of_labels(given[name], feeds[label]) / len(self.how.labels)
@@ -155,7 +156,7 @@ class Trainer:
         assert policy is not None
         for group in self.optimizer.param_groups:
             group["lr"] = self.how.lr * progress.scale * rate(progress, self.how.warmup)
-        loss = self.loss(feeds)
+        loss = self.loss(feeds, self.bank)
         extra = policy.penalty()
         loss = loss if extra is None else loss + extra
         if not math.isfinite(self.ranks.mean(loss)):

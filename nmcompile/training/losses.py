@@ -3,7 +3,8 @@
 features   mean over tensors of |m (S - T)|^2 / |m T|^2, real tokens (SquareHead, Kurtic et al. 2023, arXiv 2310.06927)
 logits     KL(teacher || student) at a temperature, times its square (Hinton et al. 2015, arXiv 1503.02531); of large
            vocabularies over the teacher's likeliest classes, the others taken together
-embeddings 1 - cosine of pooled vectors, and KL of the rows of similarities within a batch
+embeddings 1 - cosine of pooled vectors, and KL of the rows of similarities: within a batch, or while training to the
+           teacher's vectors of the latest batches (as in SEED, Fang et al. 2021, arXiv 2101.04731)
 labels     cross entropy with the classes that samples are given with
 """
 
@@ -21,6 +22,7 @@ from nmcompile.errors import PassError
 Tensor = torch.Tensor
 Kind = Literal["embedding", "embeddings", "logits", "tokens", "spans"]
 NEIGHBOURS = 0.05  # temperature of similarities
+BANK = 2048  # the teacher's vectors that similarities are taken to
 MANY, LIKELIEST = 8192, 512  # classes from which on, and how many of them, are told apart
 
 
@@ -41,7 +43,7 @@ class Distillation:
     features: float = 1.0
     outputs: float = 1.0
     cosine: float = 5.0
-    relations: float = 0.3
+    relations: float = 0.6
     temperature: float = 2.0
     labels: float = 0.5
 
@@ -52,6 +54,22 @@ class Distillation:
             raise PassError("the loss has no part: features or outputs must be above 0, and no weight below")
         if self.temperature <= 0:
             raise PassError(f"temperature={self.temperature:g} is not above 0; 2 is usual")
+
+
+class Bank:
+    """The teacher's pooled vectors of the latest batches, by output; at most `size` of each."""
+
+    def __init__(self, size: int = BANK) -> None:
+        self.size = size
+        self.held: dict[str, Tensor] = {}  # [n, width], of length one
+
+    def relations(self, name: str, student: Tensor, teacher: Tensor) -> Tensor:
+        """KL of the rows of similarities to what is held, [batch, width] both; then the teacher's are held as well."""
+        held, now = self.held.get(name), teacher.detach()
+        self.held[name] = (now if held is None else torch.cat((held, now)))[-self.size :].clone()
+        if held is None:
+            return student.sum() * 0
+        return _divergence(student @ held.t() / NEIGHBOURS, teacher @ held.t() / NEIGHBOURS, 1.0, None)
 
 
 def normalised(student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
@@ -77,12 +95,15 @@ def pooled(x: Tensor, mask: Tensor | None) -> Tensor:
     return (x * mask).sum(1) / mask.sum(1).clamp_min(1)
 
 
-def of_output(output: Output, student: Tensor, teacher: Tensor, mask: Tensor | None, how: Distillation) -> Tensor:
-    """The loss of one output as a scalar."""
+def of_output(
+    output: Output, student: Tensor, teacher: Tensor, mask: Tensor | None, how: Distillation, bank: Bank | None = None
+) -> Tensor:
+    """The loss of one output as a scalar; bank: what similarities are taken to, None for those within the batch."""
     student, teacher = student.float(), teacher.float()
     if output.kind in ("embedding", "embeddings"):
         a, b = F.normalize(pooled(student, mask), dim=-1), F.normalize(pooled(teacher, mask), dim=-1)
-        return how.cosine * (1 - (a * b).sum(-1)).mean() + how.relations * _relations(a, b)
+        related = _relations(a, b) if bank is None else bank.relations(output.name, a, b)
+        return how.cosine * (1 - (a * b).sum(-1)).mean() + how.relations * related
     if output.kind == "tokens":
         return _divergence(student, teacher, how.temperature, mask)
     if output.kind == "spans" and mask is not None and mask.squeeze(-1).shape == student.shape:

@@ -163,7 +163,9 @@ class _Run:
         late = quantized and recipe.qat < 1  # a tail: masks are found, weights nearly
         masks, options = ("fixed", {}) if late else (recipe.masks, recipe.options)
         share = recipe.qat if quantized else 1 - recipe.qat
-        how = EndToEnd(recipe.rate(width) * (TAIL if late else 1.0), recipe.tokens,
+        sizes, kept = (sum(count(item.mask) for item in masked.values()) for count in (np.size, np.count_nonzero))
+        sparsity = 1 - kept / sizes
+        how = EndToEnd(recipe.rate(width, sparsity) * (TAIL if late else 1.0), recipe.tokens,
                        steps=math.ceil(recipe.steps * share),
                        loss=recipe.loss, labels=recipe.labels, stage=stage)  # fmt: skip
         once: dict[str, str] = {}  # a weight that several layers share has one mask
