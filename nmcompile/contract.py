@@ -43,14 +43,14 @@ class Context:
 
     calibration: the samples, None where there are none. gathered: the statistics that the pass's `needs` asked for.
     known: infers and derives shapes, and remembers them from pass to pass. graph: the
-    pass's own, where it requires DERIVATION. more: the samples that layers are fitted to, where those are not `data`.
+    pass's own, where it requires DERIVATION. fitted_to: the samples that layers are fitted to, where not to `data`.
     """
 
     calibration: Calibration | None = None
     gathered: Statistics | None = None
     known: Shapes = field(default_factory=Shapes, repr=False)
     graph: gs.Graph | None = field(default=None, repr=False)
-    more: Data | None = field(default=None, repr=False)
+    fitted_to: Data | None = field(default=None, repr=False)
 
     @property
     def shapes(self) -> Derivation:
@@ -75,7 +75,7 @@ class Context:
     @property
     def fitting(self) -> Data:
         """The samples that the weights which stay are fitted to; PassError where there are none."""
-        return self._calibrated.data if self.more is None else self.more
+        return self.data if self.fitted_to is None else self.fitted_to
 
     @property
     def training(self) -> Data:

@@ -77,12 +77,11 @@ def train(
     model: path, ModelProto or gs.Graph; never modified. data: samples of the model's inputs, unlabelled, as many as
     there are (texts with tokenizer=..., feeds, .npz); every sixteenth is held out. labels: the field of the samples
     that holds their class, a number (of answers: start,end; where the model scores tokens: a number for each, -100 for
-    none); then what the model gets wrong counts too. sparsity and
-    pattern as in `compile`. budget="60m" (of pruning and training together), masks="fixed" and others are those of
-    nmcompile.passes.Train. history: a file of JSON lines. resume: a folder of checkpoints; called again with the same
-    arguments, an interrupted training goes on from there. The file that is written is in canonical form: the same
-    inputs and outputs, zeros where the masks are. Raises NmcompileError for what the user can mend; then nothing is
-    written.
+    none); then what the model gets wrong counts too. sparsity and pattern as in `compile`. budget="60m" (of pruning
+    and training together), masks="fixed" and others are those of nmcompile.passes.Train. history: a file of JSON
+    lines. resume: a folder of checkpoints; called again with the same arguments, an interrupted training goes on from
+    there. The file that is written is in canonical form: the same inputs and outputs, zeros where the masks are.
+    Raises NmcompileError for what the user can mend; then nothing is written.
     """
     start, tell, history = time.perf_counter(), progress or (lambda *_: None), asked.get("history")
     check_paths({"-o": output, "--history": history},
@@ -121,8 +120,8 @@ def _samples(source: gs.Graph, data: Source | Data, asked: Asked) -> Data:
     tokenizer, infos = asked.get("tokenizer"), input_roles.inputs(source)
     named = fields(asked.get("labels") or "")
     rows = infos[0].shape[0] if infos and infos[0].shape else "batch"
-    ranks = [len(tensor.shape or ()) for tensor in source.outputs]
-    tokens = next((info.shape[1:] for info in infos if len(info.shape) == 2), ()) if ranks.count(2) < len(named) else ()
+    of_samples = sum(len(tensor.shape or ()) == 2 for tensor in source.outputs)  # scores of them: a number is a label
+    tokens = next((info.shape[1:] for info in infos if len(info.shape) == 2), ()) if of_samples < len(named) else ()
     for label in named:
         if label in {info.name for info in infos}:
             raise PassError(f"'{label}' is an input of the model; give the labels another name in the data")

@@ -112,7 +112,7 @@ class Train(PruningPass):
         clock, dense = training.Clock(recipe), g.copy(graph)
         rungs = [(self._plan(sparsity), training.rung(recipe)) for sparsity in self._rungs]
         steps = recipe.steps - sum(early.steps for _, early in rungs)  # what the last is left with
-        fitted = replace(context, more=training.for_fitting(context.training))
+        fitted = replace(context, fitted_to=training.for_fitting(context.training))
         passed: list[Report] = []
         history: list[Mapping[str, Any]] = []
         for number, (plan, stage) in enumerate([*rungs, (self.plan, replace(recipe, steps=max(steps, 0)))]):

@@ -170,7 +170,7 @@ def _initializer(model: onnx.ModelProto, rng: np.random.Generator) -> None:
     elif kind == 4:
         try:
             array = onnx.numpy_helper.to_array(tensor).copy()
-        except ValueError:  # damaged by an earlier mutation
+        except (TypeError, ValueError):  # damaged by an earlier mutation
             return
         if array.size and array.dtype.kind in "iuf":
             array.reshape(-1)[int(rng.integers(array.size))] = _size(rng) & 0x7F if array.dtype.kind != "f" else np.nan

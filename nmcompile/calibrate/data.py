@@ -68,7 +68,7 @@ class Data:
         return replace(self, inputs=tuple(info for info in self.inputs if info.name not in names), rows=rows)
 
     def groups(self) -> Iterator[Sequence[Feed]]:
-        """Samples that make a batch; too few for a fixed batch size are dropped."""
+        """The samples of each batch; too few for a fixed batch size are dropped."""
         fixed = self.fixed
         for group in self._alike(fixed or self.batch):
             if fixed is None or len(group) == fixed:

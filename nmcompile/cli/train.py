@@ -62,7 +62,8 @@ def shipped(path: Path | None) -> Path | None:
               help="How zeros move while training goes on.")  # fmt: skip
 @click.option("--masks-option", "masks_options", multiple=True, metavar="NAME:VALUE", help="An option of the masks.")
 @click.option("--lr", type=float, default=0.0, metavar="RATE",
-              help="Learning rate.  [default: by the model's width, 1e-3 for 384 features, 3e-4 for 768]")  # fmt: skip
+              help="Learning rate.  [default: by the model's width, 1e-3 for 384 features, 3e-4 for 768, less below "
+                   "80 % zeros]")  # fmt: skip
 @click.option("--tokens", type=int, default=1024, show_default=True, help="Tokens of a step.")
 @click.option("--steps", type=int, default=0, metavar="N", help="Steps, instead of what fits into the budget.")
 @click.option("--rungs", metavar="S,S,...", callback=lambda ctx, param, value: tuple(value.split(",")) if value else (),

@@ -103,16 +103,13 @@ def parted(data: Data, most: int, tokens: int) -> tuple[Data, Data]:
 def for_fitting(data: Data) -> Data:
     """What pruning fits layers to: the first samples that are not held out, in batches that are large where there are
     many; all that came where these do not fill one batch of the model."""
-    rows: list[dict[str, np.ndarray]] = []
-    tokens = FITTED_TOKENS
-    for i, row in enumerate(data.rows):
-        if i % HELD_OUT != HELD_OUT - 1:
-            tokens -= length(row)
-            if len(rows) == FITTED or (tokens < 0 and rows):
-                break
-            rows.append(row)
-    found = replace(data, rows=tuple(rows), batch=max(data.batch, min(FITTED_BATCH, len(rows) // FITTED_BATCH)))
-    return found if found.samples and not data.synthetic else data
+    if data.synthetic:
+        return data
+    seen = [row for i, row in enumerate(data.rows) if i % HELD_OUT != HELD_OUT - 1][:FITTED]
+    count = int(np.searchsorted(np.cumsum([length(row) for row in seen]), FITTED_TOKENS, side="right"))
+    rows = tuple(seen[: max(count, 1)])
+    found = replace(data, rows=rows, batch=max(data.batch, min(FITTED_BATCH, len(rows) // FITTED_BATCH)))
+    return data if next(found.groups(), None) is None else found
 
 
 def token_mask(data: Data, feeds: Feeds, device: torch.device) -> torch.Tensor | None:

@@ -16,11 +16,13 @@ from nmcompile.calibrate import Data
 from nmcompile.training.distil import Trainer
 from nmcompile.training.recipe import Recipe
 
+FORMAT = 2  # of what a file holds
+
 
 def key_of(graph: gs.Graph, data: Data, recipe: Recipe) -> str:
     """Of what a training starts from: another model, other samples or another recipe have another key. The budget does
     not count: an interrupted training may go on with more time."""
-    found = hashlib.sha256(g.to_text(graph).encode())
+    found = hashlib.sha256(f"{FORMAT}{g.to_text(graph)}".encode())
     for name, value in sorted(vars(recipe).items()):
         if name != "budget":
             found.update(f"{name}={value};".encode())

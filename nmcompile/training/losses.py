@@ -121,7 +121,7 @@ def of_features(
 
 def _divergence(student: Tensor, teacher: Tensor, temperature: float, mask: Tensor | None) -> Tensor:
     """T^2 KL(teacher || student) per row, the mean over rows (over real tokens)."""
-    a, b = _log_shares(student / temperature, teacher / temperature)
+    a, b = _log_probabilities(student / temperature, teacher / temperature)
     rows = F.kl_div(a, b, reduction="none", log_target=True).sum(-1) * temperature**2
     if mask is None or mask.ndim != rows.ndim + 1:
         return rows.mean()
@@ -129,18 +129,19 @@ def _divergence(student: Tensor, teacher: Tensor, temperature: float, mask: Tens
     return (rows * kept).sum() / kept.sum().clamp_min(1)
 
 
-def _log_shares(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+def _log_probabilities(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     """Log-probabilities of the same classes from scores of both; of many, the teacher's likeliest and the rest as one:
     never above the divergence of all, zero where that is."""
     if student.shape[-1] <= MANY:
         return F.log_softmax(student, -1), F.log_softmax(teacher, -1)
     likeliest = teacher.topk(LIKELIEST, -1).indices
-    shares = []
-    for scores in (student, teacher):
+
+    def merged(scores: Tensor) -> Tensor:
         known = scores.gather(-1, likeliest) - scores.logsumexp(-1, keepdim=True)
-        rest = -torch.expm1(known.logsumexp(-1, keepdim=True).clamp_max(-1e-6))
-        shares.append(torch.cat((known, rest.log()), -1))
-    return shares[0], shares[1]
+        rest = -torch.expm1(known.logsumexp(-1, keepdim=True).clamp_max(-1e-6))  # 1 - their sum, never 0
+        return torch.cat((known, rest.log()), -1)
+
+    return merged(student), merged(teacher)
 
 
 def _relations(a: Tensor, b: Tensor) -> Tensor:
@@ -149,4 +150,4 @@ def _relations(a: Tensor, b: Tensor) -> Tensor:
         return a.sum() * 0
     itself = torch.eye(len(a), dtype=torch.bool, device=a.device)
     mine, theirs = ((x @ x.t() / NEIGHBOURS).masked_fill(itself, -1e4) for x in (a, b))
-    return F.kl_div(F.log_softmax(mine, -1), F.log_softmax(theirs, -1), reduction="batchmean", log_target=True)
+    return _divergence(mine, theirs, 1.0, None)

@@ -163,8 +163,8 @@ class _Run:
         late = quantized and recipe.qat < 1  # a tail: masks are found, weights nearly
         masks, options = ("fixed", {}) if late else (recipe.masks, recipe.options)
         share = recipe.qat if quantized else 1 - recipe.qat
-        sizes, kept = (sum(count(item.mask) for item in masked.values()) for count in (np.size, np.count_nonzero))
-        sparsity = 1 - kept / sizes
+        kept = sum(np.count_nonzero(item.mask) for item in masked.values())
+        sparsity = 1 - kept / sum(item.mask.size for item in masked.values())
         how = EndToEnd(recipe.rate(width, sparsity) * (TAIL if late else 1.0), recipe.tokens,
                        steps=math.ceil(recipe.steps * share),
                        loss=recipe.loss, labels=recipe.labels, stage=stage)  # fmt: skip
