@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -112,7 +113,8 @@ class Train(PruningPass):
         clock, dense = training.Clock(recipe), g.copy(graph)
         rungs = [(self._plan(sparsity), training.rung(recipe)) for sparsity in self._rungs]
         steps = recipe.steps - sum(early.steps for _, early in rungs)  # what the last is left with
-        fitted = replace(context, fitted_to=training.for_fitting(context.training))
+        weights = sum(math.prod(layer.shape) for layer in g.linear_layers(graph))
+        fitted = replace(context, fitted_to=training.for_fitting(context.training, weights))
         passed: list[Report] = []
         history: list[Mapping[str, Any]] = []
         for number, (plan, stage) in enumerate([*rungs, (self.plan, replace(recipe, steps=max(steps, 0)))]):

@@ -318,12 +318,14 @@ def test_the_curve_shows_the_stages_that_there_were(stages: tuple[str, ...]) -> 
 
 def test_pruning_fits_to_more_samples_than_it_measures_by_and_to_none_held_out() -> None:
     made = open_data(rows(3000), inputs(g.admit(BERT)), limit=3000)
-    found = for_fitting(made)
+    found = for_fitting(made, 1_000_000)
     _, held = parted(made, 10_000, 10**9)
     assert len(found.rows) == FITTED and found.batch == 32 and found.samples == FITTED
     assert not {id(row) for row in found.rows} & {id(row) for row in held.rows}
-    few = for_fitting(replace(made, rows=made.rows[:40]))
+    large = for_fitting(made, 100_000_000)  # whose layers take 100 times as long
+    assert len(large.rows) == 256 and 256 < len(for_fitting(made, 66_000_000).rows) < 512
+    few = for_fitting(replace(made, rows=made.rows[:40]), 1_000_000)
     assert len(few.rows) == 38 and few.batch == made.batch
     infos = tuple(replace(info, shape=(16, *info.shape[1:])) for info in made.inputs)
     fixed = replace(made, inputs=infos, rows=made.rows[:16])
-    assert for_fitting(fixed) is fixed  # 15 are no batch
+    assert for_fitting(fixed, 1_000_000) is fixed  # 15 are no batch

@@ -16,7 +16,9 @@ from nmcompile.roles import real_tokens
 Feeds = Mapping[str, np.ndarray]
 POOL = 64  # batches that are sorted by length together
 HELD_OUT = 16  # every sixteenth sample measures
-FITTED, FITTED_TOKENS, FITTED_BATCH = 1024, 49_152, 32  # what pruning fits layers to: memory grows with the tokens
+FITTED, FITTED_LEAST, FITTED_BATCH = 1024, 256, 32  # samples that pruning fits layers to
+FITTED_TOKENS = 49_152  # of those, at most: memory grows with them
+FITTED_WORK = 300_000_000_000  # weights times tokens, at most: some 80 s on two cores (2.7e-10 s each)
 
 
 @dataclass(frozen=True)
@@ -100,14 +102,15 @@ def parted(data: Data, most: int, tokens: int) -> tuple[Data, Data]:
             replace(data, rows=tuple(rows[i] for i in held)))  # fmt: skip
 
 
-def for_fitting(data: Data) -> Data:
-    """What pruning fits layers to: the first samples that are not held out, in batches that are large where there are
-    many; all that came where these do not fill one batch of the model."""
+def for_fitting(data: Data, weights: int) -> Data:
+    """What pruning fits layers of so many weights to: the first samples that are not held out, the fewer the larger the
+    model, in batches that are large where there are many; all that came where these fill no batch of the model."""
     if data.synthetic:
         return data
     seen = [row for i, row in enumerate(data.rows) if i % HELD_OUT != HELD_OUT - 1][:FITTED]
-    count = int(np.searchsorted(np.cumsum([length(row) for row in seen]), FITTED_TOKENS, side="right"))
-    rows = tuple(seen[: max(count, 1)])
+    tokens = min(FITTED_TOKENS, FITTED_WORK // max(weights, 1))
+    count = int(np.searchsorted(np.cumsum([length(row) for row in seen]), tokens, side="right"))
+    rows = tuple(seen[: max(count, FITTED_LEAST)])
     found = replace(data, rows=rows, batch=max(data.batch, min(FITTED_BATCH, len(rows) // FITTED_BATCH)))
     return data if next(found.groups(), None) is None else found
 
