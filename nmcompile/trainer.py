@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack, cast
@@ -18,12 +18,13 @@ from nmcompile import ir as g
 from nmcompile.calibrate import Calibration, Data, check_ids, open_data
 from nmcompile.calibrate.sources import Source
 from nmcompile.contract import Progress
-from nmcompile.errors import PassError
+from nmcompile.errors import GraphError, PassError
 from nmcompile.outputs import pending, real_path
 from nmcompile.passes.train import Fields, fields
 from nmcompile.recipes import PRESETS, pruning_passes, training_passes
 from nmcompile.request import MAX_LENGTH, check_paths
 from nmcompile.sizes import Model
+from nmcompile.source_form import in_source_form
 from nmcompile.stages import PrunePasses, Runner, canonicalise, prune
 from nmcompile.tensorinfo import TensorInfo
 
@@ -38,7 +39,8 @@ CALIBRATION = 256  # samples that pruning is fitted to
 @dataclass(frozen=True)
 class Training:
     """What `train` did. output: the sparse model. loss_pruned, loss_trained: on held-out samples, by the distillation
-    loss. sparsity: realised zeros by layer. history: stages and steps, each with its loss and seconds."""
+    loss. sparsity: realised zeros by layer. history: stages and steps, each with its loss and seconds. graph: in
+    canonical form. model: what is written, the graph that came where its initializers can hold the weights."""
 
     output: Path | None
     loss_pruned: float
@@ -49,6 +51,7 @@ class Training:
     seconds: float
     samples: int
     graph: gs.Graph = field(repr=False, compare=False)
+    model: gs.Graph = field(repr=False, compare=False)
 
     @property
     def zeros(self) -> float:
@@ -80,7 +83,8 @@ def train(
     none); then what the model gets wrong counts too. sparsity and pattern as in `compile`. budget="60m" (of pruning
     and training together), masks="fixed" and others are those of nmcompile.passes.Train. history: a file of JSON
     lines. resume: a folder of checkpoints; called again with the same arguments, an interrupted training goes on from
-    there. The file that is written is in canonical form: the same inputs and outputs, zeros where the masks are.
+    there. The file that is written is the model with other weights, zeros where the masks are; where these cannot be
+    put back into its initializers, it is in canonical form, with the same inputs and outputs, and `notes` say why.
     Raises NmcompileError for what the user can mend; then nothing is written.
     """
     start, tell, history = time.perf_counter(), progress or (lambda *_: None), asked.get("history")
@@ -88,10 +92,10 @@ def train(
                 {"the model": model, "--data": data, "--tokenizer": asked.get("tokenizer")}, engine=False)  # fmt: skip
     passes = _passes(asked)
     tell("reading the model", 0, 1)
-    source = g.admit(model)
-    samples = _samples(source, data, asked)
+    given = g.admit(model)
+    samples = _samples(given, data, asked)
     inputs = samples.without(fields(asked.get("labels") or ""))
-    source = g.separate_dims(source, inputs)
+    source = g.separate_dims(given, inputs)
     resume, few = asked.get("resume"), replace(inputs, rows=inputs.rows[:CALIBRATION])
     runner = Runner(Calibration(few, tell, None if resume is None else Path(resume), samples), progress=tell)
     pruned = prune(canonicalise(source, runner), passes, runner)
@@ -103,11 +107,21 @@ def train(
     found = Training(
         None if output is None else Path(output), told["loss pruned"], told["loss trained"],
         {name: record.sparsity for name, record in records.items()}, tuple(told["history"]),
-        report.notes, time.perf_counter() - start, samples.samples, pruned.graph,
+        report.notes, time.perf_counter() - start, samples.samples, pruned.graph, pruned.graph,
     )  # fmt: skip
+    found = _in_source_form(found, given, lambda graph: canonicalise(g.separate_dims(graph, inputs), runner).graph)
     if first():
         _write(found, history)
     return found
+
+
+def _in_source_form(found: Training, source: gs.Graph, canonical: Callable[[gs.Graph], gs.Graph]) -> Training:
+    """To be written as the graph that came; in canonical form, with a note, where that cannot hold the weights."""
+    try:
+        return replace(found, model=in_source_form(source, found.graph, canonical))
+    except GraphError as error:
+        note = f"written in nmcompile's canonical form, opset {found.graph.opset}: {error}"
+        return replace(found, notes=(*found.notes, note))
 
 
 def first() -> bool:
@@ -152,7 +166,7 @@ def _write(found: Training, history: Place | None) -> None:
         if found.output is not None:
             path = real_path(found.output)
             folder = files.folder(path.parent)
-            g.save(found.graph, folder / path.name)
+            g.save(found.model, folder / path.name)
             for name in (f"{path.name}.data", path.name):  # the file that names the other one last
                 if name in os.listdir(folder):
                     files.move(folder / name, path.with_name(name))

@@ -18,6 +18,8 @@ from nmcompile import ir as g
 from nmcompile import quantize as q8
 from nmcompile.calibrate import open_data
 from nmcompile.errors import NmcompileError, UnsupportedError
+from nmcompile.pipeline import Pipeline
+from nmcompile.recipes import canonical_passes
 from nmcompile.torch import Module
 from nmcompile.torch.fake_quant import dequantize, quantize
 from nmcompile.torch.operators import OPERATORS
@@ -66,6 +68,23 @@ def test_one_parameter_per_initializer_by_its_name() -> None:
     assert len(list(module.parameters())) == len(module.initializers) and len(plain) > 15
     shared = Module(parse("(float[N,4] x) => (float[N,4] y) <float[4,4] w> { h = MatMul(x, w)  y = MatMul(h, w) }"))
     assert list(shared.initializers) == ["w"]
+
+
+def test_a_table_and_the_head_that_is_the_table_transposed_are_one_parameter() -> None:
+    graph, _ = Pipeline(canonical_passes()).run(parse("""(float[B,S,4] x, int64[B,S] ids) => (float[B,S,6] y)
+        <float[6,4] w> { e = Gather(w, ids)  h = Add(x, e)  t = Transpose <perm = [1, 0]> (w)  y = MatMul(h, t) }"""))
+    module = Module(graph)
+    (weight,), ((head, table),) = module.initializers.values(), module.tied.items()
+    feeds = {"x": np.ones((1, 3, 4), np.float32), "ids": np.array([[1, 5, 2]])}
+    module(feeds)["y"].square().sum().backward()
+    assert weight.grad is not None and bool((weight.grad[0] != 0).all()), "row 0 is read by the head alone"
+    with torch.no_grad():
+        weight.mul_(2)
+    now = {t.name: t.values for t in module.graph().tensors().values() if isinstance(t, gs.Constant)}
+    np.testing.assert_array_equal(now[head], now[table].T)
+    np.testing.assert_allclose(module(feeds)["y"].detach(), g.run(module.graph(), feeds)["y"], rtol=1e-5)
+    other = Module(graph, apart=[head])
+    assert not other.tied and set(other.initializers) == {head, table}
 
 
 def test_weights_go_back_into_the_graph() -> None:

@@ -9,6 +9,7 @@ A constant carries its Source as an attribute; copies and extracts keep it, file
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
@@ -127,6 +128,22 @@ class Source:
         if self.computed:
             raise GraphError(f"a constant computed from {', '.join(self.initializers)} cannot be traced to its source")
         return applied(initializers[self.initializers[0]], self.operations)
+
+    def put(self, stored: Array, values: Array) -> Array:
+        """The initializer with the constant's values where the constant came from: `of` backwards. Of what the
+        operations repeat, the last counts; rounded to the initializer's type. GraphError for what is computed."""
+        if self.computed:
+            raise GraphError(f"a constant computed from {', '.join(self.initializers)} cannot be put back")
+        factor = math.prod(step.factor for step in self.operations if isinstance(step, Scale))
+        moves = [step for step in self.operations if not isinstance(step, (Scale, Cast))]
+        given, made = (values if factor == 1 else values / factor).astype(stored.dtype), np.array(stored, order="C")
+        view = reduce(lambda array, operation: operation.apply(array), moves, made)
+        if view.flags.writeable and np.may_share_memory(view, made):
+            view[...] = given
+        else:
+            places = applied(np.arange(stored.size).reshape(stored.shape), moves)
+            made.reshape(-1)[places.reshape(-1)] = given.reshape(-1)
+        return made
 
     @property
     def key(self) -> str:

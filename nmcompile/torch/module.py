@@ -8,7 +8,7 @@ module.graph()                                                        # with the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ import torch
 
 from nmcompile import ir as g
 from nmcompile.errors import GraphError
-from nmcompile.torch.steps import Step, parameters, pruned, reached, steps
+from nmcompile.torch.steps import Step, parameters, pruned, reached, steps, tied
 from nmcompile.torch.types import tensor_of
 
 Tensor = torch.Tensor
@@ -30,16 +30,20 @@ class Module(torch.nn.Module):
 
     Each initializer of floats is one Parameter by its name, however often it is read; linear weights are [K inputs,
     N outputs], as in the graph. keep: tensors to be had beside the outputs. `effective[name]` may stand between a
-    Parameter and what the forward pass reads of it (masks, straight-through estimators). UnsupportedError names an
-    operator that has no gradient.
+    Parameter and what the forward pass reads of it (masks, straight-through estimators). tied: constants that are
+    another one transposed, whose Parameter both read, but for those of `apart`. UnsupportedError names an operator that
+    has no gradient.
     """
 
-    def __init__(self, graph: gs.Graph, keep: Iterable[str] = ()) -> None:
+    def __init__(self, graph: gs.Graph, keep: Iterable[str] = (), apart: Collection[str] = ()) -> None:
         super().__init__()
         self._graph = g.copy(graph)
         self.effective: dict[str, Effective] = {}
-        held = parameters(self._graph)
+        held = dict(parameters(self._graph))
         inner = reached(self._graph, held)
+        self.tied = tied(held, apart)
+        for name in self.tied:
+            del held[name]
         self._keys = {name: f"p{index}" for index, name in enumerate(held)}  # torch allows no dots in names
         for name, constant in held.items():
             self.register_parameter(self._keys[name], torch.nn.Parameter(tensor_of(constant.values)))
@@ -57,14 +61,15 @@ class Module(torch.nn.Module):
         for node in self._graph.nodes:
             for tensor in node.inputs:
                 values = g.constant(tensor)
-                if values is None or tensor.name not in read or tensor.name in {**self._keys, **self._held}:
+                told = tensor.name in {**self._keys, **self._held, **self.tied}
+                if values is None or tensor.name not in read or told:
                     continue
                 if values.dtype.kind in "iu":
                     self._sizes[tensor.name] = tensor_of(values)
                     continue
                 self._held[tensor.name] = f"c{len(self._held)}"
                 self.register_buffer(self._held[tensor.name], tensor_of(values), persistent=False)
-        known = {*made, *self._keys, *self._held, *self._sizes}
+        known = {*made, *self._keys, *self._held, *self._sizes, *self.tied}
         wanted = [name for name in read if name not in known]
         return g.runner(self._graph, wanted) if wanted else lambda feeds: {}
 
@@ -83,7 +88,8 @@ class Module(torch.nn.Module):
     def graph(self) -> gs.Graph:
         """A copy of the graph with the weights as they are now."""
         graph = g.copy(self._graph)
-        now = self.initializers
+        now: dict[str, Tensor] = {**self.initializers}
+        now |= {name: now[other].t() for name, other in self.tied.items()}
         for node in graph.nodes:
             for tensor in node.inputs:
                 if isinstance(tensor, gs.Constant) and tensor.name in now:
@@ -116,6 +122,7 @@ class Module(torch.nn.Module):
         for name, key in self._keys.items():
             weight = getattr(self, key)
             values[name] = self.effective[name](weight) if name in self.effective else weight
+        values |= {name: values[other].t() for name, other in self.tied.items()}
         return values
 
     def part(self, outputs: Sequence[str], given: Iterable[str] = ()) -> tuple[Step, ...]:

@@ -41,7 +41,7 @@ class Pair:
         parts = blocks(graph, layers)
         ends = [block.end for block in parts]
         weights = {layer.name: g.weight_of(layer).name for layer in g.linear_layers(graph) if layer.name in layers}
-        teacher, student = (Module(each, ends).to(device) for each in (dense, graph))
+        teacher, student = Module(dense, ends).to(device), Module(graph, ends, set(weights.values())).to(device)
         teacher.requires_grad_(False)
         student.requires_grad_(False)
         trained = tuple(dict.fromkeys(_trained(graph, student, embeddings)))

@@ -62,18 +62,19 @@ def behind_pairs(pair: Pair, calibration: Calibration, scheme: Scheme) -> Behind
     names = {layer.name: g.weight_of(layer).name for layer in g.linear_layers(graph)}  # before pairs stand around them
     places = placement.place(graph, scheme)
     done = insert(graph, places, scheme, _collected(calibration, graph, placement.needs(places, scheme)))
-    stored = {name: Stored(name) for name in pair.trained}
+    weights = {layer: done.layers[layer].weight if layer in done.layers else name for layer, name in names.items()}
+    student = Module(done.graph, pair.ends, {weights[layer] for layer in pair.weights}).to(pair.device)
+    parted = {other for name, other in pair.student.tied.items() if student.tied.get(name) != other}
+    stored = {name: Stored(name) for name in pair.trained if name not in parted}  # a head would not follow its table
     for layer, name in names.items():
         if name in stored:
-            now = done.layers[layer].weight if layer in done.layers else name
-            stored[name] = Stored(now, factors.get(layer))
-    student = Module(done.graph, pair.ends).to(pair.device)
+            stored[name] = Stored(weights[layer], factors.get(layer))
     student.requires_grad_(False)
     for place in stored.values():
         student.initializers[place.name].requires_grad_(True)
-    weights = {layer: stored[name].name for layer, name in pair.weights.items()}
+    masked = {layer: stored[name].name for layer, name in pair.weights.items()}
     trained = tuple(place.name for place in stored.values())
-    return Behind(pair, replace(pair, student=student, weights=weights, trained=trained, half=False), stored)
+    return Behind(pair, replace(pair, student=student, weights=masked, trained=trained, half=False), stored)
 
 
 def _collected(calibration: Calibration, graph: gs.Graph, wanted: Mapping[str, tuple[str, ...]]) -> Statistics | None:
