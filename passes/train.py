@@ -37,6 +37,7 @@ class Fields(TypedDict, total=False):
     target: str
     relations: float
     temperature: float
+    weighing: str
     labels: str
     label_weight: float
     device: str
@@ -58,7 +59,8 @@ class Train(PruningPass):
     (lower sparsities to prune to and to train at first, a seventh of the budget each), local (the share of the
     budget that trains block by block first), embeddings (whether their tables are trained beside weights, biases
     and normalisations), qat (the share that trains with eight bits last, those of `target`), relations,
-    temperature, labels and their weight, device, seed: see nmcompile.training.recipe.Recipe. It ends with the best
+    temperature, weighing (of feature maps: uniform, sensitivity), labels and their weight, device, seed: see
+    nmcompile.training.recipe.Recipe. It ends with the best
     state on held-out samples, which may be the pruned one.
     """
 
@@ -80,6 +82,7 @@ class Train(PruningPass):
     target: str = "cpu"
     relations: float = 0.6
     temperature: float = 2.0
+    weighing: str = "uniform"
     labels: str = ""
     label_weight: float = 0.5
     device: str = "cpu"
@@ -102,7 +105,8 @@ class Train(PruningPass):
         recipe: Recipe = training.Recipe(
             training.seconds(self.budget), self.masks, _options(self.masks_options), self.lr, self.tokens, self.steps,
             self.local, self.embeddings, self.qat, self.target, fields(self.labels),
-            training.Distillation(relations=self.relations, temperature=self.temperature, labels=self.label_weight),
+            training.Distillation(relations=self.relations, temperature=self.temperature, labels=self.label_weight,
+                                  weighing=self.weighing),
             self.device, seed=self.seed,
         )  # fmt: skip
         return recipe

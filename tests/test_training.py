@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from click.testing import CliRunner
+from onnx_text import parse
 
 import nmcompile
 from nmcompile import ir as g
@@ -25,12 +26,16 @@ from nmcompile.cli.train import SHIPPED
 from nmcompile.errors import CalibrationError, NmcompileError, PassError, UnsupportedError
 from nmcompile.input_roles import inputs
 from nmcompile.passes import Train
+from nmcompile.pipeline import Pipeline
 from nmcompile.profile.curve import draw
+from nmcompile.recipes import canonical_passes
 from nmcompile.training import Distillation, recipe, seconds
 from nmcompile.training.batches import FITTED, Batches, for_fitting, length, parted
 from nmcompile.training.blocks import blocks
 from nmcompile.training.distil import Trainer
 from nmcompile.training.losses import Bank, Output, of_output
+from nmcompile.training.pair import Pair
+from nmcompile.training.weighing import sensitivities
 
 MODELS = Path(__file__).parent.parent / "models"
 BERT = MODELS / "bert-dynamo.onnx"
@@ -259,6 +264,29 @@ def test_what_is_asked_of_the_loss_is_what_it_weighs() -> None:
     student, teacher = torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.tensor([[1.0, 1.0], [0.0, 1.0]])
     found = of_output(Output("y", "embedding"), student, teacher, None, asked)
     assert float(found) == pytest.approx(5.0 * (1 - 0.5**0.5) / 2)  # two samples have no relations
+
+
+def test_feature_maps_are_weighed_by_what_the_outputs_feel() -> None:
+    text = """(float[N,T,3] x) => (float[N,T,3] y) <float[3,3] a, float[3,3] b, float[3,3] c> {
+        h = MatMul(x, a)  r = Add(h, x)  i = MatMul(r, b)  y = MatMul(i, c) }"""
+    graph, _ = Pipeline(canonical_passes()).run(parse(text))
+    layers = g.linear_layers(graph)
+    for layer, diagonal in zip(layers, np.array([[1, 1, 1], [2, 0.5, 0.5], [0.5, 2, 2]], np.float32), strict=True):
+        g.set_weight(graph, layer, np.diag(diagonal))
+    samples = [{"x": np.random.default_rng(i).normal(size=(5, 3)).astype(np.float32)} for i in range(400)]
+    held = open_data(samples, inputs(graph), limit=400)
+    pair = Pair.of(graph, graph, [layer.name for layer in layers], held)
+    assert pair.ends == ["r", "i"]
+    found = sensitivities(pair, Batches(held, 256, 0).epoch(0), [Output("y", "tokens")])
+    # |J^T r|^2 |h|^2 per n: r = 2x: 1 * 4; i = (4, 1, 1) x: (0.25 + 4 + 4) / 3 * 18 / 3
+    np.testing.assert_allclose(found, np.array([4, 16.5]) / 20.5 * 2, rtol=0.1)
+
+
+def test_training_by_sensitivity_is_better_than_pruning() -> None:
+    found = nmcompile.train(BERT, data=data(), weighing="sensitivity", **QUICK)
+    assert found.loss_trained < found.loss_pruned
+    with pytest.raises(PassError, match="feature maps are weighed 'often'; known are uniform, sensitivity"):
+        nmcompile.train(BERT, data=data(), weighing="often", **QUICK)
 
 
 @pytest.mark.parametrize("embeddings", [True, False])

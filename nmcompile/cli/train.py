@@ -83,6 +83,8 @@ def shipped(path: Path | None) -> Path | None:
 @click.option("--temperature", type=float, default=2.0, show_default=True, help="Of logits that are distilled.")
 @click.option("--relations", type=float, default=0.6, show_default=True,
               help="Weight of the similarities of embeddings to those of the latest batches.")  # fmt: skip
+@click.option("--weighing", type=click.Choice(["uniform", "sensitivity"]), default="uniform", show_default=True,
+              help="Of feature maps: all alike, or by what the outputs feel of an error there.")  # fmt: skip
 @click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the order of samples.")
 @click.option("--resume", type=click.Path(path_type=Path), metavar="DIR",

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from itertools import islice
 from typing import Any
 
@@ -19,12 +19,14 @@ from nmcompile.training.losses import Bank, Distillation, Output, of_features, o
 from nmcompile.training.pair import Pair
 from nmcompile.training.policies import Policy
 from nmcompile.training.ranks import ALONE, Ranks
+from nmcompile.training.weighing import sensitivities
 
 Tensor = torch.Tensor
 Tell = Callable[[int, int, float], None]  # step, steps, loss on held-out samples
 TRIALS = 4  # steps that are timed before a number of them is planned
 EARLY = (64, 32, 16)  # parts of the steps after which is looked, beside those
 RUINED = 1.25  # times the best loss: what the first steps break at a high rate is not mended in the rest
+FELT = 8  # batches that weights of feature maps are found by
 LOOKS, SEEING = 12, 0.15  # at the held-out samples: how often at most, and for which share of the time
 
 
@@ -84,7 +86,7 @@ class Trainer:
             with torch.no_grad():
                 wanted = pair.teacher(inputs)
             given = pair.student(inputs)
-        total = how.features * of_features(given, wanted, pair.ends, mask) if pair.ends else 0.0
+        total = how.features * of_features(given, wanted, pair.ends, mask, self._felt) if pair.ends else 0.0
         for output in self.outputs:
             total = total + how.outputs * of_output(output, given[output.name], wanted[output.name], mask, how, bank)
         if self.how.labels:
@@ -92,6 +94,15 @@ class Trainer:
                 total = total + how.labels * of_labels(given[name], feeds[label]) / len(self.how.labels)
         assert isinstance(total, Tensor)
         return total
+
+    @cached_property
+    def _felt(self) -> Tensor | None:
+        """The weights of feature maps; None where all are alike. Of the dense model alone, so the same in a run that
+        goes on and in other processes."""
+        if self.how.loss.weighing == "uniform":
+            return None
+        first = (without(feeds, self.how.labels) for feeds in islice(self.batches.since(0), FELT))
+        return sensitivities(self.pair, first, self.outputs)
 
     def measure(self) -> float:
         """The loss on held-out samples, in full precision of sums."""

@@ -21,6 +21,7 @@ from nmcompile.errors import PassError
 
 Tensor = torch.Tensor
 Kind = Literal["embedding", "embeddings", "logits", "tokens", "spans"]
+WEIGHINGS = ("uniform", "sensitivity")
 NEIGHBOURS = 0.05  # temperature of similarities
 BANK = 2048  # the teacher's vectors that similarities are taken to
 MANY, LIKELIEST = 8192, 512  # classes from which on, and how many of them, are told apart
@@ -38,7 +39,8 @@ class Output:
 @dataclass(frozen=True, kw_only=True)
 class Distillation:
     """Weights of the parts. cosine, relations: of an embedding's own direction, and of the similarities within a batch.
-    temperature: of logits. labels: of those that samples have, where they have any."""
+    temperature: of logits. labels: of those that samples have, where they have any. weighing: of the feature maps,
+    one of WEIGHINGS: all alike, or by what the outputs feel of an error there (nmcompile.training.weighing)."""
 
     features: float = 1.0
     outputs: float = 1.0
@@ -46,6 +48,7 @@ class Distillation:
     relations: float = 0.6
     temperature: float = 2.0
     labels: float = 0.5
+    weighing: str = "uniform"
 
     def __post_init__(self) -> None:
         """PassError for what cannot be."""
@@ -54,6 +57,8 @@ class Distillation:
             raise PassError("the loss has no part: features or outputs must be above 0, and no weight below")
         if self.temperature <= 0:
             raise PassError(f"temperature={self.temperature:g} is not above 0; 2 is usual")
+        if self.weighing not in WEIGHINGS:
+            raise PassError(f"feature maps are weighed '{self.weighing}'; known are {', '.join(WEIGHINGS)}")
 
 
 class Bank:
@@ -113,10 +118,12 @@ def of_output(
 
 
 def of_features(
-    student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], names: Sequence[str], mask: Tensor | None
-) -> Tensor:
-    """The mean error of feature maps."""
-    return torch.stack([normalised(student[name], teacher[name], mask) for name in names]).mean()
+    student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], names: Sequence[str], mask: Tensor | None,
+    weights: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """The mean error of feature maps, each times its weight."""
+    errors = torch.stack([normalised(student[name], teacher[name], mask) for name in names])
+    return errors.mean() if weights is None else (errors * weights).mean()
 
 
 def _divergence(student: Tensor, teacher: Tensor, temperature: float, mask: Tensor | None) -> Tensor:

@@ -110,6 +110,7 @@ def training_ablation(pattern: str, sparsity: float, budget: str) -> list[Recipe
         "--tokens 512": {"tokens": 512}, "--lr 3e-4": {"lr": 3e-4}, "--lr 2e-3": {"lr": 2e-3},
         f"--rungs {sparsity - 0.15:g}": {"rungs": (f"{sparsity - 0.15:g}",)}, "--local 0.25": {"local": 0.25},
         "--qat 0.15": {"qat": 0.15}, "--relations 1": {"relations": 1.0},
+        "--weighing sensitivity": {"weighing": "sensitivity"},
         **{f"--masks {name}": {"masks": name} for name in ("gradual", "admm", "lasso", "srste")},
     }  # fmt: skip
     asked: dict[str, Any] = {"pattern": pattern, "sparsity": sparsity}
