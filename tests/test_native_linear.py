@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -187,6 +189,23 @@ def test_extremes_do_not_saturate(isa: str, value: int) -> None:
     )  # fmt: skip
     got = net.run([np.full((1, 3, k), 300, np.float32)], y)
     np.testing.assert_array_equal(got, np.full((1, 3, 5), 255 * value * k, np.float32))
+
+
+PAIRS = [(128, 0), (64, 64), (127, 1), (127, 2), (65, 64), (127, 127), (-128, 0), (-127, -1), (-128, -1), (-128, -128),
+         (127, -128), (-65, -64), (100, -100)]  # of adjacent weights: what 16 bits hold with inputs of 255, and more
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("weight", [dense_weight, *(partial(block_weight, rows=rows) for rows in (1, 2, 4, 8, 16)),
+                                    *(partial(gather_weight, rows=rows) for rows in (1, 2, 4))])  # fmt: skip
+def test_pairs_of_weights_at_the_edge_of_16_bits(isa: str, weight: Callable[[np.ndarray], dict[str, Any]]) -> None:
+    rows = np.minimum(np.array([[*a, *b] for a in PAIRS for b in PAIRS]), 127).astype(np.int8)  # [169, 4]
+    w = np.concatenate([rows, np.roll(rows, 5, 0), np.zeros_like(rows), rows[::-1]], axis=1)
+    x = np.repeat([[-300.0, 300.0, 0.0, 300.0]], 4 * 20, 0).reshape(1, 20, 16).astype(np.float32)  # 0, 255, 117, 255
+    x[0, 10:] = 300
+    got, want = linear(x, w, weight(w), on=(isa, 1))
+    assert_close(got, want, "f32")
+    np.testing.assert_array_equal(got, linear(x, w, dense_weight(w), on=("scalar", 1))[0])
 
 
 @pytest.mark.parametrize("layout", ["f32", "u8"])

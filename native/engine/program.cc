@@ -32,7 +32,12 @@ Program::Program(const std::string& isa, size_t threads, size_t most_copied, con
 
 void Program::copies(const char* what, size_t bytes) {
   copied_ += bytes;
-  check(!most_copied_ || copied_ <= most_copied_, what,
+  copies_here(what, 0);
+}
+
+void Program::copies_here(const char* what, size_t bytes) {
+  copied_here_ += bytes;
+  check(!most_copied_ || copied_ + copied_here_ <= most_copied_, what,
         "would copy, with the steps before, more than " + std::to_string(most_copied_) + " bytes of weights");
 }
 

@@ -180,6 +180,7 @@ class Program {
   void check_inputs(const std::vector<Array>& inputs, Run& run) const;
   void find_tokens(const Masks& masks, Run& run) const;
   void copies(const char* what, size_t bytes);  // a step is about to copy that many
+  void copies_here(const char* what, size_t bytes);  // beside those, for the kernels of this CPU: plans do not state it
   std::shared_ptr<const PackedWeight> pack(Weight weight, size_t outputs, size_t groups);
   std::shared_ptr<const std::vector<float>> pack_float(const Array& weight, size_t outputs, size_t inputs);
   void check_limit(const Run& run, size_t arena) const;
@@ -200,7 +201,7 @@ class Program {
   std::vector<Slot> slots_;
   std::vector<int> outputs_;  // buffer of each output slot, -1: none
   size_t scratch_ = 0;           // bytes per thread
-  size_t most_copied_, copied_ = 0, limit_ = 0, per_token_ = 0;  // bytes
+  size_t most_copied_, copied_ = 0, copied_here_ = 0, limit_ = 0, per_token_ = 0;  // bytes
   std::vector<size_t> lookups_ = std::vector<size_t>(kDefaultStreams);  // tables of all embed steps, by stream
   // Steps with the same weight share what is made of it. Keys: format, rows, where the arrays lie, blocks, outputs, groups.
   std::map<std::tuple<std::string, size_t, const void*, const void*, const void*, size_t, size_t, size_t>,

@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "activation_table.h"
+#include "pairs.h"
 #include "program.h"
 
 namespace nm {
@@ -32,8 +33,10 @@ struct PackedWeight {
   std::vector<uint16_t> columns;  // copies: what has been checked must not change behind our back
   std::vector<uint32_t> starts;
   std::vector<int32_t> sums;      // of each row, padded to strips
+  std::vector<int8_t> values;     // for paired kernels; empty: those of the weight
+  DensePairs pairs;
   std::vector<size_t> shares;     // [strips + 1] maps equal shares of the strips to equal shares of their work
-  double work = 0;                // multiply-adds per token
+  double work = 0;                // multiply-adds per token, without those that pairs.h adds
 };
 
 namespace {
@@ -50,7 +53,7 @@ void share_out(Packed& p, const std::vector<size_t>& cost, size_t epilogue) {
   }
 }
 
-void pack_dense(Packed& p, size_t epilogue) {
+void pack_dense(Packed& p, bool paired, size_t epilogue) {
   const size_t tiles = (p.outputs + 3) / 4;
   const int8_t* w = p.weight.values.as<int8_t>();
   for (size_t t = 0; t < tiles; ++t) {
@@ -59,12 +62,16 @@ void pack_dense(Packed& p, size_t epilogue) {
       for (size_t i = 0; i < 16; ++i) sums[i] += w[i];
     for (size_t i = 0; i < 16; ++i) p.sums[t * 4 + i / 4] += sums[i];
   }
+  if (paired) {
+    p.pairs = dense_pairs(p.weight.values.as<int8_t>(), tiles, p.groups);
+    p.values.swap(p.pairs.values);
+  }
   p.work = static_cast<double>(p.outputs) * p.groups * 4;
   share_out(p, std::vector<size_t>((p.outputs + 15) / 16, 1), epilogue);
 }
 
 // Blocks of rows x 4 inputs: four adjacent ones named by their group, or, gathered, each by itself.
-void pack_blocks(Packed& p, bool gather, size_t epilogue) {
+void pack_blocks(Packed& p, bool gather, bool paired, size_t epilogue) {
   const size_t rows = p.weight.rows, each = gather ? 4 : 1, limit = gather ? p.groups * 4 : p.groups;
   const size_t block_rows = (p.outputs + rows - 1) / rows, blocks = p.weight.columns.shape[0];
   p.columns.assign(p.weight.columns.as<uint16_t>(), p.weight.columns.as<uint16_t>() + blocks * each);
@@ -74,9 +81,7 @@ void pack_blocks(Packed& p, bool gather, size_t epilogue) {
   for (size_t i = 0; i < block_rows; ++i)
     if (p.starts[i] > p.starts[i + 1])
       fail("linear: weight starts must not fall, but do at row " + std::to_string(i));
-  std::vector<size_t> cost((p.outputs + 15) / 16, 0);
   for (size_t i = 0; i < block_rows; ++i) {
-    cost[i * rows / 16] += (p.starts[i + 1] - p.starts[i]) * rows;
     if (p.starts[i + 1] - p.starts[i] > p.groups)
       fail("linear: weight starts give row " + std::to_string(i) + " more blocks than there are groups of inputs");
     for (size_t c = p.starts[i] * each; c < p.starts[i + 1] * each; ++c)
@@ -89,6 +94,9 @@ void pack_blocks(Packed& p, bool gather, size_t epilogue) {
       for (size_t r = 0; r < rows; ++r, w += 4) sums[r] += w[0] + w[1] + w[2] + w[3];
     for (size_t r = 0; r < rows; ++r) p.sums[i * rows + r] = sums[r];
   }
+  if (paired) block_pairs(p.weight.values.as<int8_t>(), rows * 4, each, p.values, p.columns, p.starts);
+  std::vector<size_t> cost((p.outputs + 15) / 16, 0);
+  for (size_t i = 0; i < block_rows; ++i) cost[i * rows / 16] += (p.starts[i + 1] - p.starts[i]) * rows;
   p.work = static_cast<double>(blocks) * rows * 4;
   share_out(p, cost, epilogue);
 }
@@ -123,14 +131,14 @@ void check_weight(Weight& weight, size_t outputs, size_t groups) {
   check_array("linear: weight starts", weight.starts, {DType::kU32}, {(outputs + rows - 1) / rows + 1});
 }
 
-Packed pack_weight(Weight weight, size_t outputs, size_t groups, const ScheduleCosts& costs) {
+Packed pack_weight(Weight weight, size_t outputs, size_t groups, bool paired, const ScheduleCosts& costs) {
   Packed p;
   p.weight = std::move(weight), p.outputs = outputs, p.groups = groups;
   p.sums.assign(round_up(outputs, 16), 0);
   const Form form = form_of(p.weight);
   const auto epilogue = static_cast<size_t>(costs.strip_epilogue);
-  if (form == Form::kDense) pack_dense(p, epilogue);
-  else pack_blocks(p, form == Form::kGather, epilogue);
+  if (form == Form::kDense) pack_dense(p, paired, epilogue);
+  else pack_blocks(p, form == Form::kGather, paired, epilogue);
   return p;
 }
 
@@ -138,7 +146,12 @@ Packed pack_weight(Weight weight, size_t outputs, size_t groups, const ScheduleC
 LinearArgs arguments(const Packed& p, const std::vector<int32_t>& init) {
   LinearArgs a{};
   a.form = form_of(p.weight), a.groups = p.groups, a.outputs = p.outputs, a.rows = p.weight.rows;
-  a.values = p.weight.values.as<int8_t>(), a.columns = p.columns.data(), a.starts = p.starts.data();
+  a.values = p.values.empty() ? p.weight.values.as<int8_t>() : p.values.data();
+  a.columns = p.columns.data(), a.starts = p.starts.data();
+  if (!p.pairs.starts.empty()) {
+    a.rest_values = p.pairs.rest.data(), a.rest_columns = p.pairs.columns.data();
+    a.rest_starts = p.pairs.starts.data();
+  }
   a.init = init.data();
   return a;
 }
@@ -173,7 +186,9 @@ std::shared_ptr<const PackedWeight> Program::pack(Weight weight, size_t outputs,
                           blocks, outputs, groups}];
   if (!packed) {
     copies("linear: weight", weight.columns.size() * 2 + weight.starts.size() * 4 + round_up(outputs, 16) * 5);
-    packed = std::make_shared<const PackedWeight>(pack_weight(std::move(weight), outputs, groups, costs_));
+    const bool paired = kernels_.linear->paired;
+    if (paired) copies_here("linear: weight", 2 * weight.values.size() + weight.columns.size() * 2);
+    packed = std::make_shared<const PackedWeight>(pack_weight(std::move(weight), outputs, groups, paired, costs_));
   }
   return packed;
 }
@@ -256,10 +271,10 @@ double time_products(const std::string& isa, Weight weight, size_t inputs, size_
   check(outputs > 0 && outputs <= kMostInputs, "outputs", "must lie in 1..65536");
   check(tokens > 0 && tokens <= 65536, "tokens", "must lie in 1..65536");
   check_weight(weight, outputs, (inputs + 3) / 4);
-  const Packed p = pack_weight(std::move(weight), outputs, (inputs + 3) / 4, ScheduleCosts());
+  const Kernels& kernels = choose_kernels(isa);
+  const Packed p = pack_weight(std::move(weight), outputs, (inputs + 3) / 4, kernels.linear->paired, ScheduleCosts());
   const std::vector<int32_t> init(p.sums.size(), 0);
   LinearArgs a = arguments(p, init);
-  const Kernels& kernels = choose_kernels(isa);
   std::vector<uint8_t> x(p.groups * 4 * lanes(tokens) + 64, 1);
   std::vector<uint8_t> scratch(linear_scratch(a.form, a.rows, a.groups) + 64);
   const auto aligned = [](uint8_t* at) { return at + (64 - reinterpret_cast<uintptr_t>(at) % 64) % 64; };

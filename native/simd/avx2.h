@@ -47,14 +47,20 @@ NM_INLINE Vi dword(const void* p) {
   return _mm256_set1_epi32(d);
 }
 #ifdef __AVXVNNI__
+constexpr bool kPaired = false;
 NM_INLINE Vi dot(Vi acc, Vi x, Vi w) { return _mm256_dpbusd_avx_epi32(acc, x, w); }
+NM_INLINE Vi dot_weights(Vi acc, Vi x, Vi w) { return dot(acc, x, w); }
 #else
+constexpr bool kPaired = true;
 // Even and odd bytes as 16-bit pairs: exact, where maddubs would saturate at 255 * 127 * 2.
 NM_INLINE Vi dot(Vi acc, Vi x, Vi w) {
   const Vi x_even = _mm256_and_si256(x, _mm256_set1_epi16(0xff)), x_odd = _mm256_srli_epi16(x, 8);
   const Vi w_even = _mm256_srai_epi16(_mm256_slli_epi16(w, 8), 8), w_odd = _mm256_srai_epi16(w, 8);
   acc = _mm256_add_epi32(acc, _mm256_madd_epi16(x_even, w_even));
   return _mm256_add_epi32(acc, _mm256_madd_epi16(x_odd, w_odd));
+}
+NM_INLINE Vi dot_weights(Vi acc, Vi x, Vi w) {
+  return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(x, w), _mm256_set1_epi16(1)));
 }
 #endif
 // The low byte of each lane.

@@ -77,6 +77,9 @@ NM_INLINE Vi dot(Vi acc, Vi x, Vi w) {
   }
   return acc;
 }
+// The same for weights, which kernels of kPaired have got as engine/pairs.h leaves them.
+constexpr bool kPaired = false;
+NM_INLINE Vi dot_weights(Vi acc, Vi x, Vi w) { return dot(acc, x, w); }
 NM_INLINE void store_bytes(void* p, Vi a) {
   for (int l = 0; l < kLanes; ++l) static_cast<uint8_t*>(p)[l] = static_cast<uint8_t>(a.v[l]);
 }

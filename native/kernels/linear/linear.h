@@ -35,6 +35,10 @@ struct LinearArgs {
   const int8_t* values;
   const uint16_t* columns;
   const uint32_t* starts;
+  // kDense, of paired kernels: what values lack as blocks of 2 rows x 4 inputs, laid out as in kBlocks; or null
+  const int8_t* rest_values;
+  const uint16_t* rest_columns;
+  const uint32_t* rest_starts;
   const int32_t* init;     // [16-padded N]  -zero_point * sum of the row's weights
   const float* scale;      // [16-padded N]
   const float* bias;       // [16-padded N]
@@ -51,6 +55,7 @@ struct LinearArgs {
 
 struct LinearKernels {
   void (*run)(const LinearArgs&);
+  bool paired;  // takes weights as engine/pairs.h leaves them
 };
 
 // Bytes of scratch: the panel with an input per row for kGather, or in halves of 32 tokens for single rows.

@@ -23,7 +23,7 @@ class Nmcompile:
 
 
 def prepare(job: Json) -> None:
-    pruning = {"sparsity": job["share"], "pattern": job["pattern"]} if job["share"] else {}
+    pruning = {"sparsity": job["share"], "pattern": job["pattern"], "solver": "magnitude"} if job["share"] else {}
     nmcompile.compile(job["source"], f"{job['target']}/model", preset="fast", measure=False, require="native",
                       calibration=job["calibration"], **pruning)  # fmt: skip
 
