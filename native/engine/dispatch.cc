@@ -4,6 +4,10 @@
 #include <stdexcept>
 #if defined(__x86_64__)
 #include <cpuid.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
 #endif
 
 #define NM_DECLARE(Isa)                            \
@@ -20,6 +24,9 @@ NM_DECLARE(Scalar)
 NM_DECLARE(Avx2)
 NM_DECLARE(Avxvnni)
 NM_DECLARE(Avx512vnni)
+#elif defined(__aarch64__)
+NM_DECLARE(Dotprod)
+NM_DECLARE(I8mm)
 #endif
 
 namespace nm {
@@ -43,6 +50,21 @@ bool has_avx512vnni() {
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
          __builtin_cpu_supports("avx512vnni");
 }
+#elif defined(__aarch64__) && defined(__linux__)
+bool has_dotprod() { return getauxval(AT_HWCAP) >> 20 & 1; }              // HWCAP_ASIMDDP
+bool has_i8mm() { return has_dotprod() && (getauxval(AT_HWCAP2) >> 13 & 1); }  // HWCAP2_I8MM
+#elif defined(__aarch64__)
+bool has(const char* name) {
+#if defined(__APPLE__)
+  int found = 0;
+  size_t size = sizeof found;
+  return sysctlbyname(name, &found, &size, nullptr, 0) == 0 && found;
+#else
+  return false;  // no way to ask that we know
+#endif
+}
+bool has_dotprod() { return has("hw.optional.arm.FEAT_DotProd"); }
+bool has_i8mm() { return has_dotprod() && has("hw.optional.arm.FEAT_I8MM"); }
 #endif
 
 const Kernels kTable[] = {
@@ -50,6 +72,9 @@ const Kernels kTable[] = {
     NM_ROW("avx512vnni", has_avx512vnni, Avx512vnni),
     NM_ROW("avxvnni", has_avxvnni, Avxvnni),
     NM_ROW("avx2", has_avx2, Avx2),
+#elif defined(__aarch64__)
+    NM_ROW("i8mm", has_i8mm, I8mm),
+    NM_ROW("dotprod", has_dotprod, Dotprod),
 #endif
     NM_ROW("scalar", always, Scalar),
 };
@@ -69,6 +94,9 @@ std::vector<std::string> cpu_features() {
   NM_FEATURE("avx512vl")
   NM_FEATURE("avx512dq")
   NM_FEATURE("avx512vnni")
+#elif defined(__aarch64__)
+  if (has_dotprod()) found.emplace_back("dotprod");
+  if (has_i8mm()) found.emplace_back("i8mm");
 #endif
   return found;
 }

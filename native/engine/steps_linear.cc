@@ -230,7 +230,7 @@ void Program::linear(int x, int y, Weight weight, const Array& w_scale, const Ar
   copies("linear:", round_up(to.rows, 16) * (sizeof(int32_t) + 2 * sizeof(float)) + sizeof(ActivationTable));
   const auto v = std::make_shared<Vectors>();
   v->init.resize(p->sums.size());
-  for (size_t n = 0; n < v->init.size(); ++n) v->init[n] = -in.zero * p->sums[n];
+  for (size_t n = 0; n < v->init.size(); ++n) v->init[n] = (kernels_.linear->offset - in.zero) * p->sums[n];
   v->scale = padded(&w_scale, to.rows, in.scale);
   v->bias = padded(bias, to.rows);
   LinearArgs common = arguments(*p, v->init);

@@ -46,6 +46,7 @@ NM_INLINE Vi dword(const void* p) {
   __builtin_memcpy(&d, p, 4);
   return _mm256_set1_epi32(d);
 }
+constexpr int kOffset = 0;
 #ifdef __AVXVNNI__
 constexpr bool kPaired = false;
 NM_INLINE Vi dot(Vi acc, Vi x, Vi w) { return _mm256_dpbusd_avx_epi32(acc, x, w); }

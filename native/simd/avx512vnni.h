@@ -51,6 +51,7 @@ NM_INLINE Vi dword(const void* p) {
 NM_INLINE Vi dot(Vi acc, Vi x, Vi w) { return _mm512_dpbusd_epi32(acc, x, w); }
 NM_INLINE Vi dot_weights(Vi acc, Vi x, Vi w) { return dot(acc, x, w); }
 constexpr bool kPaired = false;
+constexpr int kOffset = 0;
 NM_INLINE void store_bytes(void* p, Vi a) { _mm_storeu_si128(static_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a)); }
 NM_INLINE Vi imin(Vi a, Vi b) { return _mm512_min_epi32(a, b); }
 NM_INLINE Vi ishr_each(Vi a, Vi n) { return _mm512_srlv_epi32(a, n); }

@@ -77,8 +77,10 @@ NM_INLINE Vi dot(Vi acc, Vi x, Vi w) {
   }
   return acc;
 }
-// The same for weights, which kernels of kPaired have got as engine/pairs.h leaves them.
+// The same for weights, which kernels of kPaired have got as engine/pairs.h leaves them; and of x - kOffset, where that
+// is not 0: sums start with kOffset times the weights' sum.
 constexpr bool kPaired = false;
+constexpr int kOffset = 0;
 NM_INLINE Vi dot_weights(Vi acc, Vi x, Vi w) { return dot(acc, x, w); }
 NM_INLINE void store_bytes(void* p, Vi a) {
   for (int l = 0; l < kLanes; ++l) static_cast<uint8_t*>(p)[l] = static_cast<uint8_t>(a.v[l]);

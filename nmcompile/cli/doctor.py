@@ -13,6 +13,11 @@ import nmcompile
 from nmcompile.cli import terminal
 from nmcompile.errors import NmcompileError
 
+UNTRIED = {  # kernels that have run on no machine of their kind
+    "avxvnni": "never: no machine or emulator with AVX-VNNI was at hand; NMCOMPILE_ISA=avx2 takes tried ones",
+    "dotprod": "under QEMU, on no Arm machine yet",
+    "i8mm": "under QEMU, on no Arm machine yet",
+}
 PACKAGES = ("numpy", "onnx", "onnxruntime", "onnx-graphsurgeon", "ml_dtypes", "tokenizers")
 
 HELP = """Show what nmcompile finds on this machine: versions, what the CPU can do, which kernels are chosen, and
@@ -75,7 +80,10 @@ def _engine(facts: dict[str, object]) -> str | None:
     facts["kernels available"] = _native.available_isas()
     facts["threads"] = _native.default_threads()
     try:
-        facts["kernels chosen"] = _native.Program().isa
+        isa = _native.Program().isa
+        facts["kernels chosen"] = isa
+        if isa in UNTRIED:
+            facts["kernels tried"] = UNTRIED[isa]
     except ValueError as error:
         facts["kernels chosen"] = "none"
         return f"NMCOMPILE_ISA={os.environ.get('NMCOMPILE_ISA', '')} does not work here: {error}"

@@ -39,7 +39,7 @@ struct LinearArgs {
   const int8_t* rest_values;
   const uint16_t* rest_columns;
   const uint32_t* rest_starts;
-  const int32_t* init;     // [16-padded N]  -zero_point * sum of the row's weights
+  const int32_t* init;     // [16-padded N]  (LinearKernels::offset - zero_point) * sum of the row's weights
   const float* scale;      // [16-padded N]
   const float* bias;       // [16-padded N]
   Epilogue epilogue;
@@ -56,6 +56,7 @@ struct LinearArgs {
 struct LinearKernels {
   void (*run)(const LinearArgs&);
   bool paired;  // takes weights as engine/pairs.h leaves them
+  int offset;   // is taken from each input: init holds as much of the weights' sum more
 };
 
 // Bytes of scratch: the panel with an input per row for kGather, or in halves of 32 tokens for single rows.

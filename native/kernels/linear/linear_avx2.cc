@@ -6,4 +6,4 @@
 #include "linear.inc"
 
 extern const nm::LinearKernels kLinearAvx2;
-const nm::LinearKernels kLinearAvx2{run, kPaired};
+const nm::LinearKernels kLinearAvx2{run, kPaired, kOffset};

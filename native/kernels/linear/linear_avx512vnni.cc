@@ -6,4 +6,4 @@
 #include "linear.inc"
 
 extern const nm::LinearKernels kLinearAvx512vnni;
-const nm::LinearKernels kLinearAvx512vnni{run, kPaired};
+const nm::LinearKernels kLinearAvx512vnni{run, kPaired, kOffset};

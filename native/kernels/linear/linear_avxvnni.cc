@@ -6,4 +6,4 @@
 #include "linear.inc"
 
 extern const nm::LinearKernels kLinearAvxvnni;
-const nm::LinearKernels kLinearAvxvnni{run, kPaired};
+const nm::LinearKernels kLinearAvxvnni{run, kPaired, kOffset};

@@ -6,4 +6,4 @@
 #include "linear.inc"
 
 extern const nm::LinearKernels kLinearScalar;
-const nm::LinearKernels kLinearScalar{run, kPaired};
+const nm::LinearKernels kLinearScalar{run, kPaired, kOffset};

@@ -21,9 +21,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LayerFacts:
-    """What a plan and a report say of a linear layer. density: of its weight; computed: of the dense products."""
+    """What a plan and a report say of a linear layer. weight: what of the source file that is; density: of it;
+    computed: of the dense products."""
 
     name: str
+    weight: str
     outputs: int
     inputs: int
     density: float
@@ -38,7 +40,8 @@ class LayerFacts:
     def stated(self) -> Json:
         """In the plan, whose bytes follow from the choices alone."""
         return {
-            "name": self.name, "outputs": self.outputs, "inputs": self.inputs, "density": self.density,
+            "name": self.name, "weight": self.weight, "outputs": self.outputs, "inputs": self.inputs,
+            "density": self.density,
             "precision": self.precision, "kernel": self.kernel, "computed": self.computed, "pattern": self.pattern,
             **({"reordered": True} if self.reordered else {}),
         }  # fmt: skip
@@ -92,7 +95,7 @@ def _facts(chain: Chain, packed: Packed | None, choice: Choice | None) -> LayerF
     found = sp.detect(root.weight)
     outputs, inputs = root.weight.shape
     facts = LayerFacts(
-        root.name, outputs, inputs, round(float(sp.density(root.weight)), 4),
+        root.name, root.key, outputs, inputs, round(float(sp.density(root.weight)), 4),
         *(("float32", "dense", 1.0) if packed is None else ("int8", str(packed.kind), round(packed.share, 4))),
         pattern="dense" if found is None else str(found.pattern),
     )  # fmt: skip

@@ -65,6 +65,7 @@ class Matcher:
         self.ops: list[Op] = []
         self.reasons: dict[str, str] = {}
         self.covered: set[int] = set()
+        self.keys = g.layer_keys(graph)
         self.attentions = {found.name: found for found in canonical.attentions(graph, self.derived)}
         attention = {id(n) for found in self.attentions.values() for n in found.nodes}
         last = [node for node in graph.nodes if node.op == "Softmax"]  # they ask how their operands are made
@@ -135,12 +136,13 @@ class Matcher:
                 bias, y = row.astype(np.float32), users[0].outputs[0]
                 nodes.append(users[0])
         common: Common = {"y": y.name, "rows": n, "space": space, "nodes": tuple(nodes), "name": node.name}
+        key = self.keys.get(node.name, "")
         if scale is not None and read.form.layout == "u8":
-            return Linear(reads=(read,), weight=matrix, scale=scale, bias=bias, **common)
+            return Linear(reads=(read,), weight=matrix, scale=scale, bias=bias, key=key, **common)
         if scale is not None:
             matrix = matrix.astype(np.float32) * scale[:, None]
         read = Read(node.inputs[0].name if read.form == FLOAT else read.tensor)
-        return LinearFloat(reads=(read,), weight=matrix, bias=bias, **common)
+        return LinearFloat(reads=(read,), weight=matrix, bias=bias, key=key, **common)
 
     def _weight(self, tensor: gs.Tensor) -> tuple[np.ndarray, np.ndarray | None] | None:
         """[N, K] int8 with its scale per output, or float32 with None."""

@@ -74,12 +74,13 @@ class Op(ABC):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class AnyLinear(Op):
-    """x w^T + bias with w [N, K]; bias float32 [N]."""
+    """x w^T + bias with w [N, K]; bias float32 [N]. key: what of the source file the weight is (ir.layer_keys)."""
 
     pays: ClassVar[bool] = True
 
     weight: np.ndarray
     bias: np.ndarray | None
+    key: str = ""
 
     @property
     def rows_in(self) -> int:

@@ -1,0 +1,10 @@
+#include "linear_float.h"
+
+#include "../../simd/neon.h"
+#include "../../simd/math.inc"
+#include "tile.inc"
+
+#include "linear_float.inc"
+
+extern const nm::LinearFloatKernels kLinearFloatDotprod;
+const nm::LinearFloatKernels kLinearFloatDotprod{run};
