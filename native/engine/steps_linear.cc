@@ -187,8 +187,8 @@ std::shared_ptr<const PackedWeight> Program::pack(Weight weight, size_t outputs,
   if (!packed) {
     copies("linear: weight", weight.columns.size() * 2 + weight.starts.size() * 4 + round_up(outputs, 16) * 5);
     const bool paired = kernels_.linear->paired;
-    if (paired) copies_here("linear: weight", 2 * weight.values.size() + weight.columns.size() * 2);
     packed = std::make_shared<const PackedWeight>(pack_weight(std::move(weight), outputs, groups, paired, costs_));
+    copies_here("linear: weight", packed->values.size() + packed->pairs.rest.size() + packed->pairs.columns.size() * 2);
   }
   return packed;
 }
