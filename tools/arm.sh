@@ -86,5 +86,6 @@ for cpu in "i8mm max" "dotprod cortex-a76" "scalar cortex-a72"; do
         exit 1
     }
 done
-on max -m pytest -q -m emulated -p no:cacheprovider tests/test_native_*.py
+on max -m pytest -q -m emulated -p no:cacheprovider tests/test_native_linear.py tests/test_native_attention.py \
+    tests/test_native_rows.py tests/test_native_streams.py
 on max -m pytest -q -m emulated -p no:cacheprovider tests/test_end_to_end.py -k agrees_with_its_qdq_graph
