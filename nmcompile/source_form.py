@@ -25,7 +25,8 @@ def in_source_form(source: gs.Graph, graph: gs.Graph, canonical: Callable[[gs.Gr
 
     Each constant that was changed goes where its Source says that it came from. The proof is `canonical` again: it must
     make `graph` of the result, up to the rounding of the source's own types. GraphError names the first constant for
-    which it does not: one that was computed of several, or whose initializer something else reads as well.
+    which it does not: one that was computed of several, whose initializer something else reads as well, or whose
+    features were put into another order, where the zeros would not lie in their pattern.
     """
     made = g.copy(source)
     held = {tensor.name: tensor for tensor in made.tensors().values() if isinstance(tensor, gs.Constant)}  # fmt: skip
@@ -43,7 +44,8 @@ def in_source_form(source: gs.Graph, graph: gs.Graph, canonical: Callable[[gs.Gr
         stored = None if known is None else held.get(known.initializers[0])
         if not _same(np.asarray(given.values), np.asarray(wanted.values), None if stored is None else stored.dtype):
             names = wanted.name if known is None else ", ".join(known.initializers)
-            raise GraphError(f"'{wanted.name}' cannot be put back: something else reads {names} as well")
+            raise GraphError(f"'{wanted.name}' cannot be put back: something else reads {names} as well, or its "
+                             "features stand in another order")  # fmt: skip
     return made
 
 

@@ -109,8 +109,8 @@ def train(
         {name: record.sparsity for name, record in records.items()}, tuple(told["history"]),
         report.notes, time.perf_counter() - start, samples.samples, pruned.graph, pruned.graph,
     )  # fmt: skip
-    found = _in_source_form(found, given, lambda graph: canonicalise(g.separate_dims(graph, inputs), runner).graph)
     if first():
+        found = _in_source_form(found, given, lambda graph: canonicalise(g.separate_dims(graph, inputs), runner).graph)
         _write(found, history)
     return found
 

@@ -60,8 +60,7 @@ class Train(PruningPass):
     budget that trains block by block first), embeddings (whether their tables are trained beside weights, biases
     and normalisations), qat (the share that trains with eight bits last, those of `target`), relations,
     temperature, weighing (of feature maps: uniform, sensitivity), labels and their weight, device, seed: see
-    nmcompile.training.recipe.Recipe. It ends with the best
-    state on held-out samples, which may be the pruned one.
+    nmcompile.training.recipe.Recipe. It ends with the best state on held-out samples, which may be the pruned one.
     """
 
     solver: str = "admm"

@@ -103,6 +103,21 @@ def test_what_cannot_be_put_back_is_said(text: str, message: str) -> None:
         in_source_form(source, wanted, canonical)
 
 
+def test_features_in_another_order_stay_so() -> None:
+    source = g.admit(next(path for path in MODELS if path.stem == "bert-dynamo"))
+    wanted = canonical(source)
+    first, second = next((a, b) for a in g.linear_layers(wanted) for b in g.linear_layers(wanted)
+                         if a.shape[0] == 2 * a.shape[1] == b.shape[1])  # fmt: skip
+    order = np.arange(first.shape[0])[::-1]
+    g.reorder(wanted, first, order, outputs=True)
+    g.reorder(wanted, second, order, outputs=False)
+    feeds = made_up(inputs(source), 2, 8)
+    for name, values in g.run(source, feeds).items():
+        np.testing.assert_allclose(g.run(wanted, feeds)[name], values, atol=1e-4)
+    with pytest.raises(GraphError, match="features stand in another order"):
+        in_source_form(source, wanted, canonical)
+
+
 def test_training_writes_the_model_that_came(tmp_path: Path) -> None:
     path, out = next(path for path in MODELS if path.stem == "bert-dynamo"), tmp_path / "sparse.onnx"
     rng = np.random.default_rng(0)

@@ -145,16 +145,16 @@ def reached(graph: gs.Graph, names: Collection[str]) -> set[int]:
 def tied(held: Mapping[str, gs.Constant], apart: Collection[str] = ()) -> dict[str, str]:
     """Of matrices that are one initializer of the source file, as it is and transposed (a table of embeddings and the
     head that scores its rows): the one that follows, and the one that it follows. Both hold the same values; those of
-    `apart` follow none."""
+    `apart` have no part in it."""
     by_source: dict[tuple[str, tuple[g.Operation, ...]], str] = {}
     found: dict[str, str] = {}
     for name, constant in held.items():
         known = g.source(constant)
-        if known is None or known.computed or constant.values.ndim != 2:
+        if name in apart or known is None or known.computed or constant.values.ndim != 2:
             continue
         (initializer,), moves = known.initializers, known.operations
         turned = moves[:-1] if moves[-1:] == (g.Transpose((1, 0)),) else (*moves, g.Transpose((1, 0)))
-        other = by_source.get((initializer, turned)) if name not in apart else None
+        other = by_source.get((initializer, turned))
         if other is not None and np.array_equal(np.asarray(held[other].values).T, np.asarray(constant.values)):
             found[name] = other
         by_source.setdefault((initializer, moves), name)
