@@ -12,14 +12,14 @@ int beyond(int a, int b) {
   return std::max({std::max(a, 0) + std::max(b, 0) - kMost, -std::min(a, 0) - std::min(b, 0) - kMost, 0});
 }
 
-}  // namespace
-
+// Whether a block of `count` weights, a multiple of 2, is exact as it is.
 bool fits_pairs(const int8_t* w, size_t count) {
   int most = 0;
   for (size_t i = 0; i < count; i += 2) most = std::max(most, beyond(w[i], w[i + 1]));
   return most == 0;
 }
 
+// Splits a block: w = kept + rest, both of which fit.
 void split_pairs(const int8_t* w, int8_t* kept, int8_t* rest, size_t count) {
   for (size_t i = 0; i < count; i += 2) {
     const int much = beyond(w[i], w[i + 1]);
@@ -30,20 +30,22 @@ void split_pairs(const int8_t* w, int8_t* kept, int8_t* rest, size_t count) {
   }
 }
 
-DensePairs dense_pairs(const int8_t* values, size_t tiles, size_t groups) {
-  DensePairs found;
+}  // namespace
+
+Rest dense_pairs(const int8_t* from, size_t tiles, size_t groups, std::vector<int8_t>& values) {
+  Rest found;
   const size_t size = tiles * groups * 16;
-  if (fits_pairs(values, size)) return found;
-  found.values.assign(values, values + size);
+  if (fits_pairs(from, size)) return found;
+  values.assign(from, from + size);
   found.starts.push_back(0);
   for (size_t t = 0; t < tiles; ++t)
     for (size_t half = 0; half < 16; half += 8) {
       for (size_t g = 0; g < groups; ++g) {
         const size_t at = (t * groups + g) * 16 + half;
-        if (fits_pairs(values + at, 8)) continue;
+        if (fits_pairs(from + at, 8)) continue;
         int8_t rest[8];
-        split_pairs(values + at, &found.values[at], rest, 8);
-        found.rest.insert(found.rest.end(), rest, rest + 8);
+        split_pairs(from + at, &values[at], rest, 8);
+        found.values.insert(found.values.end(), rest, rest + 8);
         found.columns.push_back(static_cast<uint16_t>(g));
       }
       found.starts.push_back(static_cast<uint32_t>(found.columns.size()));
@@ -51,12 +53,12 @@ DensePairs dense_pairs(const int8_t* values, size_t tiles, size_t groups) {
   return found;
 }
 
-bool block_pairs(const int8_t* from, size_t size, size_t each, std::vector<int8_t>& values,
+void block_pairs(const int8_t* from, size_t size, size_t each, std::vector<int8_t>& values,
                  std::vector<uint16_t>& columns, std::vector<uint32_t>& starts) {
   const size_t blocks = starts.back();
   size_t more = 0;
   for (size_t b = 0; b < blocks; ++b) more += !fits_pairs(from + b * size, size);
-  if (more == 0) return false;
+  if (more == 0) return;
   std::vector<uint16_t> old_columns((blocks + more) * each);
   old_columns.swap(columns);
   values.resize((blocks + more) * size);
@@ -73,7 +75,6 @@ bool block_pairs(const int8_t* from, size_t size, size_t each, std::vector<int8_
     }
     starts[row + 1] = static_cast<uint32_t>(to);
   }
-  return true;
 }
 
 }  // namespace nm

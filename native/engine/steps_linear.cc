@@ -34,7 +34,7 @@ struct PackedWeight {
   std::vector<uint32_t> starts;
   std::vector<int32_t> sums;      // of each row, padded to strips
   std::vector<int8_t> values;     // for paired kernels; empty: those of the weight
-  DensePairs pairs;
+  Rest rest;                      // what values lack, of a dense weight
   std::vector<size_t> shares;     // [strips + 1] maps equal shares of the strips to equal shares of their work
   double work = 0;                // multiply-adds per token, without those that pairs.h adds
 };
@@ -62,10 +62,7 @@ void pack_dense(Packed& p, bool paired, size_t epilogue) {
       for (size_t i = 0; i < 16; ++i) sums[i] += w[i];
     for (size_t i = 0; i < 16; ++i) p.sums[t * 4 + i / 4] += sums[i];
   }
-  if (paired) {
-    p.pairs = dense_pairs(p.weight.values.as<int8_t>(), tiles, p.groups);
-    p.values.swap(p.pairs.values);
-  }
+  if (paired) p.rest = dense_pairs(p.weight.values.as<int8_t>(), tiles, p.groups, p.values);
   p.work = static_cast<double>(p.outputs) * p.groups * 4;
   share_out(p, std::vector<size_t>((p.outputs + 15) / 16, 1), epilogue);
 }
@@ -148,9 +145,9 @@ LinearArgs arguments(const Packed& p, const std::vector<int32_t>& init) {
   a.form = form_of(p.weight), a.groups = p.groups, a.outputs = p.outputs, a.rows = p.weight.rows;
   a.values = p.values.empty() ? p.weight.values.as<int8_t>() : p.values.data();
   a.columns = p.columns.data(), a.starts = p.starts.data();
-  if (!p.pairs.starts.empty()) {
-    a.rest_values = p.pairs.rest.data(), a.rest_columns = p.pairs.columns.data();
-    a.rest_starts = p.pairs.starts.data();
+  if (!p.rest.starts.empty()) {
+    a.rest_values = p.rest.values.data(), a.rest_columns = p.rest.columns.data();
+    a.rest_starts = p.rest.starts.data();
   }
   a.init = init.data();
   return a;
@@ -188,7 +185,8 @@ std::shared_ptr<const PackedWeight> Program::pack(Weight weight, size_t outputs,
     copies("linear: weight", weight.columns.size() * 2 + weight.starts.size() * 4 + round_up(outputs, 16) * 5);
     const bool paired = kernels_.linear->paired;
     packed = std::make_shared<const PackedWeight>(pack_weight(std::move(weight), outputs, groups, paired, costs_));
-    copies_here("linear: weight", packed->values.size() + packed->pairs.rest.size() + packed->pairs.columns.size() * 2);
+    copies_here("linear: weight", packed->values.size() + packed->rest.values.size() +
+                                      packed->rest.columns.size() * 2 + packed->rest.starts.size() * 4);
   }
   return packed;
 }
